@@ -1,0 +1,34 @@
+"""Messages <-> bytes: MessagePack into checked types, no pickle, with a size limit.
+
+The only place that encodes or decodes control messages. Decoding returns an Envelope or raises WireError, nothing else.
+"""
+
+import msgspec
+
+from protocol.errors import WireError
+from protocol.identity import Epoch
+from protocol.messages import PROTOCOL_VERSION, AnyMessage, Envelope
+
+MAX_MESSAGE_BYTES = 16 << 20
+"""A prompt of a million token ids is 5 MB; nothing on the control plane is larger than a few of these."""
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(Envelope)
+
+
+def encode(message: AnyMessage, sender_epoch: Epoch, receiver_epoch: Epoch = 0) -> bytes:
+    """Return the message in its envelope, as MessagePack."""
+    return _encoder.encode(Envelope(PROTOCOL_VERSION, sender_epoch, receiver_epoch, message))
+
+
+def decode(data: bytes | memoryview) -> Envelope:
+    """Return the envelope in data, or raise WireError saying what is wrong with it."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise WireError(f"message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are accepted")
+    try:
+        envelope = _decoder.decode(data)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise WireError(f"message does not parse: {error}") from error
+    if envelope.version != PROTOCOL_VERSION:
+        raise WireError(f"message has protocol version {envelope.version}; this is version {PROTOCOL_VERSION}")
+    return envelope

@@ -1,0 +1,30 @@
+"""Every error that Tandem raises on purpose.
+
+    TandemError
+     ├─ ConfigError        a topology or model that cannot work; for the person who wrote it
+     ├─ WireError          a message or frame that does not parse or does not verify; dropped and counted
+     └─ TransferError      a KV transfer that failed as a whole
+
+ValueError stays for a client's bad parameter, assert for a programmer's mistake (never on what a peer sent).
+"""
+
+from typing import Literal
+
+FailureCode = Literal["worker_lost", "transfer_failed", "kv_cache_too_small", "model_output_invalid", "internal_error"]
+"""Why an attempt ended without its last token, as clients and metrics see it."""
+
+
+class TandemError(Exception):
+    """Base of our own errors."""
+
+
+class ConfigError(TandemError):
+    """A topology or a model directory that cannot be served; the message says what is wrong and what would be right."""
+
+
+class WireError(TandemError):
+    """Bytes from a socket that are not a valid message or frame."""
+
+
+class TransferError(TandemError):
+    """A KV transfer failed: nothing of it may be used."""

@@ -1,0 +1,41 @@
+"""How one group lays out its KV cache, and where its ranks listen for frames.
+
+Pure data; the arithmetic on it lives in kv_transfer/plan.py alone.
+"""
+
+import msgspec
+
+from protocol.identity import Epoch
+
+
+class KVLayout(msgspec.Struct, frozen=True):
+    """The shape of one group's KV cache. num_kv_heads counts the whole model's heads, before any split.
+
+    Rank r of a group holds heads [r * num_kv_heads / tp, (r + 1) * num_kv_heads / tp), or, when there are fewer heads
+    than ranks, the one head r * num_kv_heads // tp, replicated.
+    """
+
+    model_hash: str
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: str
+    block_size: int
+    tensor_parallel: int
+
+    def incompatibility(self, other: "KVLayout") -> str | None:
+        """Name the first field that must be equal on both sides of a handoff but is not, with both values."""
+        for name in ("model_hash", "num_layers", "num_kv_heads", "head_dim", "dtype", "block_size"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                return f"{name} differs: {ours} and {theirs}"
+        return None
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """A group as its peers see it: one KV address per rank, valid for one epoch only."""
+
+    epoch: Epoch
+    layout: KVLayout
+    transport: str
+    addresses: tuple[str, ...]

@@ -1,0 +1,139 @@
+"""Inside one group: what the leader orders all its ranks to do, and what the ranks report back.
+
+Every rank, the leader's own included, carries out the same orders in the same sequence. That is what keeps the
+two-sided calls of tensor parallelism matched, and blocks safe: an order to send blocks comes after the step that
+filled them and before any step that reuses them.
+"""
+
+import msgspec
+
+from protocol.errors import WireError
+from protocol.identity import Attempt, Epoch
+from protocol.layout import Endpoint
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True):
+    """One forward pass over num_sequences chunks, laid out one after another; single-token chunks come first.
+
+    A chunk of sequence i is its tokens [context_lens[i] - query_lens[i], context_lens[i]); their KV goes to the slots
+    that block_tables[i] names. Logits are wanted for the last token of the chunks in sampled.
+    """
+
+    token_ids: tuple[int, ...]  # [num_tokens]
+    query_lens: tuple[int, ...]  # [num_sequences]
+    context_lens: tuple[int, ...]  # [num_sequences], the chunk included
+    block_tables: tuple[tuple[int, ...], ...]  # [num_sequences][num_blocks of that sequence]
+    sampled: tuple[int, ...]  # indices of sequences, ascending
+
+
+class Order(msgspec.Struct, frozen=True, tag=True, tag_field="type"):
+    """Base of what a leader orders."""
+
+
+class Step(Order, frozen=True):
+    """Run this batch through the model."""
+
+    batch: Batch
+
+
+class ExpectBlocks(Order, frozen=True):
+    """Decode side: KV of tokens [first_position, first_position + num_tokens) will come from source.
+
+    block_ids is the block table of the whole prompt, from position 0. Answered with Expecting, then Received or Broken.
+    """
+
+    attempt: Attempt
+    source: Endpoint
+    block_ids: tuple[int, ...]
+    first_position: int
+    num_tokens: int
+
+
+class SendBlocks(Order, frozen=True):
+    """Prefill side: send KV of tokens [first_position, first_position + num_tokens) to destination.
+
+    block_ids is the block table of the whole prompt, from position 0.
+    """
+
+    attempt: Attempt
+    destination: Endpoint
+    block_ids: tuple[int, ...]
+    first_position: int
+    num_tokens: int
+
+
+class DropTransfer(Order, frozen=True):
+    """Either side: forget this transfer; what still comes of it is dropped and counted."""
+
+    attempt: Attempt
+
+
+class ClosePeer(Order, frozen=True):
+    """Either side: the group of this epoch is gone; close every connection to it."""
+
+    epoch: Epoch
+
+
+class StopRank(Order, frozen=True):
+    """End cleanly."""
+
+
+class Report(msgspec.Struct, frozen=True, tag=True, tag_field="type"):
+    """Base of what a rank tells its leader."""
+
+    rank: int
+
+
+class Enlist(Report, frozen=True):
+    """A follower's first report: it has its weights and its cache. kv_address: where it takes frames, "" for nowhere."""
+
+    epoch: Epoch
+    kv_address: str
+
+
+class Expecting(Report, frozen=True):
+    """ExpectBlocks was carried out: frames of this attempt may come."""
+
+    attempt: Attempt
+
+
+class Received(Report, frozen=True):
+    """Every frame of this attempt that is meant for this rank was checked and copied into its blocks."""
+
+    attempt: Attempt
+
+
+class Broken(Report, frozen=True):
+    """This attempt's transfer failed here; nothing of it may be used."""
+
+    attempt: Attempt
+    reason: str
+
+
+AnyOrder = Step | ExpectBlocks | SendBlocks | DropTransfer | ClosePeer | StopRank
+AnyReport = Enlist | Expecting | Received | Broken
+
+_encoder = msgspec.msgpack.Encoder()
+_orders: msgspec.msgpack.Decoder[AnyOrder] = msgspec.msgpack.Decoder(AnyOrder)
+_reports: msgspec.msgpack.Decoder[AnyReport] = msgspec.msgpack.Decoder(AnyReport)
+
+
+def encode(item: AnyOrder | AnyReport) -> bytes:
+    """Return an order or a report as MessagePack."""
+    return _encoder.encode(item)
+
+
+def decode_order(data: bytes) -> AnyOrder:
+    """Return the order in data, or raise WireError."""
+    try:
+        return _orders.decode(data)
+    except msgspec.DecodeError as error:
+        raise WireError(f"order does not parse: {error}") from error
+
+
+def decode_report(data: bytes) -> AnyReport:
+    """Return the report in data, or raise WireError."""
+    try:
+        return _reports.decode(data)
+    except msgspec.DecodeError as error:
+        raise WireError(f"report does not parse: {error}") from error

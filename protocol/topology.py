@@ -1,0 +1,83 @@
+"""The sections of a topology, frozen. Every part receives its own section, never the whole.
+
+Reading the YAML, with file and line in every complaint, is cluster/topology_file.py's work.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Transport = Literal["zmq", "gloo"]
+Policy = Literal["round_robin", "least_loaded"]
+Device = Literal["cpu", "cuda"]
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of all sections: an unknown key is an error, never ignored."""
+
+
+class ModelSection(Section, frozen=True, kw_only=True):
+    """path: a folder or a hub id. name: what clients call the model (default: the path as written)."""
+
+    path: str
+    dtype: Dtype = "auto"
+    name: str | None = None
+    max_context: Positive | None = None
+
+
+class RouterSection(Section, frozen=True, kw_only=True):
+    """Where clients connect. grace_s: how long a drain waits for running requests; timeout_s: a request's deadline."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    policy: Policy = "least_loaded"
+    grace_s: Seconds = 30.0
+    timeout_s: Seconds = 600.0
+
+
+class RoleSection(Section, frozen=True, kw_only=True):
+    """Groups of one role. batch_tokens bounds one forward pass, batch_requests what runs at once.
+
+    cpus is each rank's share of the Ray cluster's CPUs (fractions are fine) and, rounded down, its threads (at least
+    one). gpus is each rank's share of a GPU; None: one each when device is cuda.
+    """
+
+    groups: Positive = 1
+    tensor_parallel: Positive = 1
+    batch_tokens: Positive = 2048
+    batch_requests: Positive = 256
+    cpus: Annotated[float, msgspec.Meta(gt=0)] = 0.25
+    gpus: Annotated[float, msgspec.Meta(ge=0)] | None = None
+
+
+class KVCacheSection(Section, frozen=True, kw_only=True):
+    """memory: bytes per rank for KV blocks, as 512MiB or 20GiB."""
+
+    block_size: Literal[16, 32, 64, 128] = 16
+    memory: str = "512MiB"
+    prefix_caching: bool = True
+
+
+class KVTransferSection(Section, frozen=True, kw_only=True):
+    """How KV bytes get from prefill to decode. timeout_s bounds every single operation."""
+
+    transport: Transport = "zmq"
+    timeout_s: Seconds = 30.0
+
+
+class Topology(Section, frozen=True, kw_only=True):
+    """A whole cluster: either prefill and decode, or colocated."""
+
+    model: ModelSection
+    router: RouterSection = RouterSection()
+    prefill: RoleSection | None = None
+    decode: RoleSection | None = None
+    colocated: RoleSection | None = None
+    kv_cache: KVCacheSection = KVCacheSection()
+    kv_transfer: KVTransferSection = KVTransferSection()
+    device: Device = "cpu"
