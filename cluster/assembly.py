@@ -1,0 +1,92 @@
+"""Which parts make up a worker of each role: what moves its KV on every rank, and which roles its leader plays.
+
+The one table in the program that knows all three kinds of worker. A new kind is a new entry here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cluster.launch import WorkerLaunch
+from decode_worker.inbox import LoopbackInbox, RemoteInbox
+from decode_worker.mover import ReceivingMover
+from decode_worker.role import DecodeRole
+from engine.block_pool import BlockPool, Hold
+from engine.rank import Mover, Stationary
+from engine.role import Outlet, Ranks, Role
+from kv_transfer.receiver import KVReceiver
+from kv_transfer.sender import KVSender
+from kv_transfer.transports import open_receiver, open_sender
+from kv_transfer.transports.loopback import Loopback
+from prefill_worker.mover import SendingMover
+from prefill_worker.outbox import LoopbackOutbox, RemoteOutbox
+from prefill_worker.role import PrefillRole
+from protocol.layout import KVLayout
+from protocol.messages import RoleName
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One rank's KV cache as movers see it: blocks [layers, 2, num_blocks, own KV heads, block_size, head_dim]."""
+
+    blocks: Tensor
+    layout: KVLayout
+    rank: int
+
+
+@dataclass(frozen=True)
+class LeaderParts:
+    """What the leader's roles stand on."""
+
+    pool: BlockPool
+    ranks: Ranks
+    outlet: Outlet
+    layout: KVLayout
+    max_running: int
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """How one kind of worker is put together. Roles come in the order of their claim on the token budget."""
+
+    mover: Callable[[WorkerLaunch, Cache], Mover]
+    roles: Callable[[LeaderParts], list[Role]]
+    transport: Callable[[WorkerLaunch], str]
+
+
+def _sending_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
+    transport = open_sender(launch.kv_transfer.transport, launch.host, launch.kv_transfer.timeout_s)
+    return SendingMover(KVSender(cache.blocks, cache.layout, cache.rank, transport))
+
+
+def _receiving_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
+    transport = open_receiver(launch.kv_transfer.transport, launch.host, launch.kv_transfer.timeout_s)
+    return ReceivingMover(KVReceiver(cache.blocks, cache.layout, cache.rank, transport), cache.rank)
+
+
+def _prefill_roles(parts: LeaderParts) -> list[Role]:
+    outbox = RemoteOutbox(parts.pool, parts.ranks, parts.layout)
+    return [PrefillRole(parts.pool, outbox, parts.outlet, parts.layout.model_hash, parts.max_running)]
+
+
+def _decode_roles(parts: LeaderParts) -> list[Role]:
+    inbox = RemoteInbox(parts.ranks, parts.layout)
+    return [DecodeRole(parts.pool, inbox, parts.outlet, parts.layout.model_hash, parts.max_running)]
+
+
+def _colocated_roles(parts: LeaderParts) -> list[Role]:
+    """Decode first: running streams do not wait for prompts."""
+    loopback: Loopback[Hold] = Loopback()
+    pool, outlet, model_hash = parts.pool, parts.outlet, parts.layout.model_hash
+    return [
+        DecodeRole(pool, LoopbackInbox(loopback), outlet, model_hash, parts.max_running),
+        PrefillRole(pool, LoopbackOutbox(loopback), outlet, model_hash, parts.max_running),
+    ]
+
+
+ASSEMBLIES: dict[RoleName, Assembly] = {
+    "prefill": Assembly(_sending_mover, _prefill_roles, lambda launch: launch.kv_transfer.transport),
+    "decode": Assembly(_receiving_mover, _decode_roles, lambda launch: launch.kv_transfer.transport),
+    "colocated": Assembly(lambda launch, cache: Stationary(), _colocated_roles, lambda launch: "loopback"),
+}

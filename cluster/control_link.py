@@ -1,0 +1,104 @@
+"""A worker's line to the router: one DEALER socket for this life of the process, messages in, messages out.
+
+Used by every rank. What does not parse, or is meant for an earlier life, is dropped and counted; nothing that arrives
+can end the loop that reads here.
+"""
+
+import time
+
+import zmq
+
+from protocol.codec import decode, encode
+from protocol.errors import TandemError, WireError
+from protocol.identity import Epoch
+from protocol.messages import AnyMessage, Fence, Stop, Tokens, TokenUpdate, Welcome, WorkerInfo
+from protocol.sockets import prepare
+
+WELCOME_TIMEOUT_S = 60.0
+_MAX_MESSAGES = 100_000
+
+
+class Fenced(TandemError):
+    """The router ended this life, or cannot be reached: the process ends and Ray starts the next one."""
+
+
+class Stopped(TandemError):
+    """The router said that nothing more will come: the process ends cleanly."""
+
+
+class ControlLink:
+    """engine.role.Outlet towards the router, and the way back."""
+
+    def __init__(self, address: str, worker: WorkerInfo) -> None:
+        self._epoch: Epoch = worker.epoch
+        self._context = zmq.Context()
+        self.socket = prepare(self._context.socket(zmq.DEALER), queue=_MAX_MESSAGES)
+        identity = f"{worker.role}-{worker.group}-{worker.rank}-{worker.epoch:x}"
+        self.socket.setsockopt(zmq.IDENTITY, identity.encode())
+        self.socket.connect(address)
+        self._outgoing: list[AnyMessage] = []
+        self._updates: list[TokenUpdate] = []
+        self.counters: dict[str, int] = {"bad_message": 0, "stale_message": 0}
+
+    def send(self, message: AnyMessage) -> None:
+        """Queue a message; flush sends it."""
+        self._close_updates()
+        self._outgoing.append(message)
+
+    def emit(self, update: TokenUpdate) -> None:
+        """Queue a token; neighbours in the queue travel together."""
+        self._updates.append(update)
+
+    def flush(self) -> None:
+        """Send everything that is queued, in order. Raise Fenced when the router takes nothing any more."""
+        self._close_updates()
+        outgoing, self._outgoing = self._outgoing, []
+        for message in outgoing:
+            try:
+                self.socket.send(encode(message, self._epoch), zmq.NOBLOCK)
+            except zmq.Again:
+                raise Fenced("the router takes no more messages") from None
+
+    def receive(self) -> list[AnyMessage]:
+        """Return what has come since the last call, without waiting. Raise Fenced or Stopped when told to end."""
+        messages: list[AnyMessage] = []
+        while self.socket.poll(0):
+            message = self._parse(self.socket.recv())
+            if isinstance(message, Fence):
+                raise Fenced(message.reason)
+            if isinstance(message, Stop):
+                raise Stopped("the router said stop")
+            if message is not None:
+                messages.append(message)
+        return messages
+
+    def await_welcome(self) -> Welcome:
+        """Return the router's answer to Join. Raise Fenced when none comes in time."""
+        deadline = time.monotonic() + WELCOME_TIMEOUT_S
+        while (left := deadline - time.monotonic()) > 0:
+            self.socket.poll(int(left * 1000))
+            for message in self.receive():
+                if isinstance(message, Welcome):
+                    return message
+        raise Fenced(f"no welcome from the router within {WELCOME_TIMEOUT_S:g} s")
+
+    def close(self) -> None:
+        """Send what is queued and let go; at most a second goes by."""
+        self.socket.close(linger=1000)
+        self._context.term()
+
+    def _close_updates(self) -> None:
+        if self._updates:
+            self._outgoing.append(Tokens(tuple(self._updates)))
+            self._updates = []
+
+    def _parse(self, data: bytes) -> AnyMessage | None:
+        try:
+            envelope = decode(data)
+        except WireError:
+            self.counters["bad_message"] += 1
+            return None
+        if envelope.receiver_epoch not in (0, self._epoch):
+            self.counters["stale_message"] += 1
+            return None
+        return envelope.message

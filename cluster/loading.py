@@ -1,0 +1,56 @@
+"""A rank gets its model, its KV cache and the part that moves its blocks. Called once in a worker's life."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cluster.assembly import ASSEMBLIES, Cache
+from cluster.launch import WorkerLaunch
+from engine.engine import Engine
+from engine.rank import Rank
+from engine.tensor_parallel import TensorParallel
+from protocol.layout import KVLayout
+from protocol.model_config import ModelConfig, load_model_config
+from protocol.model_files import find_model, model_hash
+
+
+@dataclass(frozen=True)
+class LoadedRank:
+    """A rank that is ready to carry out orders, and how its group lays out KV."""
+
+    rank: Rank
+    layout: KVLayout
+    num_blocks: int
+
+
+def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: Callable[[str], None]) -> LoadedRank:
+    """Load this rank's slices of the weights and open its mover. Raise ConfigError for a model that is not served."""
+    folder = find_model(launch.model.path)
+    config = load_model_config(folder)
+    dtype = config.dtype if launch.model.dtype == "auto" else launch.model.dtype
+    engine = Engine(
+        config,
+        folder,
+        getattr(torch, dtype),
+        torch.device(launch.device),
+        tensor_parallel,
+        launch.kv_cache.block_size,
+        launch.kv_cache.memory_bytes,
+        progress,
+    )
+    layout = _layout(config, model_hash(folder), dtype, launch)
+    mover = ASSEMBLIES[launch.role].mover(launch, Cache(engine.kv_cache.blocks, layout, launch.rank))
+    return LoadedRank(Rank(engine, mover), layout, engine.kv_cache.num_blocks)
+
+
+def _layout(config: ModelConfig, fingerprint: str, dtype: str, launch: WorkerLaunch) -> KVLayout:
+    return KVLayout(
+        model_hash=fingerprint,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=dtype,
+        block_size=launch.kv_cache.block_size,
+        tensor_parallel=launch.role_section.tensor_parallel,
+    )

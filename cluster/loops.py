@@ -1,0 +1,111 @@
+"""What a worker does over and over until it is told to end: the leader's loop and the followers'.
+
+The leader takes messages and reports, runs a step, and says what came of it. A follower carries out orders. Both sleep
+only when there is nothing to do, and never longer than a heartbeat.
+"""
+
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
+
+import zmq
+
+from cluster.control_link import ControlLink, Stopped
+from engine.block_pool import BlockPool
+from engine.group import Follower, GroupRanks
+from engine.rank import Rank
+from engine.role import Role
+from engine.step_loop import StepLoop
+from protocol.messages import AnyMessage, Heartbeat, PeerLost
+from protocol.orders import ClosePeer, StopRank
+
+HEARTBEAT_S = 0.25
+
+
+class LeaderLoop:
+    """The leader's loop: requests in, tokens out."""
+
+    def __init__(
+        self, link: ControlLink, ranks: GroupRanks, roles: SequenceOf[Role], steps: StepLoop, pool: BlockPool
+    ) -> None:
+        self._link = link
+        self._ranks = ranks
+        self._roles = roles
+        self._steps = steps
+        self._pool = pool
+        self._heartbeat_at = 0.0
+
+    def run(self, wakers: Iterable[zmq.Socket[bytes] | int]) -> None:
+        """Serve until Stopped or Fenced is raised. wakers: what becomes readable when there is something to do."""
+        poller = _poller(wakers)
+        is_busy = True
+        try:
+            while True:
+                poller.poll(0 if is_busy else int(HEARTBEAT_S * 1000))
+                is_busy = self._turn()
+        finally:
+            for role in self._roles:
+                role.drop_all()
+
+    def _turn(self) -> bool:
+        """Do everything that can be done now; return whether anything was."""
+        messages, reports = self._link.receive(), self._ranks.reports()
+        for message in messages:
+            self._take(message)
+        for report in reports:
+            for role in self._roles:
+                role.heed(report)
+        has_stepped = self._steps.step()
+        self._heartbeat()
+        self._link.flush()
+        return bool(messages or reports or has_stepped)
+
+    def _take(self, message: AnyMessage) -> None:
+        if isinstance(message, PeerLost):
+            self._ranks.order(ClosePeer(message.epoch))
+            return
+        for role in self._roles:
+            role.receive(message)
+
+    def _heartbeat(self) -> None:
+        if (now := time.monotonic()) < self._heartbeat_at:
+            return
+        self._heartbeat_at = now + HEARTBEAT_S
+        self._link.send(
+            Heartbeat(
+                blocks=self._pool.counts,
+                running=sum(role.num_running for role in self._roles),
+                waiting=sum(role.num_waiting for role in self._roles),
+                steps=self._steps.num_steps,
+                counters={**self._link.counters, **self._ranks.counters},
+            )
+        )
+
+
+class FollowerLoop:
+    """A follower's loop: orders in, reports out."""
+
+    def __init__(self, link: ControlLink, follower: Follower, rank: Rank) -> None:
+        self._link = link
+        self._follower = follower
+        self._rank = rank
+
+    def run(self) -> None:
+        """Serve until Stopped or Fenced is raised."""
+        poller = _poller([self._link.socket, self._follower.pollable, *self._rank.mover.filenos()])
+        while True:
+            poller.poll(int(HEARTBEAT_S * 1000))
+            self._link.receive()
+            for order in self._follower.orders():
+                if isinstance(order, StopRank):
+                    raise Stopped("the leader said stop")
+                self._rank.execute(order)
+            for report in self._rank.mover.poll():
+                self._follower.report(report)
+
+
+def _poller(wakers: Iterable[zmq.Socket[bytes] | int]) -> zmq.Poller:
+    poller = zmq.Poller()
+    for waker in wakers:
+        poller.register(waker, zmq.POLLIN)
+    return poller

@@ -1,0 +1,109 @@
+"""One worker process, from joining to its end: one rank of one group.
+
+    join the router -> find the group -> load the weights -> serve requests (the leader) or orders (a follower) -> end
+
+Called by the Ray actor, and by tests that run ranks as threads of one process. Scheduling is the roles' business,
+computing the engine's; here is only the order in which things happen.
+"""
+
+import os
+import socket
+from contextlib import ExitStack
+
+import torch
+
+from cluster.assembly import ASSEMBLIES, LeaderParts
+from cluster.control_link import ControlLink, Stopped
+from cluster.launch import WorkerLaunch
+from cluster.loading import LoadedRank, load_rank
+from cluster.loops import FollowerLoop, LeaderLoop
+from engine.block_pool import BlockPool
+from engine.group import Follower, GroupRanks, Leader, Place
+from engine.step_loop import StepLoop
+from engine.tensor_parallel import TensorParallel
+from protocol.identity import new_epoch
+from protocol.layout import Endpoint
+from protocol.messages import Join, Progress, Ready, Welcome, WorkerInfo
+from protocol.orders import Enlist
+
+
+def run_worker(launch: WorkerLaunch) -> None:
+    """Live one life of a worker; return when the router says stop.
+
+    Raises ConfigError for a model that cannot be served, Fenced or GroupError when this life must end at once.
+    """
+    torch.set_num_threads(max(1, int(launch.role_section.cpus)))
+    with ExitStack() as cleanup:
+        worker = WorkerLife(launch, cleanup)
+        try:
+            worker.lead() if launch.rank == 0 else worker.follow()
+        except Stopped:
+            pass
+
+
+class WorkerLife:
+    """One life; everything that it opens is closed by cleanup, last opened first."""
+
+    def __init__(self, launch: WorkerLaunch, cleanup: ExitStack) -> None:
+        self._launch = launch
+        self._cleanup = cleanup
+        self._info = _describe(launch)
+        self._place = Place(launch.rank, self._info.tensor_parallel, launch.host, launch.device)
+        self._link = ControlLink(launch.control, self._info)
+        cleanup.callback(self._link.close)
+
+    def lead(self) -> None:
+        """Be rank 0: assemble the group, then serve requests."""
+        leader = Leader(self._place)
+        self._cleanup.callback(leader.close)
+        self._join(leader.rendezvous)
+        loaded = self._load(leader.connect())
+        addresses = (loaded.rank.mover.address, *leader.await_followers())
+        self._serve(loaded, leader, addresses)
+
+    def follow(self) -> None:
+        """Be any other rank: find the leader, then carry out its orders."""
+        follower = Follower(self._place, self._join(None).rendezvous)
+        self._cleanup.callback(follower.close)
+        loaded = self._load(follower.connect())
+        follower.report(Enlist(self._launch.rank, self._info.epoch, loaded.rank.mover.address))
+        FollowerLoop(self._link, follower, loaded.rank).run()
+
+    def _join(self, rendezvous: str | None) -> Welcome:
+        self._link.send(Join(self._info, rendezvous))
+        self._link.flush()
+        return self._link.await_welcome()
+
+    def _load(self, tensor_parallel: TensorParallel) -> LoadedRank:
+        self._cleanup.callback(tensor_parallel.close)
+        loaded = load_rank(self._launch, tensor_parallel, self._tell)
+        self._cleanup.callback(loaded.rank.mover.close)
+        return loaded
+
+    def _tell(self, doing: str) -> None:
+        self._link.send(Progress(doing))
+        self._link.flush()
+
+    def _serve(self, loaded: LoadedRank, leader: Leader, addresses: tuple[str, ...]) -> None:
+        section, cache = self._launch.role_section, self._launch.kv_cache
+        assembly = ASSEMBLIES[self._launch.role]
+        ranks = GroupRanks(self._place.size, leader, loaded.rank)
+        pool = BlockPool(loaded.num_blocks, cache.block_size, cache.prefix_caching)
+        roles = assembly.roles(LeaderParts(pool, ranks, self._link, loaded.layout, section.batch_requests))
+        steps = StepLoop(roles, ranks.forward, section.batch_tokens, cache.block_size)
+        endpoint = Endpoint(self._info.epoch, loaded.layout, assembly.transport(self._launch), addresses)
+        self._link.send(Ready(endpoint, pool.num_blocks * cache.block_size))
+        wakers = [self._link.socket, leader.pollable, *loaded.rank.mover.filenos()]
+        LeaderLoop(self._link, ranks, roles, steps, pool).run(wakers)
+
+
+def _describe(launch: WorkerLaunch) -> WorkerInfo:
+    return WorkerInfo(
+        role=launch.role,
+        group=launch.group,
+        rank=launch.rank,
+        tensor_parallel=launch.role_section.tensor_parallel,
+        epoch=new_epoch(),
+        pid=os.getpid(),
+        node=socket.gethostname(),
+    )

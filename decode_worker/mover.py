@@ -1,0 +1,43 @@
+"""What the decode role adds to every rank of its group: the end that receives KV blocks."""
+
+from kv_transfer.receiver import KVReceiver
+from protocol.orders import AnyOrder, AnyReport, ClosePeer, DropTransfer, ExpectBlocks, Expecting
+
+BYTES_PER_POLL = 64 << 20
+"""Bounds how long running streams wait while a large prompt is copied in: about 20 ms at memory speed."""
+
+
+class ReceivingMover:
+    """See engine.rank.Mover."""
+
+    def __init__(self, receiver: KVReceiver, rank: int) -> None:
+        self._receiver = receiver
+        self._rank = rank
+        self._reports: list[AnyReport] = []
+
+    @property
+    def address(self) -> str:
+        return self._receiver.address
+
+    def execute(self, order: AnyOrder) -> None:
+        match order:
+            case ExpectBlocks():
+                self._receiver.expect(order)
+                self._reports.append(Expecting(self._rank, order.attempt))
+            case DropTransfer():
+                self._receiver.drop(order.attempt)
+            case ClosePeer():
+                self._receiver.close_peer(order.epoch)
+
+    def poll(self) -> list[AnyReport]:
+        reports, self._reports = self._reports, []
+        return [*reports, *self._receiver.poll(BYTES_PER_POLL)]
+
+    def filenos(self) -> list[int]:
+        return [self._receiver.fileno()]
+
+    def counters(self) -> dict[str, int]:
+        return dict(self._receiver.counters)
+
+    def close(self) -> None:
+        self._receiver.close()

@@ -1,0 +1,202 @@
+"""The decode role of a group's leader: reserves room, commits arrived prompts, and runs everything that is running.
+
+A reservation is waiting (no blocks yet), arriving (its ranks expect frames), or running. Its blocks are enough for the
+prompt and all its growth from the start, so a running sequence never has to stop for want of blocks. A prompt is used
+only when every rank has checked every frame and the handoff's manifest equals the plan's.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from decode_worker.inbox import Inbox
+from engine.block_pool import BlockPool, Hold
+from engine.prefix_hash import HashChain, chain_root
+from engine.role import Outlet
+from engine.sampler import Drawn
+from engine.sequence import Chunk, Sequence
+from protocol.errors import FailureCode
+from protocol.identity import Attempt
+from protocol.messages import Abort, AnyMessage, Committed, Failed, Grant, Handoff, Reserve, TokenUpdate
+from protocol.orders import AnyReport, Broken, Expecting, Received
+
+
+@dataclass(eq=False)
+class Reservation:
+    """One request on its way through this role. The two sets hold the ranks that have not reported yet."""
+
+    reserve: Reserve
+    chain: HashChain
+    unready: set[int]
+    incomplete: set[int]
+    hold: Hold | None = None
+    is_granted: bool = False
+    handoff: Handoff | None = None
+    sequence: Sequence | None = field(default=None)
+
+    @property
+    def attempt(self) -> Attempt:
+        return self.reserve.attempt
+
+
+class DecodeRole:
+    """See engine.role.Role."""
+
+    def __init__(self, pool: BlockPool, inbox: Inbox, outlet: Outlet, model_hash: str, max_running: int) -> None:
+        self._pool = pool
+        self._inbox = inbox
+        self._outlet = outlet
+        self._model_hash = model_hash
+        self._max_running = max_running
+        self._reservations: dict[Attempt, Reservation] = {}
+        self._waiting: deque[Reservation] = deque()
+        self._running: list[Reservation] = []
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._reservations) - len(self._running)
+
+    def receive(self, message: AnyMessage) -> None:
+        match message:
+            case Reserve():
+                self._enqueue(message)
+            case Handoff() if (reservation := self._reservations.get(message.attempt)) and not reservation.handoff:
+                self._take_handoff(reservation, message)
+            case Abort():
+                self._drop(message.attempt)
+
+    def heed(self, report: AnyReport) -> None:
+        if not isinstance(report, Expecting | Received | Broken):
+            return
+        reservation = self._reservations.get(report.attempt)
+        if reservation is None or reservation.sequence is not None:
+            return
+        match report:
+            case Expecting():
+                reservation.unready.discard(report.rank)
+                self._grant_when_ready(reservation)
+            case Received():
+                reservation.incomplete.discard(report.rank)
+                self._commit_when_complete(reservation)
+            case Broken():
+                text = f"receiving KV failed on rank {report.rank}: {report.reason}"
+                self._fail(reservation, "transfer_failed", text)
+
+    def schedule(self, num_tokens: int) -> list[Chunk]:
+        self._admit()
+        sequences = [r.sequence for r in self._running[: min(num_tokens, self._max_running)]]
+        return [sequence.next_chunk(1) for sequence in sequences if sequence]
+
+    def commit(self, chunk: Chunk, drawn: Drawn | None) -> None:
+        sequence = chunk.sequence
+        reservation = self._reservations[sequence.attempt]
+        assert drawn is not None, "decode always computes a sequence's last token"
+        if not drawn.is_valid:
+            self._fail(reservation, "model_output_invalid", "the model's output for this request is not finite")
+            return
+        self._pool.name_blocks(sequence.hold, sequence.block_names)
+        sequence.token_ids.append(drawn.token_id)
+        self._emit(sequence, drawn)
+        if sequence.finish_reason:
+            self._drop(sequence.attempt)
+
+    def drop_all(self) -> None:
+        for attempt in list(self._reservations):
+            self._drop(attempt)
+
+    def _enqueue(self, reserve: Reserve) -> None:
+        request = reserve.request
+        if self._num_blocks(reserve) > self._pool.num_blocks:
+            text = (
+                f"prompt and max_tokens are {request.max_num_tokens} tokens together; "
+                f"this cache holds {self._pool.num_blocks * self._pool.block_size}"
+            )
+            self._outlet.send(Failed(reserve.attempt, "kv_cache_too_small", text))
+            return
+        chain = HashChain(chain_root(self._model_hash, request.salt), self._pool.block_size)
+        ranks = range(self._inbox.num_reporting)
+        reservation = Reservation(reserve, chain, unready=set(ranks), incomplete=set(ranks))
+        self._reservations[reserve.attempt] = reservation
+        self._waiting.append(reservation)
+        self._admit()
+
+    def _num_blocks(self, reserve: Reserve) -> int:
+        """KV of the last output token is never computed, so it needs no slot."""
+        return self._pool.blocks_for(reserve.request.max_num_tokens - 1)
+
+    def _admit(self) -> None:
+        """In order of arrival and never past one that must wait: see docs/decisions/0003-no-deadlock.md."""
+        while self._waiting and self._start(self._waiting[0]):
+            self._grant_when_ready(self._waiting.popleft())
+
+    def _start(self, reservation: Reservation) -> bool:
+        prompt = reservation.reserve.request.prompt_token_ids
+        names = reservation.chain.of(prompt, len(prompt) - 1)
+        reservation.hold = self._pool.acquire(names, self._num_blocks(reservation.reserve))
+        if reservation.hold is None:
+            return False
+        self._inbox.expect(reservation.reserve, reservation.hold, self._first_position(reservation))
+        return True
+
+    def _first_position(self, reservation: Reservation) -> int:
+        assert reservation.hold is not None
+        return reservation.hold.num_cached * self._pool.block_size
+
+    def _grant_when_ready(self, reservation: Reservation) -> None:
+        if not reservation.unready and not reservation.is_granted:
+            reservation.is_granted = True
+            self._outlet.send(Grant(reservation.attempt, self._first_position(reservation)))
+
+    def _take_handoff(self, reservation: Reservation, handoff: Handoff) -> None:
+        if reservation.hold is None:
+            self._fail(reservation, "transfer_failed", "a handoff came before its grant")
+            return
+        wanted = self._inbox.manifest(reservation.reserve, self._first_position(reservation))
+        if handoff.manifest != wanted:
+            self._fail(reservation, "transfer_failed", f"the manifest is {handoff.manifest}, the plan says {wanted}")
+            return
+        reservation.handoff = handoff
+        self._commit_when_complete(reservation)
+
+    def _commit_when_complete(self, reservation: Reservation) -> None:
+        if reservation.incomplete or reservation.handoff is None:
+            return
+        assert reservation.hold is not None
+        reserve, handoff = reservation.reserve, reservation.handoff
+        sequence = Sequence(
+            reserve.attempt,
+            reserve.request,
+            reservation.hold,
+            reservation.chain,
+            num_computed=len(reserve.request.prompt_token_ids),
+            token_ids=[handoff.first_token_id],
+        )
+        self._pool.name_blocks(sequence.hold, sequence.block_names)
+        reservation.sequence = sequence
+        self._running.append(reservation)
+        self._outlet.send(Committed(reserve.attempt))
+
+    def _emit(self, sequence: Sequence, drawn: Drawn) -> None:
+        index = len(sequence.token_ids) - sequence.num_prompt_tokens - 1
+        self._outlet.emit(
+            TokenUpdate(sequence.attempt, index, drawn.token_id, drawn.logprobs, sequence.finish_reason)
+        )
+
+    def _fail(self, reservation: Reservation, code: FailureCode, message: str) -> None:
+        self._outlet.send(Failed(reservation.attempt, code, message))
+        self._drop(reservation.attempt)
+
+    def _drop(self, attempt: Attempt) -> None:
+        reservation = self._reservations.pop(attempt, None)
+        if reservation is None:
+            return
+        if reservation.sequence is not None:
+            self._running.remove(reservation)
+        if reservation.hold is None:
+            self._waiting.remove(reservation)
+            return
+        self._inbox.drop(attempt)
+        reservation.hold.release()

@@ -1,0 +1,192 @@
+"""The ranks of one group find one another and stay in step.
+
+The leader (rank 0) opens a store on its host; its address is the group's rendezvous. Followers read from it where the
+leader's order socket is, and all of them open the process group that tensor parallelism uses. From then on the leader
+sends orders and followers report. A group is one failure unit: what goes wrong here ends every rank's life, never less.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import zmq
+
+from engine.rank import Rank
+from engine.tensor_parallel import TensorParallel
+from kernels.process_group import open_group, open_store
+from protocol.errors import TandemError, WireError
+from protocol.orders import AnyOrder, AnyReport, Batch, Enlist, Step, StopRank, decode_order, decode_report, encode
+from protocol.sockets import bind, prepare
+
+ASSEMBLY_TIMEOUT_S = 60.0
+LOADING_TIMEOUT_S = 600.0
+COLLECTIVE_TIMEOUT_S = 60.0
+_ORDERS_KEY = "orders"
+_MAX_ORDERS = 100_000
+
+
+class GroupError(TandemError):
+    """The group cannot be assembled, or lost a rank. Nothing can be mended: the process ends."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank's place in its group. device says which collectives library connects the ranks."""
+
+    rank: int
+    size: int
+    host: str
+    device: str
+
+    def connect(self, store: dist.Store) -> TensorParallel:
+        """Open the group's collectives; return when every rank has come. Raise GroupError when one does not in time."""
+        if self.size == 1:
+            return TensorParallel(0, 1, None)
+        try:
+            group = open_group(store, self.rank, self.size, self.host, self.device, COLLECTIVE_TIMEOUT_S)
+        except RuntimeError as error:
+            raise GroupError(f"the group's {self.size} ranks did not find one another: {error}") from error
+        return TensorParallel(self.rank, self.size, group)
+
+
+class Leader:
+    """Rank 0's end of the group's channel."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._context = zmq.Context()
+        self._socket = prepare(self._context.socket(zmq.ROUTER), queue=_MAX_ORDERS)
+        self._store = open_store(place.host, 0, is_server=True, timeout_s=ASSEMBLY_TIMEOUT_S)
+        self._store.set(_ORDERS_KEY, bind(self._socket, place.host))
+        self._identities: dict[int, bytes] = {}
+        self._addresses: dict[int, str] = {}
+
+    @property
+    def rendezvous(self) -> str:
+        """Where followers start, "host:port"."""
+        return f"{self._place.host}:{self._store.port}"
+
+    @property
+    def pollable(self) -> "zmq.Socket[bytes]":
+        """Readable when a follower has reported."""
+        return self._socket
+
+    def connect(self) -> TensorParallel:
+        """See Place.connect."""
+        return self._place.connect(self._store)
+
+    def await_followers(self) -> list[str]:
+        """Return the followers' KV addresses in order of rank, once all have enlisted. Raise GroupError if not in time."""
+        deadline = time.monotonic() + LOADING_TIMEOUT_S
+        while len(self._addresses) < self._place.size - 1:
+            if not self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
+                raise GroupError("not every rank of the group loaded its weights in time")
+            self.reports()
+        return [address for _, address in sorted(self._addresses.items())]
+
+    def send(self, order: AnyOrder) -> None:
+        """Send an order to every follower. Raise GroupError when one is gone."""
+        if not self._identities:
+            return
+        data = encode(order)
+        for rank, identity in self._identities.items():
+            try:
+                self._socket.send_multipart([identity, data], zmq.NOBLOCK)
+            except zmq.ZMQError as error:
+                raise GroupError(f"rank {rank} of this group cannot be reached: {error}") from error
+
+    def reports(self) -> list[AnyReport]:
+        """Return what followers have reported since the last call, without waiting."""
+        reports: list[AnyReport] = []
+        while self._socket.poll(0):
+            identity, data = self._socket.recv_multipart()[:2]
+            try:
+                report = decode_report(data)
+            except WireError:
+                continue  # not one of our followers
+            if isinstance(report, Enlist):
+                self._identities[report.rank], self._addresses[report.rank] = identity, report.kv_address
+            reports.append(report)
+        return reports
+
+    def close(self) -> None:
+        """Tell followers to stop, and let go of everything."""
+        try:
+            self.send(StopRank())
+        except GroupError:
+            pass  # whoever is gone has stopped
+        self._socket.close(linger=1000)
+        self._context.term()
+
+
+class Follower:
+    """Any other rank's end of the group's channel."""
+
+    def __init__(self, place: Place, rendezvous: str) -> None:
+        self._place = place
+        host, _, port = rendezvous.rpartition(":")
+        try:
+            self._store = open_store(host, int(port), is_server=False, timeout_s=ASSEMBLY_TIMEOUT_S)
+            orders_address = self._store.get(_ORDERS_KEY).decode()
+        except (RuntimeError, ValueError) as error:
+            raise GroupError(f"no leader at {rendezvous}: {error}") from error
+        self._context = zmq.Context()
+        self._socket = prepare(self._context.socket(zmq.DEALER), queue=_MAX_ORDERS)
+        self._socket.setsockopt(zmq.IDENTITY, f"rank-{place.rank}".encode())
+        self._socket.connect(orders_address)
+
+    @property
+    def pollable(self) -> "zmq.Socket[bytes]":
+        """Readable when the leader has sent an order."""
+        return self._socket
+
+    def connect(self) -> TensorParallel:
+        """See Place.connect."""
+        return self._place.connect(self._store)
+
+    def report(self, report: AnyReport) -> None:
+        """Tell the leader."""
+        self._socket.send(encode(report))
+
+    def orders(self) -> list[AnyOrder]:
+        """Return the orders that have come since the last call, without waiting. Raise WireError for a bad one."""
+        orders: list[AnyOrder] = []
+        while self._socket.poll(0):
+            orders.append(decode_order(self._socket.recv()))
+        return orders
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._socket.close()
+        self._context.term()
+
+
+class GroupRanks:
+    """All ranks as the leader's roles see them (engine.role.Ranks)."""
+
+    def __init__(self, size: int, leader: Leader, own_rank: Rank) -> None:
+        self._leader = leader
+        self._own_rank = own_rank
+        self.size = size
+
+    def order(self, order: AnyOrder) -> None:
+        """Have every rank carry this out."""
+        self._leader.send(order)
+        self._own_rank.execute(order)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Run a batch on every rank; return logits [num_sampled, vocab_size]."""
+        self._leader.send(Step(batch))
+        logits = self._own_rank.forward(batch)
+        assert logits is not None, "rank 0 gets the logits"
+        return logits
+
+    def reports(self) -> list[AnyReport]:
+        """Return what any rank has reported since the last call."""
+        return [*self._leader.reports(), *self._own_rank.mover.poll()]
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Return what the leader's own mover counted. Followers' counts stay with them until reports carry them."""
+        return self._own_rank.mover.counters()

@@ -1,0 +1,75 @@
+"""One rank of a group: carries out the leader's orders, the same ones in the same sequence as every other rank.
+
+A step runs on the engine; everything else concerns KV on its way in or out and goes to the rank's mover, which is the
+part that a role adds to all ranks of its group.
+"""
+
+from typing import Protocol
+
+import torch
+
+from engine.engine import Engine
+from protocol.orders import AnyOrder, AnyReport, Batch, Step
+
+
+class Mover(Protocol):
+    """What moves this rank's KV blocks to or from other groups."""
+
+    @property
+    def address(self) -> str:
+        """Where peers send frames to this rank; "" when none are taken."""
+
+    def execute(self, order: AnyOrder) -> None:
+        """Carry out an order about a transfer."""
+
+    def poll(self) -> list[AnyReport]:
+        """Do what has become possible, without waiting; return what the leader should know."""
+
+    def filenos(self) -> list[int]:
+        """Descriptors that become readable when poll has something to do."""
+
+    def counters(self) -> dict[str, int]:
+        """How often something had to be dropped or refused, by reason."""
+
+    def close(self) -> None:
+        """Let go of sockets and threads."""
+
+
+class Stationary:
+    """The mover of a group whose KV never leaves it (both roles on one engine)."""
+
+    address = ""
+
+    def execute(self, order: AnyOrder) -> None:
+        """Nothing moves."""
+
+    def poll(self) -> list[AnyReport]:
+        return []
+
+    def filenos(self) -> list[int]:
+        return []
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class Rank:
+    """An engine and a mover, under orders."""
+
+    def __init__(self, engine: Engine, mover: Mover) -> None:
+        self._engine = engine
+        self.mover = mover
+
+    def forward(self, batch: Batch) -> torch.Tensor | None:
+        """Run a batch; return logits [num_sampled, vocab_size] on the leader's rank, None on the others."""
+        return self._engine.forward(batch)
+
+    def execute(self, order: AnyOrder) -> None:
+        """Carry out any order but StopRank."""
+        if isinstance(order, Step):
+            self.forward(order.batch)
+        else:
+            self.mover.execute(order)

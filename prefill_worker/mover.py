@@ -1,0 +1,34 @@
+"""What the prefill role adds to every rank of its group: the end that sends KV blocks."""
+
+from kv_transfer.sender import KVSender
+from protocol.orders import AnyOrder, AnyReport, ClosePeer, DropTransfer, SendBlocks
+
+
+class SendingMover:
+    """See engine.rank.Mover."""
+
+    address = ""
+
+    def __init__(self, sender: KVSender) -> None:
+        self._sender = sender
+
+    def execute(self, order: AnyOrder) -> None:
+        match order:
+            case SendBlocks():
+                self._sender.send(order)
+            case DropTransfer():
+                self._sender.drop(order.attempt)
+            case ClosePeer():
+                self._sender.close_peer(order.epoch)
+
+    def poll(self) -> list[AnyReport]:
+        return list(self._sender.poll())
+
+    def filenos(self) -> list[int]:
+        return [self._sender.fileno()]
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def close(self) -> None:
+        self._sender.close()

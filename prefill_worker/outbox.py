@@ -1,0 +1,69 @@
+"""Where a finished prompt goes: over a transport to another group, or nowhere at all when decode is in this very group.
+
+The prefill role asks its outbox for blocks and tells it to send; which of the two it has is decided when the worker is
+put together, and the role never knows.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from typing import Protocol
+
+from engine.block_pool import BlockPool, Hold
+from engine.role import Ranks
+from engine.sequence import Sequence
+from kv_transfer.plan import manifest_of
+from kv_transfer.transports.loopback import Loopback
+from protocol.identity import Attempt
+from protocol.layout import Endpoint, KVLayout
+from protocol.messages import Manifest
+from protocol.orders import DropTransfer, SendBlocks
+
+
+class Outbox(Protocol):
+    """What the prefill role needs of one."""
+
+    def claim(self, attempt: Attempt, names: SequenceOf[bytes], num_blocks: int) -> Hold | None:
+        """Return blocks for a prompt, or None while there are none."""
+
+    def send(self, sequence: Sequence, destination: Endpoint, first_position: int) -> Manifest:
+        """Start sending a computed prompt's KV from first_position on; return what its frames add up to."""
+
+    def drop(self, attempt: Attempt) -> None:
+        """Send nothing more of this attempt."""
+
+
+class RemoteOutbox:
+    """Blocks come from this group's own pool; every rank sends its part of their content."""
+
+    def __init__(self, pool: BlockPool, ranks: Ranks, layout: KVLayout) -> None:
+        self._pool = pool
+        self._ranks = ranks
+        self._layout = layout
+
+    def claim(self, attempt: Attempt, names: SequenceOf[bytes], num_blocks: int) -> Hold | None:
+        return self._pool.acquire(names, num_blocks)
+
+    def send(self, sequence: Sequence, destination: Endpoint, first_position: int) -> Manifest:
+        num_tokens = sequence.num_prompt_tokens - first_position
+        block_ids = sequence.hold.block_ids
+        self._ranks.order(SendBlocks(sequence.attempt, destination, block_ids, first_position, num_tokens))
+        return manifest_of(self._layout, destination.layout, first_position, num_tokens)
+
+    def drop(self, attempt: Attempt) -> None:
+        self._ranks.order(DropTransfer(attempt))
+
+
+class LoopbackOutbox:
+    """Blocks are those that the decode role of this group reserved; a computed prompt is already where it belongs."""
+
+    def __init__(self, loopback: Loopback[Hold]) -> None:
+        self._loopback = loopback
+
+    def claim(self, attempt: Attempt, names: SequenceOf[bytes], num_blocks: int) -> Hold | None:
+        hold = self._loopback.adopt(attempt)
+        return hold.share() if hold else None
+
+    def send(self, sequence: Sequence, destination: Endpoint, first_position: int) -> Manifest:
+        return Manifest(first_position, sequence.num_prompt_tokens - first_position, num_frames=0, num_bytes=0)
+
+    def drop(self, attempt: Attempt) -> None:
+        """Nothing is under way."""
