@@ -17,8 +17,8 @@ from engine.rank import Mover, Stationary
 from engine.role import Outlet, Ranks, Role
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
-from kv_transfer.transports import open_receiver, open_sender
 from kv_transfer.transports.loopback import Loopback
+from kv_transfer.transports.opening import open_receiver, open_sender
 from prefill_worker.mover import SendingMover
 from prefill_worker.outbox import LoopbackOutbox, RemoteOutbox
 from prefill_worker.role import PrefillRole

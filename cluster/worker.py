@@ -75,7 +75,6 @@ class WorkerLife:
         return self._link.await_welcome()
 
     def _load(self, tensor_parallel: TensorParallel) -> LoadedRank:
-        self._cleanup.callback(tensor_parallel.close)
         loaded = load_rank(self._launch, tensor_parallel, self._tell)
         self._cleanup.callback(loaded.rank.mover.close)
         return loaded

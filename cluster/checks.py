@@ -1,0 +1,147 @@
+"""What cannot work, said before anything starts: model, memory, port, packages, CPUs and GPUs.
+
+Called by the command line with a topology that is well-formed. Imports neither torch nor ray, so that every refusal
+comes within two seconds; what only a running Ray cluster can answer is asked by cluster/ray_session.py and judged here.
+"""
+
+import os
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from cluster.kv_memory import block_bytes
+from cluster.memory_size import format_memory, parse_memory
+from cluster.ports import check_port
+from protocol.errors import ConfigError
+from protocol.messages import RoleName
+from protocol.model_config import ModelConfig, load_model_config
+from protocol.model_files import TOKENIZER_FILES, find_model
+from protocol.topology import RoleSection, Topology
+
+
+def roles(topology: Topology) -> list[tuple[RoleName, RoleSection]]:
+    """Return the roles that the topology has, with their sections."""
+    every: list[tuple[RoleName, RoleSection | None]] = [
+        ("prefill", topology.prefill),
+        ("decode", topology.decode),
+        ("colocated", topology.colocated),
+    ]
+    return [(name, section) for name, section in every if section is not None]
+
+
+def check_topology(topology: Topology) -> ModelConfig:
+    """Raise ConfigError for anything that no machine could run; return the model's facts."""
+    _check_kernels_package()
+    folder = find_model(topology.model.path, TOKENIZER_FILES)
+    model = load_model_config(folder)
+    _check_files(folder, has_weights=Path(topology.model.path).expanduser().is_dir())
+    for role, section in roles(topology):
+        _check_split(role, section, model)
+    max_context = longest_context(topology, model)
+    _check_cache(topology, model, max_context)
+    _check_gpu_shares(topology)
+    return model
+
+
+def check_this_machine(topology: Topology, has_cluster: bool) -> None:
+    """Raise ConfigError when the router's port is taken, or when no cluster helps and this machine is too small."""
+    check_port(topology.router.host, topology.router.port)
+    if has_cluster:
+        return
+    check_resources(topology, num_cpus=num_local_cpus(), num_gpus=num_local_gpus(), where="this machine")
+
+
+def check_resources(topology: Topology, num_cpus: float, num_gpus: float, where: str) -> None:
+    """Raise ConfigError when the ranks want more than there is."""
+    want_cpus = sum(section.cpus * count for section, count in _ranks(topology))
+    want_gpus = sum(gpu_share(topology, section) * count for section, count in _ranks(topology))
+    if want_gpus and not num_gpus:
+        raise ConfigError(f"device is cuda, but {where} has no GPU; set device: cpu, or start on a machine with GPUs")
+    for name, want, have in (("CPUs", want_cpus, num_cpus), ("GPUs", want_gpus, num_gpus)):
+        if want > have + 1e-6:
+            key = name.lower()
+            raise ConfigError(
+                f"the ranks want {want:g} {name}, {where} has {have:g}; "
+                f"take fewer groups, a smaller tensor_parallel or a smaller share ({key} of each role)"
+            )
+
+
+def longest_context(topology: Topology, model: ModelConfig) -> int:
+    """Return the longest context served. Raise ConfigError when the topology asks for more than the model can."""
+    asked = topology.model.max_context or model.max_context
+    if asked > model.max_context:
+        raise ConfigError(f"model.max_context is {asked}, but the model was made for at most {model.max_context}")
+    return asked
+
+
+def gpu_share(topology: Topology, section: RoleSection) -> float:
+    """Return each rank's share of a GPU: none on a CPU, and one unless the topology says otherwise."""
+    if topology.device == "cpu":
+        return 0.0
+    return 1.0 if section.gpus is None else section.gpus
+
+
+def num_local_cpus() -> int:
+    return os.cpu_count() or 1
+
+
+def num_local_gpus() -> int:
+    """Return the number of NVIDIA devices that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return present if visible is None else min(present, len([name for name in visible.split(",") if name.strip()]))
+
+
+def _ranks(topology: Topology) -> Iterator[tuple[RoleSection, int]]:
+    for _, section in roles(topology):
+        yield section, section.groups * section.tensor_parallel
+
+
+def _check_kernels_package() -> None:
+    try:
+        found = distribution("kernels")
+    except PackageNotFoundError:
+        return
+    raise ConfigError(
+        f"the package kernels {found.version} (Hugging Face's) is installed, and our folder of that name hides it, "
+        f"which breaks transformers; pip uninstall kernels, or run from an environment without it"
+    )
+
+
+def _check_files(folder: Path, has_weights: bool) -> None:
+    """A model from the hub brings its weights later, on each worker's own node."""
+    if not (folder / "tokenizer.json").exists():
+        raise ConfigError(f"{folder / 'tokenizer.json'} is missing; a model folder needs it")
+    if has_weights and not any(folder.glob("*.safetensors")):
+        raise ConfigError(f"{folder} holds no *.safetensors; a model folder needs its weights in that format")
+
+
+def _check_split(role: str, section: RoleSection, model: ModelConfig) -> None:
+    try:
+        model.check_tensor_parallel(section.tensor_parallel)
+    except ConfigError as error:
+        raise ConfigError(f"{role}.tensor_parallel: {error}") from None
+
+
+def _check_cache(topology: Topology, model: ModelConfig, max_context: int) -> None:
+    """Every rank must hold the KV of one request of full length, or that request could never be served."""
+    cache = topology.kv_cache
+    num_blocks = -(-max_context // cache.block_size)
+    for role, section in roles(topology):
+        one_block = block_bytes(model, topology.model.dtype, cache.block_size, section.tensor_parallel)
+        held = parse_memory(cache.memory) // one_block
+        if held < num_blocks:
+            remedy = f" or model.max_context to {held * cache.block_size}" if held else ""
+            raise ConfigError(
+                f"kv_cache.memory {cache.memory} holds {held * cache.block_size} tokens on each {role} rank, fewer "
+                f"than one context of {max_context}; raise it to {format_memory(num_blocks * one_block)}{remedy}"
+            )
+
+
+def _check_gpu_shares(topology: Topology) -> None:
+    for role, section in roles(topology):
+        share = gpu_share(topology, section)
+        if topology.device == "cuda" and (share == 0 or (share > 1 and share % 1)):
+            raise ConfigError(
+                f"{role}.gpus is {share:g}; with device cuda it is a fraction of one GPU, or a whole number"
+            )

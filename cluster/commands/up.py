@@ -1,0 +1,84 @@
+"""`tandem up CONFIG`: start a cluster, serve until told to stop, leave nothing behind."""
+
+import argparse
+import json
+from typing import Any
+
+from cluster import ray_session
+from cluster.checks import longest_context, roles
+from cluster.commands.check import add_topology_arguments, describe, load_and_check
+from cluster.progress import Progress
+from cluster.ray_session import RaySession
+from cluster.router_process import RouterProcess
+from cluster.stop_signal import StopSignal
+from protocol.model_config import ModelConfig
+from protocol.model_files import TOKENIZER_FILES, find_model
+from protocol.topology import Topology
+from router.launch import GroupSpec, RouterLaunch
+
+
+def add(commands: Any) -> None:
+    """Describe the command to argparse."""
+    parser = commands.add_parser("up", help="start a cluster and serve until SIGINT or SIGTERM")
+    add_topology_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until told to stop. ConfigError: it cannot work; TandemError: it failed while running."""
+    topology, model = load_and_check(arguments)
+    progress = Progress(sum(section.groups * section.tensor_parallel for _, section in roles(topology)))
+    progress.say(f"starting {describe(topology)}")
+    stop = StopSignal()
+    with ray_session.connected(topology) as session:
+        stop.listen()
+        _serve(topology, model, session, progress, stop)
+    progress.say("stopped")
+    return 0
+
+
+def _serve(topology: Topology, model: ModelConfig, session: RaySession, progress: Progress, stop: StopSignal) -> None:
+    from cluster.placement import start_ranks  # these two import Ray, which takes a second and reads its settings then
+    from cluster.supervisor import Supervisor
+
+    router = RouterProcess(_router_launch(topology, model, session.host))
+    try:
+        ranks = start_ranks(topology, router.addresses.control, session.host if session.is_local else "")
+        supervisor = Supervisor(router, ranks, progress, session.logs)
+        try:
+            if supervisor.wait_until_ready(stop):
+                progress.say(_invitation(router.addresses.http, _model_name(topology), session.logs))
+                supervisor.watch(stop)
+            progress.say("stopping")
+            supervisor.drain(topology.router.grace_s)
+        finally:
+            supervisor.kill()
+    finally:
+        router.end()
+
+
+def _router_launch(topology: Topology, model: ModelConfig, control_host: str) -> RouterLaunch:
+    groups = (
+        GroupSpec(role, group, section.tensor_parallel)
+        for role, section in roles(topology)
+        for group in range(section.groups)
+    )
+    return RouterLaunch(
+        section=topology.router,
+        control_host=control_host,
+        model_folder=str(find_model(topology.model.path, TOKENIZER_FILES)),
+        model_name=_model_name(topology),
+        max_context=longest_context(topology, model),
+        vocab_size=model.vocab_size,
+        groups=tuple(groups),
+    )
+
+
+def _model_name(topology: Topology) -> str:
+    return topology.model.name or topology.model.path
+
+
+def _invitation(url: str, model_name: str, logs: str) -> str:
+    body = json.dumps({"model": model_name, "prompt": "Once upon a time", "max_tokens": 32})
+    example = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
+    return f"ready: {url}\n  {example}\n  logs: {logs}"

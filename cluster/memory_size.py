@@ -1,0 +1,25 @@
+"""Sizes as people write them in a topology: "512MiB", "20GiB", "1.5GiB".
+
+Used where a topology is read and where its limits are checked. Binary units only, so that nobody has to guess.
+"""
+
+import re
+
+from protocol.errors import ConfigError
+
+_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[A-Za-z]*)")
+
+
+def parse_memory(text: str) -> int:
+    """Return the number of bytes in text; raise ConfigError saying how to write it."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or match["unit"] not in _UNITS:
+        raise ConfigError(f'"{text}" is not a memory size; write it as 512MiB or 20GiB (units: {", ".join(_UNITS)})')
+    return int(float(match["number"]) * _UNITS[match["unit"]])
+
+
+def format_memory(num_bytes: int) -> str:
+    """Return num_bytes rounded up to a size that parse_memory reads."""
+    unit = next((name for name in ("GiB", "MiB", "KiB") if num_bytes >= 10 * _UNITS[name]), "B")
+    return f"{-(-num_bytes // _UNITS[unit])}{unit}"

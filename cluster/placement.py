@@ -1,0 +1,97 @@
+"""A topology's ranks -> Ray actors: who runs with which share of which machine.
+
+Called once by `up`. The ranks of a group are placed as one unit, on one node if they fit there. Ray's handles end here:
+the rest of the command line sees a Rank with a name and the future of its run.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster import launch
+from cluster.actor import WorkerActor
+from cluster.checks import gpu_share, roles
+from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
+from cluster.memory_size import parse_memory
+from protocol.messages import RoleName
+from protocol.topology import RoleSection, Topology
+
+
+@dataclass
+class Rank:
+    """One actor, and the future of its current run."""
+
+    launch: WorkerLaunch
+    actor: Any
+    running: Any
+
+    @property
+    def name(self) -> str:
+        return self.launch.name
+
+    def restart(self) -> None:
+        """End this process, whatever it is doing, and run its next life."""
+        ray.kill(self.actor, no_restart=False)
+        self.running = self.actor.run.remote(launch.encode(self.launch))
+
+
+def start_ranks(topology: Topology, control: str, host: str) -> list[Rank]:
+    """Create the actors of every group. control is the router's address for them; host their own, "" to find it out."""
+    ranks = []
+    for role, section in roles(topology):
+        for group in range(section.groups):
+            launches = [
+                _launch(topology, role, section, group, rank, control, host) for rank in range(section.tensor_parallel)
+            ]
+            ranks += _start_group(launches, section.cpus, gpu_share(topology, section))
+    return ranks
+
+
+def _launch(
+    topology: Topology, role: RoleName, section: RoleSection, group: int, rank: int, control: str, host: str
+) -> WorkerLaunch:
+    cache, model = topology.kv_cache, topology.model
+    return WorkerLaunch(
+        role=role,
+        group=group,
+        rank=rank,
+        model=ModelLaunch(absolute_path(model.path), model.dtype, model.max_context),
+        role_section=section,
+        kv_cache=CacheLaunch(parse_memory(cache.memory), cache.block_size, cache.prefix_caching),
+        kv_transfer=topology.kv_transfer,
+        device=topology.device,
+        control=control,
+        host=host,
+    )
+
+
+def absolute_path(path: str) -> str:
+    """Return a folder's absolute path, for workers have another working directory; a hub id stays as it is."""
+    folder = Path(path).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else path
+
+
+def _start_group(launches: list[WorkerLaunch], cpus: float, gpus: float) -> list[Rank]:
+    bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
+    together = placement_group([bundle] * len(launches), strategy="PACK")
+    return [_start_rank(each, cpus, gpus, together) for each in launches]
+
+
+def _start_rank(mine: WorkerLaunch, cpus: float, gpus: float, together: Any) -> Rank:
+    place = PlacementGroupSchedulingStrategy(together, placement_group_bundle_index=mine.rank)
+    actor = (
+        ray.remote(WorkerActor)
+        .options(
+            num_cpus=cpus,
+            num_gpus=gpus,
+            max_restarts=-1,
+            max_task_retries=-1,  # a killed worker's run is called again on its next life
+            scheduling_strategy=place,
+        )
+        .remote()
+    )
+    return Rank(mine, actor, actor.run.options(name=mine.name).remote(launch.encode(mine)))

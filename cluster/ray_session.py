@@ -1,0 +1,88 @@
+"""Ray, connected or started for the length of one `up`.
+
+Uses the cluster that RAY_ADDRESS names (a Ray job has it set), or else starts one of this machine alone. Ray is
+imported here and in cluster/placement.py only, after the checks, for it takes a second.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from cluster.checks import check_resources, num_local_cpus, num_local_gpus
+from protocol.topology import Topology
+
+_OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: nothing of ours passes through it
+
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # else Ray warns about a default that it will change
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "worker died or was killed|retries remaining",  # we say so ourselves, in one line
+}
+"""Settings of Ray, read when it is imported; what the user has set stays."""
+
+
+@dataclass(frozen=True)
+class RaySession:
+    """host: the address that the router binds for workers. is_local: this machine alone, started by us."""
+
+    host: str
+    is_local: bool
+    logs: str
+
+
+def uses_existing_cluster() -> bool:
+    """Whether there is a cluster to join."""
+    return os.environ.get("RAY_ADDRESS", "local") not in ("", "local")
+
+
+@contextmanager
+def connected(topology: Topology) -> Iterator[RaySession]:
+    """Join or start Ray, and leave it afterwards; a cluster that we started ends with that.
+
+    Raise ConfigError when an existing cluster has too little for the topology. Ray starts in a thread of its own: in
+    the main thread it would take our signal handlers, and a signal would leave it half started. The thread stays, for
+    Ray's processes die with the thread that started them.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray") as ray_thread:
+        import ray
+
+        try:
+            yield ray_thread.submit(_join if uses_existing_cluster() else _start, topology).result()
+        finally:
+            ray.shutdown()
+
+
+def _join(topology: Topology) -> RaySession:
+    import ray
+
+    ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    resources = ray.cluster_resources()
+    check_resources(topology, resources.get("CPU", 0), resources.get("GPU", 0), where="the Ray cluster")
+    return RaySession(str(ray.util.get_node_ip_address()), is_local=False, logs=_logs())
+
+
+def _start(topology: Topology) -> RaySession:
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=num_local_cpus(),
+        num_gpus=num_local_gpus(),
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _system_config={"gcs_rpc_server_reconnect_timeout_s": 5},  # its agents outlive a killed driver no longer
+    )
+    return RaySession("127.0.0.1", is_local=True, logs=_logs())
+
+
+def _logs() -> str:
+    from ray._private.worker import global_worker  # the folder has no public name
+
+    return str(global_worker.node.get_logs_dir_path())

@@ -1,0 +1,84 @@
+"""The router as a child process of the driver: started, asked where it listens, ended.
+
+It gets its launch as one line of JSON on stdin and answers with one line of JSON on stdout. The pipe stays open for as
+long as the driver lives: its end tells the router that the driver is gone, and so does the kernel.
+"""
+
+import ctypes
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import msgspec
+
+from protocol.errors import TandemError
+from router.launch import Addresses, RouterLaunch
+
+_START_S = 30.0
+_PR_SET_PDEATHSIG = 1
+
+
+class RouterProcess:
+    """A running router. Made by the driver's main thread, whose end would end the router too."""
+
+    def __init__(self, launch: RouterLaunch) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "router"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C is the driver's to hear, which then drains
+            preexec_fn=_die_with_parent,  # noqa: PLW1509  (the driver has no threads yet that could hold a lock)
+        )
+        self._tell(msgspec.json.encode(launch) + b"\n")
+        self.addresses = self._read_addresses()
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def drain(self) -> None:
+        """Ask it to finish what runs, to stop the workers and to end."""
+        self._process.terminate()
+
+    def end(self) -> None:
+        """Make sure that it is gone."""
+        self._process.kill()
+        self._process.wait(timeout=10)
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _tell(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # it has ended already; reading its answer says so with its exit code
+
+    def _read_addresses(self) -> Addresses:
+        line = self._read_line(time.monotonic() + _START_S)
+        try:
+            return msgspec.json.decode(line, type=Addresses)
+        except msgspec.DecodeError:
+            code = self._process.poll()
+            self.end()
+            raise TandemError(f"the router did not start (exit code {code}); what it said is above") from None
+
+    def _read_line(self, deadline: float) -> bytes:
+        assert self._process.stdout is not None
+        line = b""
+        while not line.endswith(b"\n") and (left := deadline - time.monotonic()) > 0:
+            if select.select([self._process.stdout], [], [], left)[0]:
+                piece = self._process.stdout.read1(4096)  # type: ignore[attr-defined]
+                if not piece:
+                    break
+                line += piece
+        return line
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

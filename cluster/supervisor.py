@@ -1,0 +1,122 @@
+"""The driver's life after everything was started: watch until ready, then until the end, then take all of it down.
+
+One loop, called by `up` in the main thread. It is never on a token's path: it looks a few times a second at the
+router's process, the workers' runs and the router's status, and acts on what it sees.
+"""
+
+import re
+import time
+from enum import Enum
+from typing import Any
+
+import ray
+
+from cluster.placement import Rank
+from cluster.progress import Progress
+from cluster.router_process import RouterProcess
+from cluster.status_client import ClusterStatus, fetch_status
+from cluster.stop_signal import StopSignal
+from protocol.errors import ConfigError, TandemError
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray paints tracebacks
+_LOOK_EVERY_S = 0.25
+_MAX_LIVES_WHILE_STARTING = 3
+_PATIENCE_S = 5.0  # beyond the router's own grace, for whatever is then still there
+
+
+class Phase(Enum):
+    """Starting ends when every rank has been ready at once; a rank lost later is Ray's to bring back."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+
+
+class Supervisor:
+    """Watches one router and the ranks."""
+
+    def __init__(self, router: RouterProcess, ranks: list[Rank], progress: Progress, logs: str) -> None:
+        self._router = router
+        self._ranks = ranks
+        self._progress = progress
+        self._logs = logs
+        self._phase = Phase.STARTING
+        self._epochs: dict[str, set[int]] = {}
+
+    def wait_until_ready(self, stop: StopSignal) -> bool:
+        """Return True when all ranks are ready, False when asked to stop; raise TandemError when that cannot be."""
+        while not stop.is_asked:
+            self._look()
+            status = self._show_status()
+            if status is not None and self._is_all_ready(status):
+                self._phase = Phase.SERVING
+                return True
+            if status is not None:
+                self._refuse_crash_loop(status)
+        return False
+
+    def watch(self, stop: StopSignal) -> None:
+        """Return when asked to stop; raise TandemError when the router ends by itself."""
+        while not stop.is_asked:
+            self._look()
+            self._show_status()
+
+    def drain(self, grace_s: float) -> None:
+        """Let the router finish what runs and stop the workers; whoever is then still there is killed."""
+        self._router.drain()
+        deadline = time.monotonic() + grace_s + _PATIENCE_S
+        while self._router.exit_code is None and time.monotonic() < deadline:
+            time.sleep(_LOOK_EVERY_S)
+        ray.wait([rank.running for rank in self._ranks], num_returns=len(self._ranks), timeout=_PATIENCE_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """End every rank, at once."""
+        for rank in self._ranks:
+            ray.kill(rank.actor, no_restart=True)
+
+    def _look(self) -> None:
+        """Wait a moment for something to end, and see to what has."""
+        ended, _ = ray.wait([rank.running for rank in self._ranks], timeout=_LOOK_EVERY_S)
+        if self._router.exit_code is not None:
+            raise TandemError(f"the router ended by itself (exit code {self._router.exit_code}); shutting down")
+        for rank in self._ranks:
+            if rank.running in ended:
+                self._see_to(rank)
+
+    def _see_to(self, rank: Rank) -> None:
+        """A run that ended was not killed (then Ray would have run it again): it returned or raised."""
+        complaint = _complaint(rank.running)
+        if self._phase is Phase.STARTING:
+            raise TandemError(f"{rank.name} did not start: {complaint}")
+        self._progress.say(f"{rank.name} ended: {complaint}; starting it again")
+        rank.restart()
+
+    def _show_status(self) -> ClusterStatus | None:
+        try:
+            status = fetch_status(self._router.addresses.http)
+        except TandemError:  # busy for a moment, or about to end, which _look will see
+            return None
+        self._progress.show(status)
+        return status
+
+    def _is_all_ready(self, status: ClusterStatus) -> bool:
+        return sum(worker.state == "ready" for worker in status.workers) >= len(self._ranks)
+
+    def _refuse_crash_loop(self, status: ClusterStatus) -> None:
+        for worker in status.workers:
+            epochs = self._epochs.setdefault(worker.name, set())
+            epochs.add(worker.epoch)
+            if len(epochs) > _MAX_LIVES_WHILE_STARTING:
+                raise TandemError(f"{worker.name} died {len(epochs) - 1} times while starting; see {self._logs}")
+
+
+def _complaint(running: Any) -> str:
+    """Return why a run ended, in the worker's own words."""
+    try:
+        ray.get(running)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        return str(cause) if isinstance(cause, ConfigError) else _COLOUR.sub("", str(error))
+    except ray.exceptions.RayError as error:
+        return str(error).strip().splitlines()[0]
+    return "it returned before anyone told it to stop"

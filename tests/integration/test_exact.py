@@ -1,0 +1,98 @@
+"""Every family on every topology over every transport answers as transformers does, token for token.
+
+The real roles, engines, transports and control plane, as threads of one process. Prompts of 1 to 700 tokens, sixteen at
+once, half of them with a shared prefix, so that batches are mixed and prefix caches are hit on both sides.
+"""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.sampler import SamplingRow, sample
+from protocol.messages import RoleName
+from protocol.request import SamplingParams
+from protocol.topology import Transport
+from tests.models import FAMILIES, make_model, reference_model
+from tests.worker_cluster import WorkerCluster
+
+NUM_TOKENS = 20
+LENGTHS = (1, 2, 15, 16, 17, 32, 63, 100, 205, 256, 257, 333, 400, 512, 699, 700)
+SHARED = 208
+TOPOLOGIES: dict[str, list[tuple[RoleName, int, int]]] = {
+    "colocated": [("colocated", 1, 1)],
+    "1P1D": [("prefill", 1, 1), ("decode", 1, 1)],
+    "2P2D": [("prefill", 2, 1), ("decode", 2, 1)],
+    "TP1-TP2": [("prefill", 1, 1), ("decode", 1, 2)],
+    "TP2-TP1": [("prefill", 1, 2), ("decode", 1, 1)],
+    "TP2-TP4": [("prefill", 1, 2), ("decode", 1, 4)],
+}
+CASES = [(topology, transport) for topology in TOPOLOGIES for transport in ("zmq", "gloo")]
+CASES.remove(("colocated", "gloo"))  # nothing crosses there
+
+
+class Reference:
+    """One family's model, and what transformers says about it."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self.folder = make_model(family, folder)
+        self._model = reference_model(self.folder)
+        self.prompts = _prompts()
+        self.greedy = [self._greedy(prompt) for prompt in self.prompts]
+        self.sampling = [_sampling(seed) for seed in range(4)]
+        self.sampled = [
+            self._sampled(prompt, params) for prompt, params in zip(self.prompts[4:8], self.sampling, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def _greedy(self, prompt: list[int]) -> list[int]:
+        ids = torch.tensor([prompt])
+        mask = torch.ones_like(ids)
+        output = self._model.generate(ids, attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False)
+        return [int(token) for token in output[0, len(prompt) :]]
+
+    @torch.inference_mode()
+    def _sampled(self, prompt: list[int], params: SamplingParams) -> list[int]:
+        """Draw from transformers' logits of the whole text, one token at a time, alone in its batch."""
+        output: list[int] = []
+        for _ in range(params.max_tokens):
+            logits = self._model(torch.tensor([prompt + output])).logits[0, -1:].float()
+            output.append(sample(logits, [SamplingRow(params, prompt, output)])[0].token_id)
+        return output
+
+
+def _prompts() -> list[list[int]]:
+    generator = random.Random(5)
+    shared = [generator.randrange(500) for _ in range(SHARED)]
+    prompts = []
+    for index, length in enumerate(LENGTHS):
+        own = [generator.randrange(500) for _ in range(length)]
+        prompts.append((shared + own)[:length] if index % 2 else own)
+    return prompts
+
+
+def _sampling(seed: int) -> SamplingParams:
+    return SamplingParams(
+        max_tokens=12, seed=seed, temperature=0.9, top_p=0.95, top_k=50, presence_penalty=0.4, repetition_penalty=1.1
+    )
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    yield Reference(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize(("topology", "transport"), CASES)
+def test_tokens_equal_transformers(reference: Reference, topology: str, transport: Transport) -> None:
+    greedy = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0)
+    with WorkerCluster(reference.folder, TOPOLOGIES[topology], transport, memory_bytes=24 << 20) as cluster:
+        assert cluster.generate(reference.prompts, greedy) == reference.greedy
+        assert cluster.generate(reference.prompts[::-1], greedy) == reference.greedy[::-1], "from a warm prefix cache"
+        futures = [
+            cluster.submit(prompt, params)
+            for prompt, params in zip(reference.prompts[4:8], reference.sampling, strict=True)
+        ]
+        assert [future.result(60).token_ids for future in futures] == reference.sampled
+        cluster.assert_pools_whole()

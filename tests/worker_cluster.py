@@ -1,0 +1,184 @@
+"""Real workers and the router's real control plane in one process: no Ray, no HTTP, everything between them real.
+
+Each rank is a thread that lives run_worker's whole life: joining, assembling its group over gloo, loading, serving. The
+router's event loop is one more thread. Tests submit requests and look at pools.
+"""
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
+from cluster.worker import run_worker
+from protocol.identity import new_request_id
+from protocol.messages import RoleName, TokenUpdate
+from protocol.model_config import load_model_config
+from protocol.request import Request, SamplingParams
+from protocol.topology import KVTransferSection, RoleSection, RouterSection, Transport
+from router.control import ControlPlane
+from router.controller import Controller
+from router.launch import GroupSpec, RouterLaunch
+from router.lifecycle import Outcome
+from router.membership import Rank
+
+HOST = "127.0.0.1"
+DEADLINE_S = 60.0
+
+
+@dataclass
+class Answer:
+    """What a client got."""
+
+    updates: list[TokenUpdate] = field(default_factory=list)
+    outcome: Outcome | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [update.token_id for update in self.updates]
+
+
+class WorkerCluster:
+    """Groups of the roles named, (role, number of groups, tensor_parallel), over one transport. A context manager."""
+
+    def __init__(
+        self,
+        model: Path,
+        roles: list[tuple[RoleName, int, int]],
+        transport: Transport = "zmq",
+        memory_bytes: int = 8 << 20,
+        block_size: int = 16,
+        batch_tokens: int = 256,
+    ) -> None:
+        self._model = model
+        self._transport: Transport = transport
+        self._cache = CacheLaunch(memory_bytes, block_size, prefix_caching=True)
+        self._batch_tokens = batch_tokens
+        self._groups = tuple(GroupSpec(role, group, tp) for role, num, tp in roles for group in range(num))
+        self._loop = asyncio.new_event_loop()
+        self._threads: list[threading.Thread] = []
+        self.errors: list[BaseException] = []
+
+    def __enter__(self) -> "WorkerCluster":
+        self._start(self._loop.run_forever)
+        self._on_loop(self._open_router())
+        for spec in self._groups:
+            for rank in range(spec.tensor_parallel):
+                self._start(self._live, self._launch(spec, rank))
+        self.wait_until(lambda: self._controller.dispatcher.why_none is None and self._num_ready() == self._num_ranks)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._on_loop(self._control.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        for thread in self._threads:
+            thread.join(timeout=20)
+        assert not any(thread.is_alive() for thread in self._threads), "a worker did not stop"
+        self._loop.close()
+        if error is None:
+            assert not self.errors, self.errors
+
+    def submit(self, prompt: list[int], sampling: SamplingParams, salt: str = "") -> "Future[Answer]":
+        """Start a request; the future holds its answer when it is over."""
+        request = Request(new_request_id(), tuple(prompt), sampling, DEADLINE_S, salt)
+        future: Future[Answer] = Future()
+        answer = Answer()
+
+        def client(event: TokenUpdate | Outcome) -> None:
+            if isinstance(event, TokenUpdate):
+                answer.updates.append(event)
+                return
+            answer.outcome = event
+            future.set_result(answer)
+
+        async def submit() -> None:
+            self._control.submit(request, time.monotonic() + DEADLINE_S, client)
+
+        self._on_loop(submit())
+        return future
+
+    def generate(self, prompts: list[list[int]], sampling: SamplingParams) -> list[list[int]]:
+        """Return the answers to prompts that all run at once; a failed one is an error here."""
+        answers = [future.result(DEADLINE_S) for future in [self.submit(prompt, sampling) for prompt in prompts]]
+        assert all(answer.outcome and answer.outcome.code in ("stop", "length") for answer in answers), answers
+        return [answer.token_ids for answer in answers]
+
+    def leaders(self) -> list[Rank]:
+        """Return what the router knows of every group's leader."""
+        return [group.ranks[0] for group in self._controller.membership.groups.values()]
+
+    def assert_pools_whole(self) -> None:
+        """Wait for the next heartbeats, then hold that nothing is held and nothing lost anywhere."""
+        self.wait_until(lambda: all(self._is_idle(rank) for rank in self.leaders()), timeout_s=5)
+        for rank in self.leaders():
+            blocks = rank.load.blocks
+            assert blocks.free + blocks.cached == blocks.total > 0 and blocks.held == 0
+
+    def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
+        """Poll condition; an error of a worker ends the wait."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert not self.errors, self.errors
+            assert time.monotonic() < deadline, "waited in vain"
+            time.sleep(0.01)
+
+    @property
+    def _num_ranks(self) -> int:
+        return sum(spec.tensor_parallel for spec in self._groups)
+
+    def _num_ready(self) -> int:
+        groups = self._controller.membership.groups.values()
+        return sum(rank.state == "ready" for group in groups for rank in group.ranks.values())
+
+    @staticmethod
+    def _is_idle(rank: Rank) -> bool:
+        return rank.load.blocks.held == 0 and rank.load.running == rank.load.waiting == 0
+
+    def _launch(self, spec: GroupSpec, rank: int) -> WorkerLaunch:
+        return WorkerLaunch(
+            role=spec.role,
+            group=spec.group,
+            rank=rank,
+            model=ModelLaunch(str(self._model), "float32", None),
+            role_section=RoleSection(tensor_parallel=spec.tensor_parallel, batch_tokens=self._batch_tokens),
+            kv_cache=self._cache,
+            kv_transfer=KVTransferSection(transport=self._transport, timeout_s=10),
+            device="cpu",
+            control=self._control.address,
+            host=HOST,
+        )
+
+    async def _open_router(self) -> None:
+        config = load_model_config(self._model)
+        launch = RouterLaunch(
+            section=RouterSection(policy="round_robin"),
+            control_host=HOST,
+            model_folder=str(self._model),
+            model_name="test",
+            max_context=config.max_context,
+            vocab_size=config.vocab_size,
+            groups=self._groups,
+        )
+        self._controller = Controller(launch)
+        self._control = ControlPlane(self._controller, HOST)
+        self._control.start()
+
+    def _live(self, launch: WorkerLaunch) -> None:
+        try:
+            run_worker(launch)
+        except BaseException as error:
+            self.errors.append(error)
+
+    def _start(self, target: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(target=target, args=arguments, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+
+    def _on_loop(self, work: Coroutine[None, None, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(20)
