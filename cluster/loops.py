@@ -42,7 +42,9 @@ class LeaderLoop:
         try:
             while True:
                 poller.poll(0 if is_busy else int(HEARTBEAT_S * 1000))
-                is_busy = self._turn()
+                was_busy, is_busy = is_busy, self._turn()
+                if was_busy and not is_busy:
+                    self._heartbeat()  # what the router knows last before a silence should be true
         finally:
             for role in self._roles:
                 role.drop_all()
@@ -56,7 +58,8 @@ class LeaderLoop:
             for role in self._roles:
                 role.heed(report)
         has_stepped = self._steps.step()
-        self._heartbeat()
+        if time.monotonic() >= self._heartbeat_at:
+            self._heartbeat()
         self._link.flush()
         return bool(messages or reports or has_stepped)
 
@@ -68,9 +71,7 @@ class LeaderLoop:
             role.receive(message)
 
     def _heartbeat(self) -> None:
-        if (now := time.monotonic()) < self._heartbeat_at:
-            return
-        self._heartbeat_at = now + HEARTBEAT_S
+        self._heartbeat_at = time.monotonic() + HEARTBEAT_S
         self._link.send(
             Heartbeat(
                 blocks=self._pool.counts,
@@ -80,6 +81,7 @@ class LeaderLoop:
                 counters={**self._link.counters, **self._ranks.counters},
             )
         )
+        self._link.flush()
 
 
 class FollowerLoop:

@@ -5,19 +5,22 @@ long as the driver lives: its end tells the router that the driver is gone, and 
 """
 
 import ctypes
+import os
 import select
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import msgspec
 
-from protocol.errors import TandemError
+from protocol.errors import ConfigError, TandemError
 from router.launch import Addresses, RouterLaunch
 
 _START_S = 30.0
 _PR_SET_PDEATHSIG = 1
+_CANNOT_WORK = 2  # the router's exit code for a ConfigError
 
 
 class RouterProcess:
@@ -28,6 +31,7 @@ class RouterProcess:
             [sys.executable, "-m", "router"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env={"TANDEM_LOG_LEVEL": "WARNING", **os.environ},  # its stderr is the terminal
             start_new_session=True,  # a Ctrl-C is the driver's to hear, which then drains
             preexec_fn=_die_with_parent,  # noqa: PLW1509  (the driver has no threads yet that could hold a lock)
         )
@@ -39,13 +43,16 @@ class RouterProcess:
         """None while it runs."""
         return self._process.poll()
 
-    def drain(self) -> None:
-        """Ask it to finish what runs, to stop the workers and to end."""
+    def drain(self, patience_s: float) -> None:
+        """Ask it to finish what runs, to stop the workers and to end; wait for that for so long."""
         self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience_s)
 
     def end(self) -> None:
         """Make sure that it is gone."""
-        self._process.kill()
+        if self._process.poll() is None:
+            self._process.kill()
         self._process.wait(timeout=10)
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
@@ -53,20 +60,18 @@ class RouterProcess:
 
     def _tell(self, line: bytes) -> None:
         assert self._process.stdin is not None
-        try:
+        with suppress(BrokenPipeError):  # it has ended already; reading its answer says so with its exit code
             self._process.stdin.write(line)
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it has ended already; reading its answer says so with its exit code
 
     def _read_addresses(self) -> Addresses:
         line = self._read_line(time.monotonic() + _START_S)
         try:
             return msgspec.json.decode(line, type=Addresses)
         except msgspec.DecodeError:
-            code = self._process.poll()
             self.end()
-            raise TandemError(f"the router did not start (exit code {code}); what it said is above") from None
+            kind = ConfigError if self.exit_code == _CANNOT_WORK else TandemError
+            raise kind(f"the router did not start (exit code {self.exit_code}); what it said is above") from None
 
     def _read_line(self, deadline: float) -> bytes:
         assert self._process.stdout is not None

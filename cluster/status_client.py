@@ -24,9 +24,9 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     pid: int
     node: str
     state: WorkerState
-    epoch: int
+    epoch: str
     doing: str = ""
-    blocks: BlockCounts | None = None
+    blocks: BlockCounts = BlockCounts()
     running: int = 0
     waiting: int = 0
 

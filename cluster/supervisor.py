@@ -5,7 +5,6 @@ router's process, the workers' runs and the router's status, and acts on what it
 """
 
 import re
-import time
 from enum import Enum
 from typing import Any
 
@@ -40,7 +39,7 @@ class Supervisor:
         self._progress = progress
         self._logs = logs
         self._phase = Phase.STARTING
-        self._epochs: dict[str, set[int]] = {}
+        self._epochs: dict[str, set[str]] = {}
 
     def wait_until_ready(self, stop: StopSignal) -> bool:
         """Return True when all ranks are ready, False when asked to stop; raise TandemError when that cannot be."""
@@ -62,10 +61,7 @@ class Supervisor:
 
     def drain(self, grace_s: float) -> None:
         """Let the router finish what runs and stop the workers; whoever is then still there is killed."""
-        self._router.drain()
-        deadline = time.monotonic() + grace_s + _PATIENCE_S
-        while self._router.exit_code is None and time.monotonic() < deadline:
-            time.sleep(_LOOK_EVERY_S)
+        self._router.drain(grace_s + _PATIENCE_S)
         ray.wait([rank.running for rank in self._ranks], num_returns=len(self._ranks), timeout=_PATIENCE_S)
         self.kill()
 

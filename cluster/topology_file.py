@@ -51,7 +51,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Places]:
     except yaml.YAMLError as error:
         raise ConfigError(_yaml_complaint(path, error)) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}:1: a topology is a mapping of sections: {', '.join(_keys(''))}")
+        raise ConfigError(f"{path}:1: a topology is a mapping of sections: {', '.join(section_keys(''))}")
     return values, {"": f"{path}:1", **dict(_walk(root, f"{path}", "", depth=2))}
 
 
@@ -114,7 +114,7 @@ def _explain(complaint: str, values: dict[str, Any], places: Places) -> ConfigEr
         return ConfigError(f"{_place(key, places)}: {_join(key, field['name'])} is missing")
     if field:
         wrong = _join(key, field["name"])
-        return ConfigError(f"{_place(wrong, places)}: unknown key {wrong}{_nearest(field['name'], _keys(key))}")
+        return ConfigError(f"{_place(wrong, places)}: unknown key {wrong}{_nearest(field['name'], section_keys(key))}")
     return ConfigError(f"{_place(key, places)}: {key or 'topology'}: {_value_complaint(what, key, values)}")
 
 
@@ -142,7 +142,8 @@ def _nearest(name: str, valid: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; valid are {', '.join(valid)}"
 
 
-def _keys(section: str) -> list[str]:
+def section_keys(section: str) -> list[str]:
+    """Return the keys that a section may have, "" being the topology itself."""
     struct = _struct(section)
     return list(struct.__struct_fields__) if struct else []
 

@@ -8,9 +8,10 @@ computing the engine's; here is only the order in which things happen.
 
 import os
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import torch
+import zmq
 
 from cluster.assembly import ASSEMBLIES, LeaderParts
 from cluster.control_link import ControlLink, Stopped
@@ -35,10 +36,8 @@ def run_worker(launch: WorkerLaunch) -> None:
     torch.set_num_threads(max(1, int(launch.role_section.cpus)))
     with ExitStack() as cleanup:
         worker = WorkerLife(launch, cleanup)
-        try:
+        with suppress(Stopped):
             worker.lead() if launch.rank == 0 else worker.follow()
-        except Stopped:
-            pass
 
 
 class WorkerLife:
@@ -92,7 +91,7 @@ class WorkerLife:
         steps = StepLoop(roles, ranks.forward, section.batch_tokens, cache.block_size)
         endpoint = Endpoint(self._info.epoch, loaded.layout, assembly.transport(self._launch), addresses)
         self._link.send(Ready(endpoint, pool.num_blocks * cache.block_size))
-        wakers = [self._link.socket, leader.pollable, *loaded.rank.mover.filenos()]
+        wakers: list[zmq.Socket[bytes] | int] = [self._link.socket, leader.pollable, *loaded.rank.mover.filenos()]
         LeaderLoop(self._link, ranks, roles, steps, pool).run(wakers)
 
 

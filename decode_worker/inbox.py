@@ -46,9 +46,7 @@ class RemoteInbox:
 
     def expect(self, reserve: Reserve, hold: Hold, first_position: int) -> None:
         num_tokens = len(reserve.request.prompt_token_ids) - first_position
-        self._ranks.order(
-            ExpectBlocks(reserve.attempt, reserve.source, hold.block_ids, first_position, num_tokens)
-        )
+        self._ranks.order(ExpectBlocks(reserve.attempt, reserve.source, hold.block_ids, first_position, num_tokens))
 
     def manifest(self, reserve: Reserve, first_position: int) -> Manifest:
         num_tokens = len(reserve.request.prompt_token_ids) - first_position

@@ -181,9 +181,7 @@ class DecodeRole:
 
     def _emit(self, sequence: Sequence, drawn: Drawn) -> None:
         index = len(sequence.token_ids) - sequence.num_prompt_tokens - 1
-        self._outlet.emit(
-            TokenUpdate(sequence.attempt, index, drawn.token_id, drawn.logprobs, sequence.finish_reason)
-        )
+        self._outlet.emit(TokenUpdate(sequence.attempt, index, drawn.token_id, drawn.logprobs, sequence.finish_reason))
 
     def _fail(self, reservation: Reservation, code: FailureCode, message: str) -> None:
         self._outlet.send(Failed(reservation.attempt, code, message))

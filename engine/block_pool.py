@@ -56,7 +56,7 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def acquire(self, names: SequenceOf[bytes], num_blocks: int) -> Hold | None:
-        """Hold num_blocks blocks, the first of them those with the longest known run of names; None if too few are left.
+        """Hold num_blocks blocks, first those with the longest known run of names; None when too few are left.
 
         names are those of the content that the holder wants, from position 0; at most num_blocks of them.
         """
@@ -84,7 +84,7 @@ class BlockPool:
         """Assert everything that must be true of a pool between two operations. For tests."""
         held = {block for block, holds in enumerate(self._num_holds) if holds}
         assert len(set(self._free)) == len(self._free), "a block is free twice"
-        assert not held & set(self._free) and not held & set(self._cached), "a held block is free or cached"
+        assert not held & {*self._free, *self._cached}, "a held block is free or cached"
         assert not set(self._free) & set(self._cached), "a block is free and cached"
         assert len(held) + len(self._free) + len(self._cached) == self.num_blocks, "a block is lost"
         assert {name: block for block, name in self._name_of_block.items()} == self._block_of_name

@@ -6,11 +6,12 @@ sends orders and followers report. A group is one failure unit: what goes wrong 
 """
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import zmq
+from torch.distributed.distributed_c10d import Store
 
 from engine.rank import Rank
 from engine.tensor_parallel import TensorParallel
@@ -39,7 +40,7 @@ class Place:
     host: str
     device: str
 
-    def connect(self, store: dist.Store) -> TensorParallel:
+    def connect(self, store: Store) -> TensorParallel:
         """Open the group's collectives; return when every rank has come. Raise GroupError when one does not in time."""
         if self.size == 1:
             return TensorParallel(0, 1, None)
@@ -77,7 +78,7 @@ class Leader:
         return self._place.connect(self._store)
 
     def await_followers(self) -> list[str]:
-        """Return the followers' KV addresses in order of rank, once all have enlisted. Raise GroupError if not in time."""
+        """Return the followers' KV addresses by rank, once all have enlisted. Raise GroupError if not in time."""
         deadline = time.monotonic() + LOADING_TIMEOUT_S
         while len(self._addresses) < self._place.size - 1:
             if not self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
@@ -112,10 +113,8 @@ class Leader:
 
     def close(self) -> None:
         """Tell followers to stop, and let go of everything."""
-        try:
+        with suppress(GroupError):  # whoever is gone has stopped
             self.send(StopRank())
-        except GroupError:
-            pass  # whoever is gone has stopped
         self._socket.close(linger=1000)
         self._context.term()
 

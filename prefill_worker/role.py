@@ -32,9 +32,7 @@ class Job:
 class PrefillRole:
     """See engine.role.Role."""
 
-    def __init__(
-        self, pool: BlockPool, outbox: Outbox, outlet: Outlet, model_hash: str, max_computing: int
-    ) -> None:
+    def __init__(self, pool: BlockPool, outbox: Outbox, outlet: Outlet, model_hash: str, max_computing: int) -> None:
         self._pool = pool
         self._outbox = outbox
         self._outlet = outlet

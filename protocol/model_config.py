@@ -114,6 +114,10 @@ def _architecture(raw: dict[str, Any]) -> str:
         raise ConfigError(f"architecture {names[0]} is not served; served are {', '.join(sorted(_FAMILIES))}")
     if raw.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"hidden_act {raw['hidden_act']} is not served; served is silu")
+    if raw.get("quantization_config"):
+        raise ConfigError("config.json: quantization_config: quantized weights are not served")
+    if raw.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"partial_rotary_factor {raw['partial_rotary_factor']} is not served; served is 1.0")
     return str(names[0])
 
 
@@ -141,13 +145,16 @@ def _rope(raw: dict[str, Any]) -> RopeConfig:
         return RopeConfig(theta)
     if kind != "llama3":
         raise ConfigError(f"rope type {kind} is not served; served are default and llama3")
-    return RopeConfig(
-        theta,
-        float(scaling["factor"]),
-        float(scaling["low_freq_factor"]),
-        float(scaling["high_freq_factor"]),
-        int(scaling["original_max_position_embeddings"]),
-    )
+    try:
+        return RopeConfig(
+            theta,
+            float(scaling["factor"]),
+            float(scaling["low_freq_factor"]),
+            float(scaling["high_freq_factor"]),
+            int(scaling["original_max_position_embeddings"]),
+        )
+    except KeyError as error:
+        raise ConfigError(f"config.json: rope type llama3 needs {error.args[0]}") from None
 
 
 def _eos_token_ids(folder: Path, raw: dict[str, Any]) -> tuple[int, ...]:

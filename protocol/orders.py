@@ -85,7 +85,7 @@ class Report(msgspec.Struct, frozen=True, tag=True, tag_field="type"):
 
 
 class Enlist(Report, frozen=True):
-    """A follower's first report: it has its weights and its cache. kv_address: where it takes frames, "" for nowhere."""
+    """A follower's first report: it has its weights and cache. kv_address: where it takes frames, "" for nowhere."""
 
     epoch: Epoch
     kv_address: str

@@ -1,4 +1,4 @@
-"""The ladder of a request's life, one rung at a time; logs, metrics and the router's state machine read the same names."""
+"""The ladder of a request's life. Logs, metrics and the router's state machine read the same names."""
 
 from enum import IntEnum
 

@@ -36,11 +36,9 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _row(worker: WorkerStatus) -> tuple[str, ...]:
-    """Numbers that only a leader has are left blank on the other ranks."""
+    """Only a leader counts blocks and requests, for its whole group; the other ranks' cells stay blank."""
     state = f"{worker.state}: {worker.doing}" if worker.state == "starting" and worker.doing else worker.state
-    who = (worker.role, worker.group, worker.rank, worker.pid, worker.node, state, f"{worker.epoch:016x}")
+    who = (worker.role, worker.group, worker.rank, worker.pid, worker.node, state, worker.epoch)
     blocks = worker.blocks
-    load = (
-        (blocks.total, blocks.free, blocks.cached, blocks.held, worker.running, worker.waiting) if blocks else ("",) * 6
-    )
-    return tuple(str(cell) for cell in (*who, *load))
+    load = (blocks.total, blocks.free, blocks.cached, blocks.held, worker.running, worker.waiting)
+    return tuple(str(cell) for cell in (*who, *(load if worker.rank == 0 else [""] * len(load))))

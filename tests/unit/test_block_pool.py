@@ -84,18 +84,22 @@ def test_a_released_prefix_is_found_again_until_its_blocks_are_needed() -> None:
     pool = BlockPool(4, BLOCK_SIZE)
     names = names_of(list(range(8)))
     first = pool.acquire(names, 2)
-    assert first is not None and first.num_cached == 0
+    assert first is not None
+    assert first.num_cached == 0
     pool.name_blocks(first, names)
     first.release()
     assert pool.counts.cached == 2
     again = pool.acquire(names, 3)
-    assert again is not None and again.num_cached == 2 and again.block_ids[:2] == first.block_ids
+    assert again is not None
+    assert again.num_cached == 2
+    assert again.block_ids[:2] == first.block_ids
     again.release()
     everything = pool.acquire([], 4)
     assert everything is not None
     everything.release()
     forgotten = pool.acquire(names, 2)
-    assert forgotten is not None and forgotten.num_cached == 0
+    assert forgotten is not None
+    assert forgotten.num_cached == 0
 
 
 def test_the_end_of_a_prefix_is_evicted_before_its_beginning() -> None:
@@ -108,7 +112,8 @@ def test_the_end_of_a_prefix_is_evicted_before_its_beginning() -> None:
     one = pool.acquire([], 1)
     assert one is not None
     rest = pool.acquire(names[:2], 2)
-    assert rest is not None and rest.num_cached == 2
+    assert rest is not None
+    assert rest.num_cached == 2
 
 
 def test_salts_separate_equal_tokens_and_models_separate_equal_salts() -> None:
@@ -125,7 +130,8 @@ def test_without_caching_nothing_is_remembered() -> None:
     assert hold is not None
     pool.name_blocks(hold, names)
     hold.release()
-    assert pool.counts.free == 2 and pool.counts.cached == 0
+    assert pool.counts.free == 2
+    assert pool.counts.cached == 0
 
 
 def test_a_second_release_is_refused() -> None:

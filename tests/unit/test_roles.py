@@ -79,7 +79,8 @@ def test_a_request_that_can_never_fit_fails_and_the_next_is_served(topology: str
     small = Request("small", (1, 2, 3), SamplingParams(max_tokens=4, seed=0, temperature=0.0), 60.0)
     large_client, small_client = cluster.start(too_large, *pairs[0]), cluster.start(small, *pairs[0])
     run_to_the_end(cluster, [large_client, small_client], abort_share=0.0)
-    assert large_client.failure is not None and large_client.failure.code == "kv_cache_too_small"
+    assert large_client.failure is not None
+    assert large_client.failure.code == "kv_cache_too_small"
     assert small_client.tokens == oracle_answer(small)
 
 

@@ -1,0 +1,68 @@
+"""The layers that tensor parallelism splits: linear maps by columns or by rows, the vocabulary by token ids.
+
+Each holds one rank's slice of its weights and makes the group's ranks meet where partial results must be added up or
+gathered. Put together by the weights, called by the model.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.tensor_parallel import Range, TensorParallel
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnParallelLinear:
+    """A linear map whose outputs are split over the ranks; weight: [num_local_outputs, num_inputs]."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True, slots=True)
+class RowParallelLinear:
+    """A linear map whose inputs are split over the ranks; weight: [num_outputs, num_local_inputs]. Ranks meet."""
+
+    weight: Tensor
+    bias: Tensor | None
+    tensor_parallel: TensorParallel
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.tensor_parallel.all_reduce(functional.linear(x, self.weight))
+        return out if self.bias is None else out + self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyEmbedding:
+    """weight: [vocabulary_width, hidden_size], rows of token_ids, then zeros where a shard is short. Ranks meet."""
+
+    weight: Tensor
+    token_ids: Range
+    tensor_parallel: TensorParallel
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """Return the embeddings: [num_tokens, hidden_size]."""
+        is_foreign = (token_ids < self.token_ids.start) | (token_ids >= self.token_ids.stop)
+        rows = (token_ids - self.token_ids.start).masked_fill(is_foreign, 0)
+        embedded = functional.embedding(rows, self.weight).masked_fill_(is_foreign.unsqueeze(1), 0)
+        return self.tensor_parallel.all_reduce(embedded)
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyHead:
+    """weight: [vocabulary_width, hidden_size], as the embedding's. Ranks meet."""
+
+    weight: Tensor
+    vocab_size: int
+    tensor_parallel: TensorParallel
+
+    def __call__(self, hidden: Tensor) -> Tensor | None:
+        """Return float32 logits [num_rows, vocab_size] on rank 0 and None on the others."""
+        shard = functional.linear(hidden, self.weight).to(torch.float32)
+        logits = self.tensor_parallel.gather_to_leader(shard)
+        return None if logits is None else logits[:, : self.vocab_size]

@@ -1,0 +1,76 @@
+"""One rank's place in its tensor-parallel group: which slice of the model is its own, and how partial results meet.
+
+Used by the weights (what to read), the model (where to add up) and the KV cache (which heads). Works on a
+torch.distributed process group object, never on the global one, so that several ranks may live in one process.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Indices [start, stop) of one dimension of the whole model."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def times(self, size: int) -> "Range":
+        """Return the range of elements when each index stands for size of them, as a head does for its dimensions."""
+        return Range(self.start * size, self.stop * size)
+
+
+class TensorParallel:
+    """Rank `rank` of `size`. process_group is None exactly when size is 1; then every call here does nothing."""
+
+    def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
+        assert 0 <= rank < size
+        assert (size == 1) == (process_group is None)
+        self.rank = rank
+        self.size = size
+        self._group = process_group
+
+    def even(self, total: int) -> Range:
+        """Return this rank's slice of a dimension that the size divides: attention heads, intermediate features."""
+        width = total // self.size
+        return Range(self.rank * width, (self.rank + 1) * width)
+
+    def kv_heads(self, total: int) -> Range:
+        """Return this rank's KV heads; with fewer heads than ranks, neighbouring ranks hold copies of one head."""
+        if total >= self.size:
+            return self.even(total)
+        head = self.rank * total // self.size
+        return Range(head, head + 1)
+
+    def vocabulary(self, total: int) -> Range:
+        """Return this rank's token ids: equal shards, except that the last ones may be shorter or empty."""
+        width = self.vocabulary_width(total)
+        return Range(min(self.rank * width, total), min((self.rank + 1) * width, total))
+
+    def vocabulary_width(self, total: int) -> int:
+        """Return the number of token ids in every shard but the last."""
+        return -(-total // self.size)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Add up tensor over all ranks, in place, and return it."""
+        if self._group is not None:
+            self._group.allreduce([tensor]).wait()
+        return tensor
+
+    def gather_to_leader(self, tensor: Tensor, dim: int = -1) -> Tensor | None:
+        """Return the ranks' tensors, all of one shape, joined along dim on rank 0, and None on the others."""
+        if self._group is None:
+            return tensor
+        tensor = tensor.contiguous()
+        is_leader = self.rank == 0
+        parts = [torch.empty_like(tensor) for _ in range(self.size)] if is_leader else []
+        options = dist.GatherOptions()
+        options.rootRank = 0
+        self._group.gather([parts] if is_leader else [], [tensor], options).wait()
+        return torch.cat(parts, dim=dim) if is_leader else None

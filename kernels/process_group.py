@@ -1,0 +1,73 @@
+"""Process groups of torch.distributed without its global state, listening on the configured host only.
+
+Called by engine for tensor parallelism and by kv_transfer for pairs of ranks. init_process_group is never used, so that
+a process can be in any number of groups, several of its threads can be ranks, and a broken group is simply let go.
+"""
+
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def open_store(host: str, port: int, *, is_server: bool, timeout_s: float) -> dist.TCPStore:
+    """Open the key-value store over which the ranks of one group find one another.
+
+    is_server: listen on host, at a free port when port is 0 (store.port tells which); the store lives as long as that
+    object. Otherwise connect to the one that listens at host and port. timeout_s also bounds every later wait for a
+    key. Raises RuntimeError when nobody answers in time, OSError when host and port cannot be bound.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    if not is_server:
+        return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    # By itself, TCPStore listens on every interface.
+    listener = socket.create_server((host, port), family=_family(host))
+    return dist.TCPStore(
+        host,
+        listener.getsockname()[1],
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timeout,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def open_group(
+    store: dist.Store, rank: int, size: int, host: str, device: str | torch.device, timeout_s: float
+) -> dist.ProcessGroup:
+    """Open rank's end of a group of size ranks; return when all have come. One store serves one group.
+
+    host is where gloo listens (NCCL is told by NCCL_SOCKET_IFNAME instead). device: "cpu" gives gloo, "cuda" NCCL on
+    that device. timeout_s bounds this call and every operation; after one that failed, abort() the group and drop it.
+    Raises RuntimeError when a rank does not come in time.
+    """
+    device = torch.device(device)
+    timeout = timedelta(seconds=timeout_s)
+    group = dist.ProcessGroup(store, rank, size)
+    if device.type == "cuda":
+        kind, backend = dist.ProcessGroup.BackendType.NCCL, _nccl(store, rank, size, device, timeout)
+    else:
+        kind, backend = dist.ProcessGroup.BackendType.GLOO, _gloo(store, rank, size, host, timeout)
+    group._set_default_backend(kind)
+    group._register_backend(device, kind, backend)
+    return group
+
+
+def _gloo(store: dist.Store, rank: int, size: int, host: str, timeout: timedelta) -> dist.ProcessGroupGloo:
+    options = dist.ProcessGroupGloo._Options()
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    options._timeout = timeout
+    return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def _nccl(store: dist.Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> "dist.ProcessGroupNCCL":
+    options = dist.ProcessGroupNCCL.Options()
+    options._timeout = timeout
+    backend = dist.ProcessGroupNCCL(store, rank, size, options)
+    backend.eager_connect_single_device(device)  # a missing rank shows now, not at the first collective
+    return backend
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET

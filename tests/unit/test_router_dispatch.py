@@ -1,0 +1,99 @@
+"""Which pair gets the next request: balance, room, and groups that do not fit together."""
+
+import msgspec
+import pytest
+
+from protocol.identity import new_attempt
+from protocol.layout import Endpoint, KVLayout
+from protocol.request import Request, SamplingParams
+from router.dispatch import Dispatcher, NoPair, PromptTooLong
+from router.policies import Pair, ReadyGroup, least_loaded, round_robin
+
+LAYOUT = KVLayout("m", 2, 4, 8, "float32", 16, 1)
+
+
+def group(epoch: int, num_tokens: int = 1000, transport: str = "zmq", **layout: object) -> ReadyGroup:
+    changed = msgspec.structs.replace(LAYOUT, **layout)
+    return ReadyGroup(epoch, epoch, Endpoint(epoch, changed, transport, ("tcp://a:1",)), num_tokens)
+
+
+def request(num_prompt_tokens: int = 10, max_tokens: int = 10) -> Request:
+    return Request("r", (1,) * num_prompt_tokens, SamplingParams(max_tokens=max_tokens, seed=0), 1.0)
+
+
+def dispatch(dispatcher: Dispatcher, asked: Request, number: int) -> Pair:
+    pair = dispatcher.choose(asked)
+    dispatcher.started(new_attempt(f"r{number}", 0, pair.prefill.epoch, pair.decode.epoch), asked)
+    return pair
+
+
+@pytest.mark.parametrize("policy", [round_robin, least_loaded])
+def test_equal_requests_are_spread_evenly_over_both_sides(policy) -> None:
+    dispatcher = Dispatcher(policy)
+    dispatcher.pair_up([group(1), group(2), group(3)], [group(11), group(12)])
+    pairs = [dispatch(dispatcher, request(), number) for number in range(60)]
+    assert {epoch: sum(p.prefill.epoch == epoch for p in pairs) for epoch in (1, 2, 3)} == {1: 20, 2: 20, 3: 20}
+    assert {epoch: sum(p.decode.epoch == epoch for p in pairs) for epoch in (11, 12)} == {11: 30, 12: 30}
+
+
+def test_least_loaded_sends_short_prompts_past_a_long_one() -> None:
+    dispatcher = Dispatcher(least_loaded)
+    dispatcher.pair_up([group(1), group(2)], [group(11)])
+    busy = dispatch(dispatcher, request(num_prompt_tokens=500), 0).prefill.epoch
+    others = {dispatch(dispatcher, request(num_prompt_tokens=10), number).prefill.epoch for number in range(1, 20)}
+    assert others == {1, 2} - {busy}
+
+
+def test_what_has_ended_no_longer_counts() -> None:
+    dispatcher = Dispatcher(least_loaded)
+    dispatcher.pair_up([group(1)], [group(11)])
+    attempt = new_attempt("r", 0, 1, 11)
+    dispatcher.started(attempt, request())
+    assert (dispatcher.load.prompt_tokens[1], dispatcher.load.reserved_tokens[11]) == (10, 20)
+    dispatcher.prefilled(attempt)
+    assert (dispatcher.load.prompt_tokens[1], dispatcher.load.reserved_tokens[11]) == (0, 20)
+    dispatcher.ended(attempt)
+    dispatcher.ended(attempt)
+    assert (dispatcher.load.prompt_tokens[1], dispatcher.load.reserved_tokens[11]) == (0, 0)
+
+
+def test_groups_that_do_not_fit_are_never_paired_and_the_reason_names_both_values() -> None:
+    dispatcher = Dispatcher(least_loaded)
+    dispatcher.pair_up([group(1)], [group(11, block_size=32), group(12)])
+    assert {dispatch(dispatcher, request(), number).decode.epoch for number in range(10)} == {12}
+    dispatcher.pair_up([group(1)], [group(11, block_size=32)])
+    with pytest.raises(NoPair, match="block_size differs: 16 and 32"):
+        dispatcher.choose(request())
+    dispatcher.pair_up([group(1)], [group(11, transport="gloo")])
+    assert "transport differs: zmq and gloo" in str(dispatcher.why_none)
+
+
+def test_why_there_is_no_pair_names_the_role_that_is_missing() -> None:
+    dispatcher = Dispatcher(least_loaded)
+    assert dispatcher.why_none == "no worker is ready yet"
+    dispatcher.pair_up([group(1)], [])
+    assert dispatcher.why_none == "no decode worker is ready"
+    dispatcher.pair_up([], [])
+    assert dispatcher.why_none == "no prefill and no decode worker is ready"
+    dispatcher.pair_up([group(1)], [group(11)])
+    assert dispatcher.why_none is None
+
+
+def test_a_request_goes_only_where_it_fits_and_the_error_says_what_would() -> None:
+    dispatcher = Dispatcher(round_robin)
+    dispatcher.pair_up([group(1, num_tokens=100)], [group(11, num_tokens=50), group(12, num_tokens=200)])
+    large = request(num_prompt_tokens=90, max_tokens=60)
+    assert {dispatch(dispatcher, large, number).decode.epoch for number in range(5)} == {12}
+    assert dispatcher.capacity(90) == 200
+    with pytest.raises(PromptTooLong, match="at most 100 tokens"):
+        dispatcher.capacity(101)
+    with pytest.raises(PromptTooLong, match="at most 200 tokens"):
+        dispatcher.choose(request(num_prompt_tokens=90, max_tokens=200))
+
+
+def test_colocated_groups_pair_with_themselves_only() -> None:
+    dispatcher = Dispatcher(least_loaded)
+    dispatcher.colocate([group(1), group(2)])
+    pairs = [dispatch(dispatcher, request(), number) for number in range(10)]
+    assert all(pair.prefill is pair.decode for pair in pairs)
+    assert len({pair.prefill.epoch for pair in pairs}) == 2

@@ -1,0 +1,164 @@
+"""Groups as failure units: welcome, readiness, loss, and lives that must not come back."""
+
+import pytest
+
+from protocol.codec import encode
+from protocol.identity import new_attempt
+from protocol.layout import Endpoint, KVLayout
+from protocol.messages import (
+    BlockCounts,
+    Fence,
+    Heartbeat,
+    Join,
+    PeerLost,
+    Ping,
+    Ready,
+    Tokens,
+    TokenUpdate,
+    Welcome,
+    WorkerInfo,
+)
+from protocol.topology import RouterSection
+from router.controller import Controller, Transmit
+from router.launch import GroupSpec, RouterLaunch
+from router.lifecycle import Send
+from router.membership import GroupLost, Membership, Reject, identity_of
+
+SPECS = (GroupSpec("prefill", 0, 2), GroupSpec("decode", 0, 1), GroupSpec("decode", 1, 1))
+
+
+def info(role="prefill", group=0, rank=0, size=2, epoch=1) -> WorkerInfo:
+    return WorkerInfo(role, group, rank, size, epoch, 1, "n")
+
+
+def ready(epoch: int, size: int) -> Ready:
+    layout = KVLayout("m", 1, 2, 8, "float32", 16, size)
+    return Ready(Endpoint(epoch, layout, "zmq", ("tcp://a:1",) * size), 100)
+
+
+@pytest.fixture
+def members() -> Membership:
+    """Prefill group 0 (leader 1, follower 2) and decode groups 0 (3) and 1 (4), all ready."""
+    membership = Membership(SPECS)
+    membership.join(Join(info(rank=0, epoch=1), "tcp://r"))
+    membership.join(Join(info(rank=1, epoch=2)))
+    membership.ready(1, ready(1, 2))
+    for group, epoch in ((0, 3), (1, 4)):
+        membership.join(Join(info("decode", group, 0, 1, epoch), "tcp://r"))
+        membership.ready(epoch, ready(epoch, 1))
+    return membership
+
+
+def test_a_follower_is_welcomed_once_its_leader_is_there() -> None:
+    membership = Membership(SPECS)
+    assert membership.join(Join(info(rank=1, epoch=2))) == []
+    welcome = Welcome("tcp://r", 1)
+    assert membership.join(Join(info(rank=0, epoch=1), "tcp://r")) == [Send(1, welcome), Send(2, welcome)]
+
+
+def test_a_group_takes_requests_only_when_its_leader_says_so_with_all_ranks_there(members: Membership) -> None:
+    assert [group.epoch for group in members.ready_groups("prefill")] == [1]
+    alone = Membership(SPECS)
+    alone.join(Join(info(rank=0, epoch=1), "tcp://r"))
+    actions = alone.ready(1, ready(1, 2))
+    assert alone.ready_groups("prefill") == []
+    assert any(
+        isinstance(a, Send) and isinstance(a.message, Fence) and "1 of 2 ranks" in a.message.reason for a in actions
+    )
+
+
+def test_losing_one_rank_ends_its_whole_group_and_tells_every_other_leader(members: Membership) -> None:
+    actions = members.lose(2, "its connection is gone")
+    fenced = [a.receiver for a in actions if isinstance(a, Send) and isinstance(a.message, Fence)]
+    assert fenced == [1]
+    assert [a for a in actions if isinstance(a, Send) and isinstance(a.message, PeerLost)] == [
+        Send(3, PeerLost(1)),
+        Send(4, PeerLost(1)),
+    ]
+    assert actions[-1] == GroupLost(1)
+    assert members.ready_groups("prefill") == []
+    assert [rank.state for rank in members.groups["prefill", 0].ranks.values()] == ["dead", "dead"]
+    assert members.lose(1, "again") == []
+
+
+def test_a_lost_group_comes_back_under_new_epochs_and_its_old_follower_is_not_welcomed(members: Membership) -> None:
+    members.lose(1, "its connection is gone")
+    assert members.join(Join(info(rank=0, epoch=10), "tcp://new")) == [Send(10, Welcome("tcp://new", 10))]
+    assert members.join(Join(info(rank=1, epoch=11))) == [Send(11, Welcome("tcp://new", 10))]
+    members.ready(10, ready(10, 2))
+    assert [group.epoch for group in members.ready_groups("prefill")] == [10]
+    assert Reject("this life is over") in members.join(Join(info(rank=1, epoch=2)))
+
+
+def test_a_new_life_of_a_rank_ends_the_old_one_even_if_its_connection_still_stood(members: Membership) -> None:
+    actions = members.join(Join(info(rank=1, epoch=20)))
+    assert GroupLost(1) in actions
+    assert not members.is_alive(1)
+    assert not members.is_alive(2)
+    assert members.is_alive(20)
+
+
+@pytest.mark.parametrize(
+    ("worker", "rendezvous", "complaint"),
+    [
+        (info("decode", 7, 0, 1, 9), "tcp://r", "no decode group 7 is expected"),
+        (info("colocated", 0, 0, 1, 9), "tcp://r", "no colocated group 0 is expected"),
+        (info("prefill", 0, 2, 2, 9), None, "rank 2 of 2 does not fit a group of 2 ranks"),
+        (info("decode", 0, 0, 2, 9), "tcp://r", "rank 0 of 2 does not fit a group of 1 ranks"),
+        (info("prefill", 0, 1, 2, 9), "tcp://r", "must say where its followers find it"),
+        (info("prefill", 0, 0, 2, 9), None, "must say where its followers find it"),
+    ],
+)
+def test_a_rank_that_nobody_expects_is_told_so_and_changes_nothing(members, worker, rendezvous, complaint) -> None:
+    actions = members.join(Join(worker, rendezvous))
+    assert any(isinstance(action, Reject) and complaint in action.reason for action in actions)
+    assert not members.is_alive(9)
+    assert members.is_alive(1)
+
+
+@pytest.fixture
+def controller() -> Controller:
+    launch = RouterLaunch(
+        section=RouterSection(),
+        control_host="127.0.0.1",
+        model_folder="/",
+        model_name="m",
+        max_context=100,
+        vocab_size=100,
+        groups=(GroupSpec("colocated", 0),),
+    )
+    controller = Controller(launch)
+    worker = info("colocated", 0, 0, 1, 5)
+    controller.receive(identity_of(worker), encode(Join(worker, "tcp://r"), 5))
+    controller.receive(identity_of(worker), encode(ready(5, 1), 5))
+    assert controller.dispatcher.why_none is None
+    return controller
+
+
+def test_messages_with_another_epoch_than_their_socket_are_dropped_and_counted(controller: Controller) -> None:
+    beat = Heartbeat(BlockCounts(9, 9), 0, 0, 0)
+    assert controller.receive(b"colocated-0-0-6", encode(beat, 5)) == []
+    assert controller.receive(b"colocated-0-0-5", encode(Join(info("colocated", 0, 0, 1, 6), "x"), 6)) == []
+    assert controller.drops == {"wrong_identity": 2}
+    assert controller.membership.groups["colocated", 0].ranks[0].load.blocks.total == 0
+
+
+def test_a_life_that_is_over_is_fenced_when_it_speaks_again(controller: Controller) -> None:
+    controller.unreachable(5, "gone")
+    effects = controller.receive(b"colocated-0-0-5", encode(Tokens((TokenUpdate(new_attempt("r", 0, 5, 5), 0, 1),)), 5))
+    assert [effect.identity for effect in effects if isinstance(effect, Transmit)] == [b"colocated-0-0-5"]
+    assert controller.drops == {"dead_epoch": 1}
+
+
+@pytest.mark.parametrize("message", [Ping(), Welcome("a", 1), Fence("x")])
+def test_messages_that_only_a_router_sends_are_dropped_and_counted(controller: Controller, message) -> None:
+    assert controller.receive(b"colocated-0-0-5", encode(message, 5)) == []
+    assert controller.drops == {"not_for_a_router": 1}
+
+
+def test_no_bytes_at_all_can_upset_the_controller(controller: Controller) -> None:
+    good = encode(Heartbeat(BlockCounts(), 0, 0, 0), 5)
+    for cut in range(len(good)):
+        controller.receive(b"colocated-0-0-5", good[:cut])
+        controller.receive(b"\x00\xff", bytes([cut % 256]) * cut)
+    assert controller.drops["malformed"] == 2 * len(good)

@@ -1,0 +1,159 @@
+"""What HTTP bodies may say: every value that cannot be served is a 400 that names its parameter."""
+
+import json
+
+import pytest
+
+from router.errors import ApiError
+from router.sampling import sampling_params
+from router.schemas import ChatBody, CompletionBody, parse_body
+
+VOCAB_SIZE = 100
+USER = [{"role": "user", "content": "hi"}]
+
+
+def complaint(body: object, body_type: type = CompletionBody) -> ApiError:
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with pytest.raises(ApiError) as caught:
+        sampling_params(parse_body(data, body_type), 16, None, (), VOCAB_SIZE)
+    assert caught.value.status == 400
+    assert caught.value.detail.type == "invalid_request_error"
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -1),
+        ("max_tokens", "5"),
+        ("max_tokens", 1.5),
+        ("max_tokens", 10**400),
+        ("temperature", -0.1),
+        ("temperature", 2.1),
+        ("temperature", "hot"),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -2),
+        ("top_k", 1 << 64),
+        ("min_p", -0.5),
+        ("presence_penalty", 3),
+        ("frequency_penalty", -3),
+        ("repetition_penalty", 0),
+        ("n", 2),
+        ("n", 0),
+        ("seed", 1 << 63),
+        ("seed", 0.5),
+        ("stop", ""),
+        ("stop", ["a"] * 17),
+        ("stop", "x" * 257),
+        ("stop", [1]),
+        ("logit_bias", {"100": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {str(i): 0 for i in range(1025)}),
+        ("stop_token_ids", [100]),
+        ("stop_token_ids", [True]),
+        ("min_tokens", 17),
+        ("min_tokens", -1),
+        ("logprobs", 6),
+        ("logprobs", True),
+        ("stream", "yes"),
+        ("stream_options", {"include_usage": True}),
+        ("model", 7),
+        ("best_of", 2),
+        ("suffix", "after"),
+        ("response_format", {"type": "json_object"}),
+        ("prompt_embeds", "AAAA"),
+        ("bad_words", ["x"]),
+        ("use_beam_search", True),
+        ("prompt_logprobs", 1),
+        ("structured_outputs", {"json": {}}),
+    ],
+)
+def test_a_bad_parameter_is_named(name: str, value: object) -> None:
+    assert complaint({"prompt": "x", name: value}).detail.param == name
+
+
+@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_not_finite_are_refused(literal: str) -> None:
+    complaint(f'{{"prompt": "x", "temperature": {literal}}}'.encode())
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b'{"prompt": "\\ud800"}', b'{"a":' + b"[" * 100_000]
+)
+def test_what_is_no_json_object_is_refused(data: bytes) -> None:
+    complaint(data)
+
+
+@pytest.mark.parametrize(
+    ("messages", "param"),
+    [
+        ([], "messages"),
+        ("hi", "messages"),
+        ([{"role": "wizard", "content": "x"}], "messages"),
+        ([{"role": "user"}], "messages"),
+        ([{"role": "user", "content": []}], "messages"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}], "messages"),
+        ([{"role": "assistant", "content": "", "tool_calls": [{}]}], "messages.tool_calls"),
+        (USER * 1025, "messages"),
+    ],
+)
+def test_messages_that_cannot_be_served_are_refused(messages: object, param: str) -> None:
+    assert complaint({"messages": messages}, ChatBody).detail.param == param
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("functions", [{}]),
+        ("chat_template", "{{ 1 }}"),
+        ("chat_template_kwargs", {"x": 1}),
+        ("top_logprobs", 21),
+        ("max_completion_tokens", 0),
+        ("modalities", ["audio"]),
+        ("echo", True),
+    ],
+)
+def test_chat_parameters_that_are_not_served_are_refused(name: str, value: object) -> None:
+    assert complaint({"messages": USER, name: value}, ChatBody).detail.param == name
+
+
+def test_defaults_nulls_and_what_asks_for_nothing_are_fine() -> None:
+    names = [name for name in ChatBody.__struct_fields__ if name != "messages"]
+    parse_body(json.dumps({"messages": USER, **dict.fromkeys(names)}).encode(), ChatBody)
+    harmless = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "n": 1, "unheard_of": {"a": 1}}
+    body = parse_body(json.dumps({"messages": USER, **harmless}).encode(), ChatBody)
+    params = sampling_params(body, 16, None, (3,), VOCAB_SIZE)
+    assert (params.temperature, params.top_k, params.top_p, params.eos_token_ids) == (1.0, 0, 1.0, (3,))
+
+
+def test_parameters_arrive_as_they_were_sent() -> None:
+    sent = {
+        "temperature": 0,
+        "top_k": -1,
+        "top_p": 0.5,
+        "min_p": 0.25,
+        "seed": -(1 << 63),
+        "presence_penalty": 1,
+        "frequency_penalty": -1,
+        "repetition_penalty": 1.5,
+        "logit_bias": {"7": -100},
+        "stop_token_ids": [1, 2],
+        "min_tokens": 3,
+        "ignore_eos": True,
+    }
+    params = sampling_params(parse_body(json.dumps({"prompt": "x", **sent}).encode(), CompletionBody), 9, 4, (5,), 100)
+    assert (params.top_k, params.seed, params.logit_bias) == (0, -(1 << 63), {7: -100.0})
+    for name in ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"):
+        assert getattr(params, name) == sent[name]
+    assert (params.stop_token_ids, params.min_tokens, params.ignore_eos, params.num_logprobs) == ((1, 2), 3, True, 4)
+
+
+def test_without_a_seed_every_request_draws_its_own() -> None:
+    body = parse_body(b'{"prompt": "x"}', CompletionBody)
+    assert len({sampling_params(body, 16, None, (), VOCAB_SIZE).seed for _ in range(10)}) == 10

@@ -1,0 +1,151 @@
+"""Text that comes token by token: nothing lost, no half characters, no part of a stop string."""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from protocol.identity import new_attempt
+from protocol.messages import TokenUpdate
+from router.chat_template import ChatTemplate
+from router.choice import Choice, Delta
+from router.detokenizer import MAX_HELD, Detokenizer
+from router.stop_strings import StopStrings
+from tests.integration.router_process import VOCAB_SIZE, tiny_tokenizer
+
+SPECIAL_IDS = frozenset({0, 1, 2})
+ATTEMPT = new_attempt("r", 0, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return tiny_tokenizer()
+
+
+def first_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """Brute force: read character by character until some stop string is complete."""
+    for end in range(1, len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            longest = max(complete, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    st.lists(st.text("ab", max_size=4), max_size=10),
+    st.lists(st.text("ab", min_size=1, max_size=5), max_size=3, unique=True),
+)
+def test_stop_strings_cut_the_text_exactly_where_reading_it_whole_would(pieces: list[str], stops: list[str]) -> None:
+    finder, shown = StopStrings(stops), ""
+    expected, stop = first_stop("".join(pieces), stops)
+    for piece in pieces:
+        shown += finder.feed(piece)
+        assert expected.startswith(shown), "a part of a stop string was shown"
+        if finder.matched is not None:
+            break
+    else:
+        shown += finder.flush()
+    assert (shown, finder.matched) == (expected, stop)
+
+
+def test_stop_strings_hold_back_no_more_than_they_must() -> None:
+    finder = StopStrings(["END"])
+    assert [finder.feed(piece) for piece in ("abc", "E", "N", "x", "EN")] == ["abc", "", "", "ENx", ""]
+    assert finder.flush() == "EN"
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_text_of_any_tokens_adds_up_to_what_decoding_them_at_once_gives(tokenizer: Tokenizer, seed: int) -> None:
+    rng = random.Random(seed)
+    token_ids = [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, 60))]
+    detokenizer = Detokenizer(tokenizer, SPECIAL_IDS)
+    pieces = [detokenizer.feed(token_id) for token_id in token_ids]
+    assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(token_ids)
+
+
+@pytest.mark.parametrize("text", ["日本 😀 naïve", "a😀b", "👩‍👩‍👧", "plain words only"])
+def test_characters_of_several_tokens_come_whole(tokenizer: Tokenizer, text: str) -> None:
+    detokenizer = Detokenizer(tokenizer, SPECIAL_IDS)
+    pieces = [detokenizer.feed(token_id) for token_id in tokenizer.encode(text).ids]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_a_character_cut_off_by_the_end_is_shown_as_such(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, SPECIAL_IDS)
+    ids = tokenizer.encode("é").ids  # two bytes that no merge joined
+    assert len(ids) == 2
+    assert detokenizer.feed(ids[0]) == ""
+    assert detokenizer.flush() == "\ufffd"
+    assert detokenizer.flush() == ""
+
+
+def test_bytes_that_never_become_a_character_are_not_held_for_ever(tokenizer: Tokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, SPECIAL_IDS)
+    lead = tokenizer.encode("é").ids[0]
+    pieces = [detokenizer.feed(lead) for _ in range(MAX_HELD + 1)]
+    assert pieces[MAX_HELD - 1] == "\ufffd" * MAX_HELD
+    assert detokenizer.feed(tokenizer.token_to_id("a")) == "\ufffda"
+
+
+def feed_all(choice: Choice, token_ids: list[int], reason: str | None) -> Delta:
+    delta = Delta()
+    for index, token_id in enumerate(token_ids):
+        last = index == len(token_ids) - 1
+        choice.feed(TokenUpdate(ATTEMPT, index, token_id, None, reason if last else None), delta)
+        if choice.finish_reason is not None:
+            break
+    return delta
+
+
+def test_a_stop_string_ends_the_choice_at_its_token_and_is_not_in_the_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three four").ids
+    choice = Choice(Detokenizer(tokenizer, SPECIAL_IDS), ["o th"])
+    delta = feed_all(choice, ids, "length")
+    assert (delta.text, choice.finish_reason, choice.stop_reason) == ("one tw", "stop", "o th")
+    assert choice.num_tokens == 3
+    assert delta.token_ids == ids[:3]
+
+
+def test_stop_strings_do_not_count_before_min_tokens(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two one two").ids
+    choice = Choice(Detokenizer(tokenizer, SPECIAL_IDS), ["two"], min_tokens=2)
+    assert feed_all(choice, ids, "length").text == "one two one "
+
+
+def test_text_held_back_for_a_stop_string_comes_out_at_the_end(tokenizer: Tokenizer) -> None:
+    choice = Choice(Detokenizer(tokenizer, SPECIAL_IDS), ["three four"])
+    assert feed_all(choice, tokenizer.encode("two three").ids, "length").text == "two three"
+    assert choice.finish_reason == "length"
+
+
+def test_a_token_that_ends_the_text_is_no_part_of_it(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three").ids
+    assert feed_all(Choice(Detokenizer(tokenizer, SPECIAL_IDS)), ids, "stop").text == "one two"
+
+
+def test_a_model_without_a_tokenizer_has_tokens_but_no_text() -> None:
+    choice = Choice(None, ["x"])
+    delta = feed_all(choice, [7, 8, 9], "length")
+    assert (delta.text, delta.token_ids, choice.finish_reason) == ("", [7, 8, 9], "length")
+
+
+def test_chat_templates_run_in_a_sandbox_and_their_complaints_are_errors() -> None:
+    assert (
+        ChatTemplate("{{ bos_token }}{{ messages[0].content }}", {"bos_token": "<s>"}).render(
+            [{"role": "user", "content": "hi"}]
+        )
+        == "<s>hi"
+    )
+    for source in (
+        "{{ raise_exception('no') }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].content.no.such }}",
+    ):
+        with pytest.raises(ValueError, match="does not accept these messages"):
+            ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])

@@ -1,0 +1,157 @@
+"""What cannot work is refused before anything starts, quickly, and without torch or Ray."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import checks
+from cluster.topology_file import load_topology
+from protocol.errors import ConfigError
+from protocol.topology import Topology
+
+ROOT = Path(__file__).parents[2]
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+@pytest.fixture
+def topology(model: Path):
+    def load(*overrides: str) -> Topology:
+        return load_topology(ROOT / "configs/cpu_1p1d.yaml", [f"model.path={model}", "router.port=0", *overrides])
+
+    return load
+
+
+def complaint_about(topology: Topology) -> str:
+    with pytest.raises(ConfigError) as caught:
+        checks.check_topology(topology)
+    return str(caught.value)
+
+
+def test_a_topology_that_fits_passes(topology):
+    assert checks.check_topology(topology()).num_kv_heads == 2
+    checks.check_this_machine(topology(), has_cluster=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("decode.tensor_parallel=3", "decode.tensor_parallel: 4 attention heads .* cannot be split over 3 ranks"),
+        ("model.max_context=513", "model.max_context is 513, but the model was made for at most 512"),
+        ("kv_cache.memory=1KiB", "kv_cache.memory 1KiB holds 0 tokens on each prefill rank.*raise it to 256KiB"),
+        ("kv_cache.memory=255KiB", "holds 496 tokens .* fewer than one context of 512.*or model.max_context to 496"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_by_key(topology, override: str, complaint: str):
+    import re
+
+    assert re.search(complaint, complaint_about(topology(override)))
+
+
+def test_the_memory_that_the_complaint_asks_for_is_enough(topology):
+    checks.check_topology(topology("kv_cache.memory=256KiB"))
+
+
+def test_the_context_that_the_complaint_allows_is_served(topology):
+    checks.check_topology(topology("kv_cache.memory=255KiB", "model.max_context=496"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_of_the_model_is_named(topology, model: Path, name: str):
+    (model / name).unlink()
+    assert name.replace("model.", "*.") in complaint_about(topology())
+
+
+def test_a_missing_model_folder_is_named(topology):
+    assert "./nowhere: no such folder" in complaint_about(topology("model.path=./nowhere"))
+
+
+def test_a_graphics_card_that_is_not_there_is_refused(topology):
+    with pytest.raises(ConfigError, match="device is cuda, but this machine has no GPU; set device: cpu"):
+        checks.check_resources(topology("device=cuda"), num_cpus=8, num_gpus=0, where="this machine")
+
+
+@pytest.mark.parametrize("share", ["0", "1.5"])
+def test_a_share_of_a_graphics_card_that_cannot_be_had_is_refused(topology, share: str):
+    assert "decode.gpus is" in complaint_about(topology("device=cuda", f"decode.gpus={share}"))
+
+
+def test_more_ranks_than_the_machine_carries_are_refused(topology):
+    with pytest.raises(ConfigError, match="the ranks want 2.25 CPUs, this machine has 2"):
+        checks.check_resources(topology("decode.groups=8"), num_cpus=2, num_gpus=0, where="this machine")
+
+
+def test_every_cpu_topology_fits_on_two_cores():
+    for path in sorted((ROOT / "configs").glob("cpu_*.yaml")):
+        checks.check_resources(load_topology(path), num_cpus=2, num_gpus=0, where="this machine")
+
+
+def test_hugging_face_kernels_beside_ours_is_refused(topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    metadata = tmp_path / "site" / "kernels-0.18.5.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.5\n")
+    monkeypatch.syspath_prepend(metadata.parent)
+    assert "pip uninstall kernels" in complaint_about(topology())
+
+
+def test_a_port_in_use_is_refused_with_its_owner(topology):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} is in use by pid {os.getpid()} "):
+            checks.check_this_machine(topology(f"router.port={port}"), has_cluster=True)
+
+
+def test_an_address_of_another_machine_is_refused(topology):
+    with pytest.raises(ConfigError, match="router.host 192.0.2.254 is not an address of this machine"):
+        checks.check_this_machine(topology("router.host=192.0.2.254"), has_cluster=True)
+
+
+def run_command(*arguments: str) -> tuple[subprocess.CompletedProcess[str], float]:
+    began_s = time.monotonic()
+    command = [sys.executable, "-X", "importtime", "-m", "cluster", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    return done, time.monotonic() - began_s
+
+
+@pytest.mark.parametrize("command", ["up", "check"])
+def test_a_refusal_exits_with_2_within_two_seconds_and_without_torch_or_ray(command: str, tmp_path: Path):
+    path = tmp_path / "x.yaml"
+    path.write_text("model: {path: configs/nowhere/at/all}\nprefill: {}\ndecode: {}\n")
+    done, took_s = run_command(command, str(path))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "tandem: model.path configs/nowhere/at/all: no such folder"
+    assert took_s < 2
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not imported & {"torch", "ray", "transformers"}
+
+
+def test_status_says_when_no_router_answers():
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    done, _ = run_command("status", "--router", url)
+    assert done.returncode == 1
+    assert f"tandem: no router answers at {url}" in done.stderr

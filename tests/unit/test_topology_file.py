@@ -1,0 +1,157 @@
+"""The topology file: what is accepted, and that every complaint names the place and the remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from cluster.memory_size import format_memory, parse_memory
+from cluster.topology_file import load_topology
+from protocol.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+GOOD = """\
+model: {path: configs/demo_model, dtype: float32}
+router: {host: 127.0.0.1, port: 8000, policy: least_loaded}
+prefill: {groups: 1, tensor_parallel: 1}
+decode:
+  groups: 2
+  tensor_parallel: 1
+kv_cache: {block_size: 16, memory: 512MiB}
+kv_transfer: {transport: zmq}
+device: cpu
+"""
+
+
+@pytest.fixture
+def complaint_about(tmp_path: Path):
+    def complain(text: str, *overrides: str) -> str:
+        path = tmp_path / "x.yaml"
+        path.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            load_topology(path, overrides)
+        return str(caught.value).replace(f"{tmp_path}/", "")
+
+    return complain
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_topology_is_well_formed_and_says_what_it_shows(path: Path):
+    load_topology(path)
+    assert path.read_text().startswith("# ")
+
+
+def test_all_keys_but_the_model_and_the_roles_have_defaults(tmp_path: Path):
+    path = tmp_path / "x.yaml"
+    path.write_text("model: {path: a/b}\nprefill: {}\ndecode: {}\n")
+    topology = load_topology(path)
+    assert topology.router.port == 8000
+    assert topology.prefill is not None
+    assert topology.prefill.groups == 1
+    assert topology.device == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ("  groups: 2", "  groupz: 2", "x.yaml:5: unknown key decode.groupz; did you mean groups?"),
+        ("prefill:", "prefil:", "x.yaml:3: unknown key prefil; did you mean prefill?"),
+        ("device: cpu", "colour: red", "x.yaml:9: unknown key colour; did you mean"),
+        ("  groups: 2", "  groups: two", "x.yaml:5: decode.groups: expected int, got str; it says 'two'"),
+        ("  groups: 2", "  groups: 0", "x.yaml:5: decode.groups: expected int >= 1; it says 0"),
+        ("8000", "80000", "x.yaml:2: router.port: expected int <= 65535; it says 80000"),
+        ("zmq", "zmqq", "x.yaml:8: kv_transfer.transport: 'zmqq' is not one of gloo, zmq; did you mean zmq?"),
+        ("block_size: 16", "block_size: 17", "x.yaml:7: kv_cache.block_size: 17 is not one of 16, 32, 64, 128"),
+        ("path: configs/demo_model, ", "", "x.yaml:1: model.path is missing"),
+        ("model: {path: configs/demo_model, dtype: float32}\n", "", "x.yaml:1: model is missing"),
+        ("512MiB", "512MB", 'x.yaml:7: kv_cache.memory: "512MB" is not a memory size; write it as 512MiB or 20GiB'),
+        ("device: cpu", "device: cpu\ndevice: cuda", "x.yaml:10: device is given twice, first on line 9"),
+        ("  groups: 2", "  groups: 2\n  groups: 3", "x.yaml:6: decode.groups is given twice, first on line 5"),
+        ("device: cpu", "colocated: {}", "x.yaml:9: a topology has either prefill and decode, or colocated alone"),
+        ("prefill: {groups: 1, tensor_parallel: 1}\n", "", "this one has decode"),
+        ("device: cpu", "device: [", "x.yaml:10: expected the node content"),
+        ("device: cpu", "device: !!python/object/apply:os.getcwd []", "x.yaml:9: could not determine a constructor"),
+        ("device: cpu", "7: cpu", "x.yaml:9: 7: keys are names"),
+    ],
+)
+def test_a_mistake_is_named_with_its_place_and_its_remedy(complaint_about, old: str, new: str, complaint: str):
+    assert old in GOOD
+    assert complaint in complaint_about(GOOD.replace(old, new, 1))
+
+
+@pytest.mark.parametrize("text", ["", "- prefill\n", "hello\n"])
+def test_a_file_that_is_no_mapping_is_told_the_sections(complaint_about, text: str):
+    assert "x.yaml:1: a topology is a mapping of sections: model, router, prefill" in complaint_about(text)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="nowhere.yaml: No such file"):
+        load_topology(tmp_path / "nowhere.yaml")
+
+
+def test_a_key_that_refers_to_itself_is_refused(complaint_about):
+    assert "unknown key model.again" in complaint_about("model: &a {path: x, again: *a}\n" + GOOD.split("\n", 1)[1])
+
+
+def test_overrides_take_the_place_of_what_the_file_says(tmp_path: Path):
+    path = tmp_path / "x.yaml"
+    path.write_text(GOOD)
+    topology = load_topology(
+        path, ["router.port=0", "device=cuda", "kv_cache.prefix_caching=false", "router.grace_s=2"]
+    )
+    assert topology.router.port == 0
+    assert topology.router.grace_s == 2.0
+    assert topology.device == "cuda"
+    assert not topology.kv_cache.prefix_caching
+
+
+def test_an_override_can_exchange_the_roles(tmp_path: Path):
+    path = tmp_path / "x.yaml"
+    path.write_text(GOOD)
+    topology = load_topology(path, ["prefill=null", "decode=null", "colocated.groups=2"])
+    assert topology.colocated is not None
+    assert topology.colocated.groups == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("router.prot=3", "--set router.prot=3: unknown key router.prot; did you mean port?"),
+        ("router.port=x", "--set router.port=x: router.port: expected int, got str; it says 'x'"),
+        ("router", "--set router: write it as section.key=value"),
+        ("a.b.c=1", "--set a.b.c=1: write it as section.key=value"),
+        ("device.x=1", "--set device.x=1: device is 'cpu', which has no keys"),
+        ("router.port=[", "--set router.port=[: expected the node content"),
+        ("kv_cache.memory=lots", '--set kv_cache.memory=lots: kv_cache.memory: "lots" is not a memory size'),
+        ("colocated.groups=1", "--set colocated.groups=1: a topology has either prefill and decode, or colocated"),
+    ],
+)
+def test_a_bad_override_is_named_as_it_was_written(complaint_about, override: str, complaint: str):
+    assert complaint in complaint_about(GOOD, override)
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"), [("512MiB", 512 << 20), ("20GiB", 20 << 30), ("1.5KiB", 1536), ("7 B", 7), ("1TiB", 1 << 40)]
+)
+def test_memory_sizes_are_binary(text: str, num_bytes: int):
+    assert parse_memory(text) == num_bytes
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 10239, 10240, 5 << 20, (3 << 30) + 1, 99 << 30])
+def test_a_formatted_size_reads_back_as_at_least_as_much(num_bytes: int):
+    assert num_bytes <= parse_memory(format_memory(num_bytes)) <= num_bytes * 1.11
+
+
+def test_a_topology_has_few_enough_keys_to_know_them_all():
+    from protocol import topology
+
+    sections = (
+        topology.ModelSection,
+        topology.RouterSection,
+        topology.RoleSection,
+        topology.KVCacheSection,
+        topology.KVTransferSection,
+        topology.Topology,
+    )
+    assert sum(len(section.__struct_fields__) for section in sections) <= 40
