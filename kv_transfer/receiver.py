@@ -1,0 +1,165 @@
+"""KVReceiver: the decode side of all transfers of one rank.
+
+Owned and called by the rank's main thread, which alone writes to the cache: a frame waits in staging until its header
+was compared with this rank's own plan, and only then is copied into blocks that its attempt still owns. Decides nothing
+about requests: Received and Broken are facts for the leader.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from kernels.plain.scatter_kv import scatter_kv
+from kv_transfer.frames import FrameHeader
+from kv_transfer.plan import FRAME_BYTES, Piece, check_table, frames_of, local_heads, plan_transfer
+from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingTransport
+from protocol.identity import Attempt, Epoch
+from protocol.layout import KVLayout
+from protocol.orders import Broken, ExpectBlocks, Received
+
+POLL_BYTES = 32 << 20
+"""What one poll() copies at most (about 5 ms on one CPU core), so that a large prompt does not hold up running ones."""
+
+Refusal = Literal["unknown_attempt", "wrong_piece", "duplicate_frame"]
+REFUSALS: tuple[Refusal, ...] = ("unknown_attempt", "wrong_piece", "duplicate_frame")
+COUNTERS = (*RECEIVING_FAULTS, *REFUSALS)
+"""Every name that KVReceiver.counters can have."""
+
+_FrameKey = tuple[int, int]  # source rank, index
+
+
+@dataclass
+class _Transfer:
+    """One attempt that is expected: the frames that the plan names for this rank, and those still missing."""
+
+    order: ExpectBlocks
+    block_table: torch.Tensor  # [num_blocks of the prompt]
+    frames: dict[_FrameKey, tuple[Piece, int]]  # piece, frames of its link
+    missing: set[_FrameKey]
+
+
+class KVReceiver:
+    """Checks arriving frames and copies them into the cache.
+
+    cache: [num_layers, 2, num_blocks, num_local_kv_heads, block_size, head_dim]. fileno() is readable when poll() has
+    something to do.
+    """
+
+    def __init__(
+        self,
+        cache: torch.Tensor,
+        layout: KVLayout,
+        rank: int,
+        transport: ReceivingTransport,
+        frame_bytes: int = FRAME_BYTES,
+    ) -> None:
+        self._cache = cache
+        self._layout = layout
+        self._rank = rank
+        self._transport = transport
+        self._frame_bytes = frame_bytes
+        self._transfers: dict[Attempt, _Transfer] = {}
+        self._reports: list[Received | Broken] = []
+        self._refused: dict[str, int] = dict.fromkeys(REFUSALS, 0)
+
+    @property
+    def address(self) -> str:
+        """Where source ranks send this rank's frames."""
+        return self._transport.address
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Frames that were not used, by reason; the names are those in COUNTERS."""
+        return self._transport.counters | self._refused
+
+    def expect(self, order: ExpectBlocks) -> None:
+        """From now on take frames of this attempt; one that cannot work is reported as Broken by the next poll()."""
+        assert order.attempt not in self._transfers, "an attempt is expected once"
+        try:
+            frames = self._plan(order)
+        except ValueError as error:
+            self._reports.append(Broken(self._rank, order.attempt, str(error)))
+            self._transport.arrivals.ring()
+            return
+        table = torch.tensor(order.block_ids, dtype=torch.int64, device=self._cache.device)
+        self._transfers[order.attempt] = _Transfer(order, table, frames, set(frames))
+        self._finish_if_whole(order.attempt)
+        if self._reports:
+            self._transport.arrivals.ring()
+
+    def poll(self, max_bytes: int = POLL_BYTES) -> list[Received | Broken]:
+        """Copy what has arrived, about max_bytes at most, and return what has become whole or failed."""
+        for arrival in self._transport.arrivals.take(max_bytes):
+            self._land(arrival)
+        reports, self._reports = self._reports, []
+        return reports
+
+    def drop(self, attempt: Attempt) -> None:
+        """Forget an attempt, known or not: after this its blocks are not written again."""
+        self._transfers.pop(attempt, None)
+
+    def close_peer(self, epoch: Epoch) -> None:
+        """The source group of this epoch is gone: what was not whole yet is Broken."""
+        self._transport.close_peer(epoch)
+        lost = [attempt for attempt, transfer in self._transfers.items() if transfer.order.source.epoch == epoch]
+        for attempt in lost:
+            self._fail(attempt, "the source group is gone")
+        if lost:
+            self._transport.arrivals.ring()
+
+    def fileno(self) -> int:
+        return self._transport.arrivals.fileno()
+
+    def close(self) -> None:
+        self._transfers.clear()
+        self._transport.close()
+
+    def _plan(self, order: ExpectBlocks) -> dict[_FrameKey, tuple[Piece, int]]:
+        """Return every frame that this rank must get for order; ValueError when it cannot be."""
+        source = order.source.layout
+        num_positions = order.first_position + order.num_tokens
+        check_table(order.block_ids, self._layout.block_size, self._cache.shape[2], num_positions)
+        frames: dict[_FrameKey, tuple[Piece, int]] = {}
+        for link in plan_transfer(source, self._layout):
+            if link.destination_rank == self._rank:
+                pieces = frames_of(link, source, order.first_position, order.num_tokens, self._frame_bytes)
+                frames |= {(link.source_rank, piece.index): (piece, len(pieces)) for piece in pieces}
+        return frames
+
+    def _land(self, arrival: Arrival) -> None:
+        """Copy one frame into its blocks, or refuse it: frames of no live attempt and doubles are only counted."""
+        header, payload, fault = arrival
+        transfer = self._transfers.get(header.attempt)
+        if transfer is None:
+            self._refused["unknown_attempt"] += 1
+            return
+        if payload is None:
+            self._fail(header.attempt, f"frame {header.piece.index} from rank {header.source_rank}: {fault}")
+            return
+        key = (header.source_rank, header.piece.index)
+        if header.destination_rank != self._rank or transfer.frames.get(key) != (header.piece, header.num_frames):
+            self._refused["wrong_piece"] += 1
+            self._fail(header.attempt, f"frame {header.piece.index} from rank {header.source_rank} is not in the plan")
+        elif key not in transfer.missing:
+            self._refused["duplicate_frame"] += 1
+        else:
+            self._copy(header, payload, transfer.block_table)
+            transfer.missing.remove(key)
+            self._finish_if_whole(header.attempt)
+
+    def _copy(self, header: FrameHeader, payload: torch.Tensor, block_table: torch.Tensor) -> None:
+        piece = header.piece
+        sizes = [stop - start for start, stop in (piece.layers, piece.heads, piece.tokens)]
+        shaped = payload.view(self._cache.dtype).view(sizes[0], 2, *sizes[1:], self._layout.head_dim)
+        heads = local_heads(self._layout, self._rank, piece.heads)
+        scatter_kv(shaped.to(self._cache.device), self._cache, block_table, piece.layers, heads, piece.tokens)
+
+    def _finish_if_whole(self, attempt: Attempt) -> None:
+        if not self._transfers[attempt].missing:
+            del self._transfers[attempt]
+            self._reports.append(Received(self._rank, attempt))
+
+    def _fail(self, attempt: Attempt, reason: str) -> None:
+        del self._transfers[attempt]
+        self._reports.append(Broken(self._rank, attempt, reason))

@@ -1,0 +1,179 @@
+"""KVSender: the prefill side of all transfers of one rank.
+
+Owned and called by the rank's main thread, which alone reads the cache. Blocks may be reused as soon as their attempt
+was dropped, or every destination has committed: what was gathered is a copy. Decides nothing about requests.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+
+from kernels.plain.gather_kv import gather_kv
+from kv_transfer.frames import FrameHeader, digest_of
+from kv_transfer.plan import FRAME_BYTES, check_table, frames_of, local_heads, plan_transfer
+from kv_transfer.transports.transport import DROPPED, Destination, OutgoingFrame, SendingTransport, Settled
+from protocol.identity import Attempt, Epoch
+from protocol.layout import KVLayout
+from protocol.orders import Broken, SendBlocks
+
+WINDOW_BYTES = 64 << 20
+"""Gathered payloads per destination that the peer has not checked yet. Later pieces wait in the cache until poll()."""
+
+
+@dataclass
+class _Transfer:
+    """One attempt under way: where its blocks are, and how many of its frames are not settled yet."""
+
+    order: SendBlocks
+    block_table: torch.Tensor  # [num_blocks of the prompt]
+    num_unsettled: int = 0
+
+
+@dataclass
+class _Lane:
+    """What waits for one destination, oldest first, and how many gathered bytes are on their way there."""
+
+    waiting: deque[FrameHeader] = field(default_factory=deque)
+    staged_bytes: int = 0
+
+
+class KVSender:
+    """Gathers pieces of the cache and hands them to a transport, without ever waiting for the network.
+
+    Memory is bounded by WINDOW_BYTES per destination rank: send() gathers what fits, poll() the rest as frames are
+    settled, so a stalled destination holds up nobody but itself. fileno() is readable when poll() has something to do.
+
+    cache: [num_layers, 2, num_blocks, num_local_kv_heads, block_size, head_dim].
+    """
+
+    def __init__(
+        self,
+        cache: torch.Tensor,
+        layout: KVLayout,
+        rank: int,
+        transport: SendingTransport,
+        frame_bytes: int = FRAME_BYTES,
+    ) -> None:
+        self._cache = cache
+        self._layout = layout
+        self._rank = rank
+        self._transport = transport
+        self._frame_bytes = frame_bytes
+        self._transfers: dict[Attempt, _Transfer] = {}
+        self._lanes: dict[Destination, _Lane] = {}
+        self._reports: list[Broken] = []
+
+    def send(self, order: SendBlocks) -> None:
+        """Start this rank's part of a transfer; one that cannot work is reported as Broken by the next poll()."""
+        assert order.attempt not in self._transfers, "an attempt is sent once"
+        try:
+            headers = self._headers(order)
+        except ValueError as error:
+            self._reports.append(Broken(self._rank, order.attempt, str(error)))
+            self._transport.settled.ring()
+            return
+        if headers:
+            table = torch.tensor(order.block_ids, dtype=torch.int64, device=self._cache.device)
+            self._transfers[order.attempt] = _Transfer(order, table, len(headers))
+        for destination, header in headers:
+            self._lanes.setdefault(destination, _Lane()).waiting.append(header)
+        self._fill_lanes()
+
+    def poll(self) -> list[Broken]:
+        """Take note of what the transport did, gather what there is room for now, and return what has failed."""
+        for settled in self._transport.settled.take(1):
+            self._settle(settled)
+        self._fill_lanes()
+        reports, self._reports = self._reports, []
+        return reports
+
+    def drop(self, attempt: Attempt) -> None:
+        """Forget an attempt, known or not: after this its blocks are not read again."""
+        if self._transfers.pop(attempt, None):
+            self._transport.drop(attempt)
+            self._fill_lanes()
+
+    def close_peer(self, epoch: Epoch) -> None:
+        """The destination group of this epoch is gone: what was on its way there is Broken."""
+        lost = [attempt for attempt, transfer in self._transfers.items() if transfer.order.destination.epoch == epoch]
+        for attempt in lost:
+            self._fail(attempt, "the destination group is gone")
+        if lost:
+            self._transport.settled.ring()
+        self._lanes = {key: lane for key, lane in self._lanes.items() if key.epoch != epoch}
+        self._transport.close_peer(epoch)
+
+    def fileno(self) -> int:
+        return self._transport.settled.fileno()
+
+    def close(self) -> None:
+        self._transfers.clear()
+        self._lanes.clear()
+        self._transport.close()
+
+    def _headers(self, order: SendBlocks) -> list[tuple[Destination, FrameHeader]]:
+        """Plan this rank's frames; the digests are filled in when the payloads have been gathered."""
+        num_ranks, num_addresses = order.destination.layout.tensor_parallel, len(order.destination.addresses)
+        if num_addresses != num_ranks:
+            raise ValueError(f"the destination group has {num_ranks} ranks but {num_addresses} addresses")
+        num_positions = order.first_position + order.num_tokens
+        check_table(order.block_ids, self._layout.block_size, self._cache.shape[2], num_positions)
+        headers = []
+        for link in plan_transfer(self._layout, order.destination.layout):
+            if link.source_rank == self._rank:
+                rank = link.destination_rank
+                destination = Destination(order.destination.epoch, order.destination.addresses[rank])
+                pieces = frames_of(link, self._layout, order.first_position, order.num_tokens, self._frame_bytes)
+                headers += [
+                    (destination, FrameHeader(order.attempt, self._rank, rank, len(pieces), piece, payload_digest=0))
+                    for piece in pieces
+                ]
+        return headers
+
+    def _fill_lanes(self) -> None:
+        for destination, lane in list(self._lanes.items()):
+            self._fill(destination, lane)
+            if not lane.waiting and not lane.staged_bytes:
+                del self._lanes[destination]
+
+    def _fill(self, destination: Destination, lane: _Lane) -> None:
+        """Gather and hand over what waits, oldest first, up to the window; frames of dropped attempts are skipped."""
+        while lane.waiting:
+            header = lane.waiting[0]
+            transfer = self._transfers.get(header.attempt)
+            if transfer:
+                if lane.staged_bytes and lane.staged_bytes + header.piece.num_bytes > WINDOW_BYTES:
+                    return
+                lane.staged_bytes += header.piece.num_bytes
+                self._transport.send(self._gather(destination, header, transfer.block_table))
+            lane.waiting.popleft()
+
+    def _gather(self, destination: Destination, header: FrameHeader, block_table: torch.Tensor) -> OutgoingFrame:
+        piece = header.piece
+        heads = local_heads(self._layout, self._rank, piece.heads)
+        payload = gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens)
+        flat = payload.cpu().flatten().view(torch.uint8)  # [num_bytes]
+        header = msgspec.structs.replace(header, payload_digest=digest_of(flat.numpy().data))
+        return OutgoingFrame(destination, header, flat)
+
+    def _settle(self, settled: Settled) -> None:
+        frame, fault = settled
+        lane = self._lanes.get(frame.destination)
+        if lane:
+            lane.staged_bytes -= frame.header.piece.num_bytes
+        transfer = self._transfers.get(frame.header.attempt)
+        if transfer is None or fault == DROPPED:
+            return
+        if fault:
+            self._fail(frame.header.attempt, fault)
+            return
+        transfer.num_unsettled -= 1
+        if not transfer.num_unsettled:
+            del self._transfers[frame.header.attempt]
+
+    def _fail(self, attempt: Attempt, reason: str) -> None:
+        del self._transfers[attempt]
+        self._transport.drop(attempt)
+        self._reports.append(Broken(self._rank, attempt, reason))

@@ -1,0 +1,102 @@
+"""What a transport is: the sending and the receiving side, and what passes through them.
+
+KVSender and KVReceiver call these; every other file in this folder is one of them. A transport moves and checks frames;
+it knows nothing of caches, block tables or which transfers are live.
+
+All methods are called by the rank's main thread and return at once; the network is the business of threads behind them,
+each of which outlives every bad message.
+"""
+
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+
+from kv_transfer.frames import FrameFault, FrameHeader
+from kv_transfer.mailbox import Mailbox
+from protocol.identity import Attempt, Epoch
+
+INBOX_BYTES = 256 << 20
+"""Checked payloads that may wait for one receiving rank's main thread; beyond it the senders wait."""
+
+ReceivingFault = FrameFault | Literal["bad_message", "unreachable_sender", "broken_pair", "internal_error"]
+RECEIVING_FAULTS: tuple[ReceivingFault, ...] = (
+    "bad_version",
+    "bad_header",
+    "wrong_size",
+    "bad_digest",
+    "bad_message",
+    "unreachable_sender",
+    "broken_pair",
+    "internal_error",
+)
+
+DROPPED = "dropped"
+"""Why a frame was settled without being sent: its attempt was dropped."""
+
+
+class Destination(NamedTuple):
+    """One receiving rank in one life of its group. The same address under another epoch is another peer."""
+
+    epoch: Epoch
+    address: str
+
+
+class OutgoingFrame(NamedTuple):
+    """A header, and its payload as flat bytes, uint8 [num_bytes], which nobody writes to any more."""
+
+    destination: Destination
+    header: FrameHeader
+    payload: torch.Tensor
+
+
+class Settled(NamedTuple):
+    """What became of a frame: fault is None when the peer has checked it. Every frame is settled exactly once."""
+
+    frame: OutgoingFrame
+    fault: str | None
+
+
+class Arrival(NamedTuple):
+    """A frame whose header is sound. payload, uint8 [num_bytes], is there if and only if fault is None."""
+
+    header: FrameHeader
+    payload: torch.Tensor | None
+    fault: ReceivingFault | None
+
+
+class SendingTransport(Protocol):
+    """The side of a prefill rank."""
+
+    settled: Mailbox[Settled]
+
+    def send(self, frame: OutgoingFrame) -> None:
+        """Take the frame; frames to one destination arrive in the order in which they were taken."""
+        ...
+
+    def drop(self, attempt: Attempt) -> None:
+        """Do not send those frames of this attempt that have not begun."""
+        ...
+
+    def close_peer(self, epoch: Epoch) -> None:
+        """Close every connection to the group of this epoch; its frames are settled with a fault."""
+        ...
+
+    def close(self) -> None:
+        """End all threads and connections."""
+        ...
+
+
+class ReceivingTransport(Protocol):
+    """The side of a decode rank. address is where its peers send; counters has one entry per ReceivingFault."""
+
+    address: str
+    arrivals: Mailbox[Arrival]
+    counters: dict[str, int]
+
+    def close_peer(self, epoch: Epoch) -> None:
+        """Close every connection to the group of this epoch."""
+        ...
+
+    def close(self) -> None:
+        """End all threads and connections."""
+        ...

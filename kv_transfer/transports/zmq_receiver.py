@@ -1,0 +1,67 @@
+"""The receiving side of the zmq transport: one bound socket whose thread receives, checks and answers.
+
+On the wire: a peer's DEALER sends [sequence number, header, payload] and for each gets [sequence number, fault or
+nothing] back. An answer without a fault means that the payload was checked and is in staging; where it goes is the main
+thread's business. Knows nothing of which transfers are live.
+"""
+
+import torch
+import zmq
+
+from kv_transfer.frames import FrameError, check_payload, decode_header
+from kv_transfer.mailbox import Mailbox
+from kv_transfer.plan import FRAME_BYTES
+from kv_transfer.transports.listener import Listener
+from kv_transfer.transports.transport import INBOX_BYTES, RECEIVING_FAULTS, Arrival, ReceivingFault
+from protocol.identity import Epoch
+
+
+class ZmqReceiver:
+    """A ReceivingTransport. Raises zmq.ZMQError when host cannot be bound."""
+
+    def __init__(self, host: str, timeout_s: float) -> None:
+        del timeout_s  # this side never waits for a peer
+        self.arrivals: Mailbox[Arrival] = Mailbox(INBOX_BYTES)
+        self.counters: dict[str, int] = dict.fromkeys(RECEIVING_FAULTS, 0)
+        self._listener = Listener(zmq.ROUTER, host, FRAME_BYTES, self._answer, self.counters)
+        self.address = self._listener.address
+
+    def close_peer(self, epoch: Epoch) -> None:
+        """Nothing to do: connections are the senders', and what a dead one left names an attempt that is over."""
+
+    def close(self) -> None:
+        self.arrivals.close()
+        self._listener.close()
+
+    def _answer(self, parts: list[zmq.Frame]) -> list[bytes]:
+        sender, *message = (part.buffer for part in parts)
+        fault = self._accept(message)
+        if fault:
+            self.counters[fault] += 1
+        return [bytes(sender), bytes(message[0]) if message else b"", (fault or "").encode()]
+
+    def _accept(self, message: list[memoryview]) -> ReceivingFault | None:
+        """Deliver a sound frame, and one of which only the payload is bad; return its fault."""
+        if len(message) != 3:
+            return "bad_message"
+        _, header_bytes, payload = message
+        try:
+            header = decode_header(header_bytes)
+        except FrameError as error:
+            return error.fault
+        try:
+            check_payload(header, payload)
+        except FrameError as error:
+            self.arrivals.put(Arrival(header, None, error.fault))
+            return error.fault
+        self.arrivals.put(Arrival(header, _as_tensor(payload), None), len(payload))
+        return None
+
+
+def _as_tensor(payload: memoryview) -> torch.Tensor:
+    """Return payload as uint8 [num_bytes].
+
+    Small messages lie anywhere in ZMQ's buffer; they are moved to where every element type may be read.
+    """
+    flat = torch.frombuffer(payload, dtype=torch.uint8)
+    return flat if flat.data_ptr() % 16 == 0 else flat.clone()

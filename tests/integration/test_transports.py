@@ -1,0 +1,170 @@
+"""Every transport, held to the same rules: KV arrives byte for byte, or nothing of it is ever used."""
+
+import select
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from kv_transfer.plan import manifest_of
+from kv_transfer.receiver import KVReceiver
+from kv_transfer.sender import KVSender
+from kv_transfer.transports.opening import open_receiver, open_sender
+from protocol.identity import new_attempt
+from protocol.layout import Endpoint, KVLayout
+from protocol.orders import Broken, ExpectBlocks, Received, SendBlocks
+from tests.integration.kv_groups import (
+    HOST,
+    SMALL_FRAME_BYTES,
+    attempt_between,
+    connected,
+    expect_order,
+    poll_for,
+    poll_until,
+    random_tokens,
+    send_order,
+    transfer,
+)
+from tests.integration.test_process_group import LOOPBACK, listening_hosts, num_threads
+
+torch.set_num_threads(1)
+transports = pytest.mark.parametrize("name", ["zmq", "gloo"])
+RECEIVING_MODULES = {"zmq": "zmq_receiver", "gloo": "torch_receiver"}
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+@transports
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
+@pytest.mark.parametrize("sink_tp", [1, 2, 4])
+@pytest.mark.parametrize("source_tp", [1, 2, 4])
+def test_every_pair_of_groups_moves_exactly_the_promised_slots(name, source_tp, sink_tp, num_kv_heads):
+    with connected(name, source_tp, sink_tp, num_kv_heads) as (source, sink):
+        for num_positions, first in ((37, 0), (71, 32), (16, 0), (1, 0)):
+            reports = transfer(source, sink, num_positions, first)
+            assert sorted(report.rank for report in reports) == list(range(sink_tp))
+            assert {type(report) for report in reports} == {Received}
+            assert sink.is_as_expected()
+        assert not sink.counters()
+
+
+@transports
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_arrives_bit_for_bit(name, dtype):
+    with connected(name, 2, 1, 4, dtype) as (source, sink):
+        assert type(transfer(source, sink, 150)[0]) is Received
+        assert sink.is_as_expected()
+
+
+@transports
+def test_many_transfers_at_once_do_not_mix(name):
+    with connected(name, 2, 2, 2) as (source, sink):
+        kv = [random_tokens(2, 30) for _ in range(8)]
+        attempts = [attempt_between(source, sink) for _ in kv]
+        for index, (attempt, tokens) in enumerate(zip(attempts, kv, strict=True)):
+            blocks = [2 * index, 2 * index + 1]
+            source.fill(blocks, tokens)
+            sink.note(blocks[::-1], 0, tokens)
+            for receiver in sink.receivers:
+                receiver.expect(expect_order(source, attempt, blocks[::-1], 30))
+        for index, attempt in reversed(list(enumerate(attempts))):
+            for sender in source.senders:
+                sender.send(send_order(sink, attempt, [2 * index, 2 * index + 1], 30))
+        reports = poll_until([*source.senders, *sink.receivers], 16)
+        assert {(report.rank, report.attempt) for report in reports} == {(r, a) for r in (0, 1) for a in attempts}
+        assert sink.is_as_expected()
+
+
+@transports
+def test_frames_of_full_size_arrive(name):
+    shape = KVLayout("large", 6, 4, 64, "float32", 16, 1)
+    source, sink = torch.randn(6, 2, 80, 4, 16, 64), torch.zeros(6, 2, 80, 4, 16, 64)
+    sender = KVSender(source, shape, 0, open_sender(name, HOST, 10))
+    receiver = KVReceiver(sink, shape, 0, open_receiver(name, HOST, 10))
+    attempt = new_attempt("0" * 32, 0, 1, 2)
+    manifest = manifest_of(shape, shape, 16, 1200)
+    assert manifest.num_bytes / manifest.num_frames > 2 << 20
+    table = torch.randperm(80)
+    receiver.expect(ExpectBlocks(attempt, Endpoint(1, shape, name, ("",)), tuple(table.tolist()), 16, 1200))
+    sender.send(SendBlocks(attempt, Endpoint(2, shape, name, (receiver.address,)), tuple(range(80)), 16, 1200))
+    assert poll_until([sender, receiver], 1) == [Received(0, attempt)]
+    assert torch.equal(sink[:, :, table[1:76]], source[:, :, 1:76])
+    assert not sink[:, :, table[0]].any()
+    assert not sink[:, :, table[76:]].any()
+    sender.close()
+    receiver.close()
+
+
+@transports
+def test_a_receiver_that_is_busy_for_seconds_loses_nothing(name, monkeypatch):
+    monkeypatch.setattr(f"kv_transfer.transports.{RECEIVING_MODULES[name]}.INBOX_BYTES", 8 << 20)
+    shape = KVLayout("large", 20, 4, 64, "float32", 16, 1)
+    source, sink = torch.ones(20, 2, 80, 4, 16, 64), torch.zeros(20, 2, 80, 4, 16, 64)
+    sender = KVSender(source, shape, 0, open_sender(name, HOST, 10))
+    receiver = KVReceiver(sink, shape, 0, open_receiver(name, HOST, 10))
+    attempt = new_attempt("0" * 32, 0, 1, 2)
+    receiver.expect(ExpectBlocks(attempt, Endpoint(1, shape, name, ("",)), tuple(range(80)), 0, 1280))
+    sender.send(SendBlocks(attempt, Endpoint(2, shape, name, (receiver.address,)), tuple(range(80)), 0, 1280))
+    assert poll_for([sender], 3.5) == []  # longer than a heartbeat of the control plane waits
+    assert poll_until([sender, receiver], 1) == [Received(0, attempt)]
+    assert torch.equal(sink, source)
+    sender.close()
+    receiver.close()
+
+
+@transports
+def test_nothing_listens_on_other_interfaces(name):
+    with connected(name, 2, 2) as (source, sink):
+        transfer(source, sink, 40)
+        assert listening_hosts() == {LOOPBACK}
+
+
+@transports
+def test_a_closed_transport_leaves_no_thread_and_no_file_behind(name):
+    def usage() -> tuple[int, int]:
+        return num_threads(), len(list(Path("/proc/self/fd").iterdir()))
+
+    with connected(name, 2, 2) as groups:
+        transfer(*groups, 40)
+    del groups
+    before = usage()
+    for _ in range(3):
+        with connected(name, 2, 2) as groups:
+            transfer(*groups, 40)
+        del groups
+    deadline = time.monotonic() + 5
+    while usage() > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    after = usage()
+    assert after[0] <= before[0]
+    assert after[1] <= before[1]
+
+
+@transports
+def test_a_transfer_of_no_tokens_is_received_at_once(name):
+    with connected(name) as (source, sink):
+        attempt = attempt_between(source, sink)
+        sink.receivers[0].expect(expect_order(source, attempt, [3, 4], 32, first=32))
+        assert poll_until([*sink.receivers], 1, deadline_s=1) == [Received(0, attempt)]
+        source.senders[0].send(send_order(sink, attempt, [3, 4], 32, first=32))
+        assert poll_for([*source.senders, *sink.receivers], 0.1) == []
+
+
+@transports
+def test_one_poll_copies_no_more_than_its_budget(name):
+    with connected(name) as (source, sink):
+        attempt = attempt_between(source, sink)
+        receiver = sink.receivers[0]
+        receiver.expect(expect_order(source, attempt, [1, 2, 3, 4], 64))
+        source.senders[0].send(send_order(sink, attempt, [1, 2, 3, 4], 64))
+        polls = 0
+        reports: list[Received | Broken] = []
+        while not reports:
+            assert select.select([receiver], [], [], 5)[0], "a poll with work left to do is announced"
+            reports = receiver.poll(max_bytes=1)
+            polls += 1
+        assert polls >= manifest_of(source.layout, sink.layout, 0, 64, SMALL_FRAME_BYTES).num_frames > 3

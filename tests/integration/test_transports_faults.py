@@ -1,0 +1,375 @@
+"""Every transport under bad frames, bad orders, bad peers: nothing foreign reaches a cache, nobody is held up."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+import pytest
+import torch
+import zmq
+
+from kv_transfer.frames import digest_of
+from kv_transfer.receiver import COUNTERS, KVReceiver
+from kv_transfer.transports.listener import Listener
+from kv_transfer.transports.opening import open_sender
+from kv_transfer.transports.transport import OutgoingFrame, SendingTransport
+from protocol.identity import Attempt, new_epoch
+from protocol.layout import Endpoint
+from protocol.orders import Broken, ExpectBlocks, Received
+from tests.integration.kv_groups import (
+    HOST,
+    Sink,
+    Source,
+    attempt_between,
+    connected,
+    expect_order,
+    frames_for,
+    layout,
+    poll_for,
+    poll_until,
+    poll_until_counted,
+    send_order,
+    transfer,
+)
+
+torch.set_num_threads(1)
+transports = pytest.mark.parametrize("name", ["zmq", "gloo"])
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+# --- frames that are not what they should be --------------------------------------------------------------------------
+
+
+@contextmanager
+def tampering(name: str) -> Iterator[tuple[Source, Sink, Attempt, list[OutgoingFrame], SendingTransport]]:
+    """An expected transfer, its genuine frames, and a transport to send them by hand, in whatever state."""
+    with connected(name) as (source, sink):
+        attempt = attempt_between(source, sink)
+        sink.receivers[0].expect(expect_order(source, attempt, [9, 4, 7, 2], 60))
+        transport = open_sender(name, HOST, 5)  # type: ignore[arg-type]
+        try:
+            yield source, sink, attempt, frames_for(source, sink, attempt, [0, 1, 2, 3], 60), transport
+        finally:
+            transport.close()
+
+
+def with_header(frame: OutgoingFrame, **changes: object) -> OutgoingFrame:
+    return frame._replace(header=msgspec.structs.replace(frame.header, **changes))
+
+
+def with_attempt(frame: OutgoingFrame, **changes: object) -> OutgoingFrame:
+    return with_header(frame, attempt=msgspec.structs.replace(frame.header.attempt, **changes))
+
+
+def with_piece(frame: OutgoingFrame, **changes: object) -> OutgoingFrame:
+    return with_header(frame, piece=msgspec.structs.replace(frame.header.piece, **changes))
+
+
+def flipped(frame: OutgoingFrame) -> OutgoingFrame:
+    payload = frame.payload.clone()
+    payload[100] ^= 1
+    return frame._replace(payload=payload)
+
+
+def cut(frame: OutgoingFrame) -> OutgoingFrame:
+    return frame._replace(payload=frame.payload[:-4].clone())
+
+
+BREAKING: dict[str, tuple[Callable[[OutgoingFrame], OutgoingFrame], set[str]]] = {
+    "a flipped bit": (flipped, {"bad_digest"}),
+    "a cut payload": (cut, {"wrong_size", "bad_digest"}),
+    "other tokens": (lambda frame: with_piece(frame, tokens=(1, 61)), {"wrong_piece"}),
+    "other heads": (lambda frame: with_piece(frame, heads=(1, 3)), {"wrong_piece"}),
+    "other layers": (lambda frame: with_piece(frame, layers=(1, 2)), {"wrong_piece"}),
+    "another index": (lambda frame: with_piece(frame, index=77), {"wrong_piece"}),
+    "another number of frames": (lambda frame: with_header(frame, num_frames=1), {"wrong_piece"}),
+    "another source rank": (lambda frame: with_header(frame, source_rank=1), {"wrong_piece"}),
+    "another destination rank": (lambda frame: with_header(frame, destination_rank=1), {"wrong_piece"}),
+}
+
+
+@transports
+@pytest.mark.parametrize("damage", BREAKING)
+def test_a_frame_that_is_not_the_plans_breaks_the_whole_transfer(name, damage):
+    change, faults = BREAKING[damage]
+    with tampering(name) as (_, sink, attempt, frames, transport):
+        wrong = change(frames[0])
+        before = sink.caches[0].clone()
+        transport.send(wrong)
+        (report,) = poll_until([*sink.receivers], 1)
+        assert isinstance(report, Broken)
+        assert report.attempt == attempt
+        assert torch.equal(sink.caches[0], before)
+        (counted,) = sink.counters().items()
+        assert counted[0] in faults
+        assert counted[1] == 1
+        for frame in frames:
+            transport.send(frame)
+        poll_until_counted(sink, {counted[0]: 1, "unknown_attempt": len(frames)})
+        assert torch.equal(sink.caches[0], before), "what comes after a transfer broke is not used"
+
+
+STALE = {
+    "an earlier attempt": {"number": 7},
+    "another request": {"request_id": "f" * 32},
+    "an earlier life of the sender": {"prefill_epoch": 5},
+    "an earlier life of the receiver": {"decode_epoch": 5},
+    "another transfer": {"transfer_id": 5},
+}
+
+
+@transports
+@pytest.mark.parametrize("identity", STALE)
+def test_a_frame_of_any_other_identity_is_dropped_and_the_transfer_goes_on(name, identity):
+    with tampering(name) as (_, sink, attempt, frames, transport):
+        before = sink.caches[0].clone()
+        for frame in frames:
+            transport.send(with_attempt(frame, **STALE[identity]))
+        poll_until_counted(sink, {"unknown_attempt": len(frames)})
+        assert torch.equal(sink.caches[0], before)
+        for frame in frames:
+            transport.send(frame)
+        assert poll_until([*sink.receivers], 1) == [Received(0, attempt)]
+
+
+@transports
+def test_doubled_and_reordered_frames_still_make_one_whole_transfer(name):
+    with tampering(name) as (source, sink, attempt, frames, transport):
+        kv = torch.zeros(3, 2, 2, 60, 8)
+        for position in range(60):
+            kv[:, :, :, position] = source.caches[0][:, :, position // 16, :, position % 16]
+        sink.note([9, 4, 7, 2], 0, kv)
+        for frame in (*frames[:0:-1], *frames[:0:-1], frames[0], frames[0]):
+            transport.send(frame)
+        assert poll_until([*sink.receivers], 1) == [Received(0, attempt)]
+        poll_until_counted(sink, {"duplicate_frame": len(frames) - 1, "unknown_attempt": 1})
+        assert sink.is_as_expected()
+
+
+@transports
+def test_a_missing_frame_leaves_the_transfer_unfinished(name):
+    with tampering(name) as (_, sink, _, frames, transport):
+        for frame in frames[1:]:
+            transport.send(frame)
+        assert poll_for([*sink.receivers], 0.3) == []
+
+
+@transports
+def test_blocks_of_a_dropped_transfer_are_not_written_again(name):
+    with tampering(name) as (source, sink, attempt, frames, transport):
+        transport.send(frames[0])
+        transport.send(frames[0])
+        poll_until_counted(sink, {"duplicate_frame": 1})
+        sink.receivers[0].drop(attempt)
+        other = attempt_between(source, sink)
+        sink.receivers[0].expect(expect_order(source, other, [9, 4, 7, 2], 60))
+        sink.caches[0].normal_()
+        before = sink.caches[0].clone()
+        for frame in frames:
+            transport.send(frame)
+        poll_until_counted(sink, {"duplicate_frame": 1, "unknown_attempt": len(frames)})
+        assert torch.equal(sink.caches[0], before)
+        for frame in frames:
+            transport.send(with_header(frame, attempt=other))
+        assert poll_until([*sink.receivers], 1) == [Received(0, other)]
+
+
+GARBAGE = [
+    [b""],
+    [b"x"] * 2,
+    [b"open", b"12345678", b"\xff" * 40],
+    [b"open", b"12345678", msgspec.msgpack.encode([1, 0, HOST, 1])],
+    [b"frame", b"12345678", b"\x01" * 60],
+    [b"seq", b"\x01" * 60, b"payload"],
+    [b"seq", b"\x02" * 60, b"payload"],
+    [b"a"] * 50,
+]
+
+
+@transports
+def test_garbage_on_the_socket_is_counted_and_disturbs_nobody(name):
+    with connected(name, timeout_s=1) as (source, sink), zmq.Context() as context:
+        before = sink.caches[0].clone()
+        kind = zmq.DEALER if name == "zmq" else zmq.PUSH
+        with context.socket(kind) as socket:
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.connect(sink.receivers[0].address)
+            for parts in GARBAGE * 2:
+                socket.send_multipart(parts)
+            poll_for([*sink.receivers], 0.5)
+            assert sum(sink.counters().values()) >= len(GARBAGE)
+            assert torch.equal(sink.caches[0], before)
+            assert type(transfer(source, sink, 60)[0]) is Received
+            assert sink.is_as_expected()
+            assert set(sink.receivers[0].counters) == set(COUNTERS)
+            assert sink.counters().get("internal_error", 0) == 0
+
+
+def test_a_payload_larger_than_any_frame_costs_its_sender_the_connection_only():
+    with tampering("zmq") as (source, sink, _, frames, transport):
+        huge = torch.zeros(5 << 20, dtype=torch.uint8)
+        digest = digest_of(huge.numpy().data)
+        transport.send(with_header(frames[0], payload_digest=digest)._replace(payload=huge))
+        assert poll_for([*sink.receivers], 0.3) == []
+        assert type(transfer(source, sink, 60, blocks=([0, 1, 2, 3], [0, 1, 3, 5]))[0]) is Received
+
+
+# --- orders that cannot work, peers that go away ----------------------------------------------------------------------
+
+
+@transports
+def test_orders_that_cannot_work_are_reported_as_broken_with_the_reason(name):
+    with connected(name) as (source, sink):
+        attempt = attempt_between(source, sink)
+        other = Endpoint(source.epoch, msgspec.structs.replace(layout(1, 2), num_layers=9), name, ("",))
+        receiver, sender = sink.receivers[0], source.senders[0]
+        cases = [
+            (ExpectBlocks(attempt, other, (1,), 0, 16), "num_layers differs"),
+            (ExpectBlocks(attempt, source.endpoint, (1,), 0, 17), "cannot hold 17 tokens"),
+            (ExpectBlocks(attempt, source.endpoint, (99,), 0, 16), "block 99 does not exist"),
+        ]
+        for order, reason in cases:
+            receiver.expect(order)
+            (report,) = poll_until([receiver], 1, deadline_s=1)
+            assert isinstance(report, Broken)
+            assert reason in report.reason
+        sender.send(send_order(sink, attempt, [99], 16))
+        (report,) = poll_until([sender], 1, deadline_s=1)
+        assert isinstance(report, Broken)
+        assert "block 99" in report.reason
+
+
+@transports
+def test_a_destination_that_never_answers_breaks_the_transfer_in_time(name):
+    with connected(name, timeout_s=0.5) as (source, sink), zmq.Context() as context, context.socket(zmq.PULL) as deaf:
+        port = deaf.bind_to_random_port(f"tcp://{HOST}")
+        endpoint = Endpoint(new_epoch(), sink.layout, name, (f"tcp://{HOST}:{port}",))
+        attempt = attempt_between(source, sink)
+        began = time.monotonic()
+        source.senders[0].send(msgspec.structs.replace(send_order(sink, attempt, [1], 16), destination=endpoint))
+        assert time.monotonic() - began < 0.3, "send does not wait for the network"
+        (report,) = poll_until([*source.senders], 1)
+        assert isinstance(report, Broken)
+        assert report.attempt == attempt
+        assert time.monotonic() - began < 3
+        assert type(transfer(source, sink, 40)[0]) is Received
+
+
+@transports
+def test_closing_a_peer_breaks_what_is_under_way_and_nothing_else(name):
+    with connected(name) as (source, sink), connected(name) as (other_source, other_sink):
+        lost, kept = attempt_between(source, sink), attempt_between(other_source, sink)
+        receiver = sink.receivers[0]
+        receiver.expect(expect_order(source, lost, [1, 2], 32))
+        receiver.expect(expect_order(other_source, kept, [3, 4], 32))
+        receiver.close_peer(source.epoch)
+        assert [(type(report), report.attempt) for report in poll_until([receiver], 1)] == [(Broken, lost)]
+        other_source.senders[0].send(send_order(sink, kept, [5, 6], 32))
+        assert poll_until([receiver, *other_source.senders], 1) == [Received(0, kept)]
+
+        nowhere = Endpoint(new_epoch(), sink.layout, name, (f"tcp://{HOST}:1",))
+        attempt = attempt_between(source, other_sink)
+        source.senders[0].send(msgspec.structs.replace(send_order(sink, attempt, [1], 16), destination=nowhere))
+        source.senders[0].close_peer(nowhere.epoch)
+        assert [report.attempt for report in poll_until([*source.senders], 1)] == [attempt]
+        assert type(transfer(source, other_sink, 40)[0]) is Received
+
+
+@transports
+def test_a_sender_that_dropped_an_attempt_forgets_it(name):
+    with connected(name) as (source, sink):
+        nowhere = Endpoint(new_epoch(), sink.layout, name, (f"tcp://{HOST}:1",))
+        attempt = attempt_between(source, sink)
+        source.senders[0].send(msgspec.structs.replace(send_order(sink, attempt, [1], 16), destination=nowhere))
+        source.senders[0].drop(attempt)
+        source.senders[0].close_peer(nowhere.epoch)
+        assert poll_for([*source.senders], 0.3) == []
+
+
+ENDLESS_SENDER = """
+import sys, torch
+from protocol.identity import Attempt
+from tests.integration.kv_groups import Source, frames_for, layout
+from kv_transfer.sender import KVSender
+from kv_transfer.transports.opening import open_receiver, open_sender
+from protocol.layout import Endpoint
+
+class Target:
+    endpoint = Endpoint(int(sys.argv[3]), layout(1, 2), sys.argv[1], (sys.argv[2],))
+
+source = Source(sys.argv[1], layout(1, 2))
+attempt = Attempt(sys.argv[4], 0, int(sys.argv[5]), int(sys.argv[3]), int(sys.argv[6]))
+frames = frames_for(source, Target, attempt, [0, 1, 2, 3], 60)
+transport = open_sender(sys.argv[1], "127.0.0.1", 10)
+while True:  # everything but the last frame, over and over
+    for frame in frames[:-1]:
+        transport.send(frame)
+        while not transport.settled.take(1):
+            pass
+"""
+
+
+@transports
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_sender_that_dies_or_stops_in_mid_transfer_holds_up_nobody_else(name, how):
+    with connected(name) as (source, sink):
+        lost = attempt_between(source, sink)
+        lost = msgspec.structs.replace(lost, prefill_epoch=new_epoch())
+        receiver: KVReceiver = sink.receivers[0]
+        endpoint = msgspec.structs.replace(source.endpoint, epoch=lost.prefill_epoch)
+        receiver.expect(ExpectBlocks(lost, endpoint, (0, 1, 2, 3), 0, 60))
+        arguments = [name, receiver.address, sink.epoch, lost.request_id, lost.prefill_epoch, lost.transfer_id]
+        process = subprocess.Popen(
+            [sys.executable, "-c", ENDLESS_SENDER, *map(str, arguments)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        try:
+            deadline = time.monotonic() + 60
+            while receiver.counters["duplicate_frame"] < 3:
+                assert time.monotonic() < deadline
+                poll_for([receiver], 0.05)
+            process.send_signal(how)
+            time.sleep(0.05)
+            poll_for([receiver], 0.05)
+            for index, cache in enumerate(sink.caches):
+                sink.expected[index] = cache.clone()
+            began = time.monotonic()
+            reports = transfer(source, sink, 60, blocks=([4, 5, 6, 7], [8, 9, 10, 11]))
+            assert time.monotonic() - began < 1
+            assert [report.attempt for report in reports if isinstance(report, Received)] != [lost]
+            assert sink.is_as_expected()
+            receiver.close_peer(lost.prefill_epoch)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_a_listener_outlives_a_handler_that_raises():
+    handled: list[bytes] = []
+    counters = {"unreachable_sender": 0, "internal_error": 0}
+
+    def handle(parts: list[zmq.Frame]) -> None:
+        if parts[0].bytes == b"poison":
+            raise KeyError("a mistake of ours")
+        handled.append(parts[0].bytes)
+
+    listener = Listener(zmq.PULL, HOST, 1024, handle, counters)
+    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
+        socket.connect(listener.address)
+        for message in (b"one", b"poison", b"two"):
+            socket.send(message)
+        deadline = time.monotonic() + 5
+        while len(handled) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    listener.close()
+    assert handled == [b"one", b"two"]
+    assert counters == {"unreachable_sender": 0, "internal_error": 1}
