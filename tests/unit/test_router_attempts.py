@@ -330,6 +330,22 @@ def test_losing_prefill_after_the_commit_does_not_disturb_the_stream() -> None:
     assert life.step(FromWorker(D, TokenUpdate(attempt, 1, 9))) == [Deliver(TokenUpdate(attempt, 1, 9))]
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_prefill_is_remembered_until_it_may_let_go_even_when_the_client_has_everything(is_lost: bool) -> None:
+    life, attempt, _ = started(max_tokens=2)
+    life.step(FromWorker(P, TokenUpdate(attempt, 0, 1)))
+    life.step(FromWorker(D, Grant(attempt, 0)))
+    life.step(FromWorker(P, Handoff(attempt, 1, Manifest(0, 1, 1, 1))))
+    end = life.step(FromWorker(D, TokenUpdate(attempt, 1, 9, None, "length")))[-1]
+    assert end == End(attempt, Outcome(Stage.FINISHED, "length"))
+    assert not life.is_over
+    if is_lost:
+        assert life.step(EpochLost(P)) == []
+    else:
+        assert life.step(FromWorker(D, Committed(attempt))) == [Send(P, Committed(attempt))]
+    assert life.is_over
+
+
 def test_a_token_of_another_sender_or_of_an_earlier_attempt_is_never_delivered() -> None:
     dispatcher = Dispatcher(least_loaded)
     dispatcher.pair_up([group(0, P)], [group(0, D)])

@@ -1,0 +1,34 @@
+"""`python -m router`: reads a RouterLaunch from stdin, answers with its addresses on stdout, logs to stderr.
+
+Exit status 0 after a drain, 2 when what it was told cannot work. TANDEM_LOG_LEVEL sets the log level.
+"""
+
+import logging
+import os
+import sys
+
+import uvloop
+
+from protocol.errors import ConfigError
+from router.launch import read_launch
+from router.process import serve
+
+
+def main() -> int:
+    """Run the router; return the process's exit status."""
+    logging.basicConfig(
+        level=os.environ.get("TANDEM_LOG_LEVEL", "INFO").upper(),
+        format="%(asctime)s %(levelname)s router %(name)s: %(message)s",
+    )
+    logging.raiseExceptions = False  # a full disk or a closed pipe must cost log lines, never requests
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    try:
+        uvloop.run(serve(read_launch(sys.stdin.fileno()), sys.stdin.fileno()))
+    except ConfigError as error:
+        print(f"router: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The table of live attempts: finds the lifecycle that an event belongs to, and keeps the dispatcher's counts in step.
+
+Pure, as router/lifecycle.py is: events and the time now go in, actions come out. Used by router/controller.py.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from protocol.identity import Attempt, Epoch, new_attempt
+from protocol.messages import Committed, Failed, Grant, Handoff, TokenUpdate
+from protocol.request import Request
+from protocol.stages import Stage
+from router.dispatch import Dispatcher
+from router.lifecycle import Action, Cancel, Drop, EpochLost, Event, FromWorker, Lifecycle, Outcome
+
+TOO_LATE = Outcome(Stage.FAILED, "deadline_exceeded", "the request's deadline has passed")
+
+
+class Attempts:
+    """Every attempt that is not over, by request id. A request has one attempt at a time."""
+
+    def __init__(self, dispatcher: Dispatcher, vocab_size: int) -> None:
+        self._dispatcher = dispatcher
+        self._vocab_size = vocab_size
+        self._lives: dict[str, Lifecycle] = {}
+        self._deadlines: dict[str, float] = {}
+        self._of_epoch: defaultdict[Epoch, set[str]] = defaultdict(set)
+
+    def __len__(self) -> int:
+        return len(self._lives)
+
+    def stages(self) -> list[Stage]:
+        """Return the stage of every attempt in the table."""
+        return [life.stage for life in self._lives.values()]
+
+    def start(self, request: Request, deadline_s: float) -> list[Action]:
+        """Send request to the pair that the dispatcher chooses. deadline_s: on the clock that expire is given.
+
+        Raise NoPair or PromptTooLong, having done nothing, when there is no pair for it.
+        """
+        pair = self._dispatcher.choose(request)
+        attempt = new_attempt(request.request_id, 0, pair.prefill.epoch, pair.decode.epoch)
+        life = Lifecycle(attempt, request, self._vocab_size)
+        self._lives[request.request_id] = life
+        self._deadlines[request.request_id] = deadline_s
+        for epoch in (attempt.prefill_epoch, attempt.decode_epoch):
+            self._of_epoch[epoch].add(request.request_id)
+        self._dispatcher.started(attempt, request)
+        return life.start(pair.prefill.endpoint, pair.decode.endpoint)
+
+    def receive(self, sender: Epoch, message: Grant | Handoff | Committed | Failed | TokenUpdate) -> list[Action]:
+        """A leader said something about an attempt. What is said of attempts that are over is dropped."""
+        life = self._lives.get(message.attempt.request_id)
+        if life is None or life.attempt != message.attempt:
+            return [Drop("ended_attempt")]
+        return self._step(life, FromWorker(sender, message))
+
+    def cancel(self, request_id: str, outcome: Outcome) -> list[Action]:
+        """End a request's attempt for a reason of our own; nothing happens when it is over already."""
+        life = self._lives.get(request_id)
+        return self._step(life, Cancel(outcome)) if life is not None else []
+
+    def lose(self, epoch: Epoch) -> list[Action]:
+        """The group of this leader's epoch is gone."""
+        lives = [self._lives[request_id] for request_id in sorted(self._of_epoch.get(epoch, ()))]
+        actions = [action for life in lives for action in self._step(life, EpochLost(epoch))]
+        self._of_epoch.pop(epoch, None)
+        return actions
+
+    def expire(self, now_s: float) -> list[Action]:
+        """End every attempt whose deadline has passed."""
+        return self._cancel_all((i for i, deadline in self._deadlines.items() if deadline <= now_s), TOO_LATE)
+
+    def cancel_all(self, outcome: Outcome) -> list[Action]:
+        """End every attempt."""
+        return self._cancel_all(self._lives, outcome)
+
+    def _cancel_all(self, request_ids: Iterable[str], outcome: Outcome) -> list[Action]:
+        return [action for request_id in list(request_ids) for action in self.cancel(request_id, outcome)]
+
+    def _step(self, life: Lifecycle, event: Event) -> list[Action]:
+        actions = life.step(event)
+        if life.stage > Stage.PREFILLING:
+            self._dispatcher.prefilled(life.attempt)
+        if life.stage.is_end:
+            self._dispatcher.ended(life.attempt)
+        if life.is_over:
+            self._forget(life.attempt)
+        return actions
+
+    def _forget(self, attempt: Attempt) -> None:
+        del self._lives[attempt.request_id]
+        del self._deadlines[attempt.request_id]
+        for epoch in (attempt.prefill_epoch, attempt.decode_epoch):
+            requests = self._of_epoch.get(epoch, set())
+            requests.discard(attempt.request_id)
+            if not requests:
+                self._of_epoch.pop(epoch, None)

@@ -1,0 +1,83 @@
+"""uvicorn's HTTP/1.1 connection with the guards it lacks: a deadline and a size for headers, and errors in JSON.
+
+Given to uvicorn by router/process.py. Limits on bodies are router/body.py's.
+"""
+
+import asyncio
+
+from starlette.types import Scope
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from router.errors import bad_request
+
+HEADER_TIMEOUT_S = 10.0
+MAX_HEADER_BYTES = 32 << 10
+MAX_HEADERS = 64
+
+
+class GuardedProtocol(HttpToolsProtocol):
+    """A connection between two requests, or with half a header, is closed when its time is up."""
+
+    _header_timer: asyncio.TimerHandle | None = None
+    _num_header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._header_timer is not None and not self.transport.is_closing():
+            self._num_header_bytes += len(data)
+            if self._num_header_bytes > MAX_HEADER_BYTES:
+                self.send_400_response(f"the request's headers are larger than {MAX_HEADER_BYTES >> 10} KiB")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_header()
+        self.scope["state"]["abort_connection"] = self._abort
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._stop_timer()
+        body = bad_request(msg).body()
+        lines = (
+            STATUS_LINE[400],
+            b"content-type: application/json\r\nconnection: close\r\n",
+            b"content-length: %d\r\n\r\n" % len(body),
+            body,
+        )
+        self.transport.write(b"".join(lines))
+        self.transport.close()
+
+    def _await_header(self) -> None:
+        self._stop_timer()
+        self._num_header_bytes = 0
+        self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._abort)
+
+    def _stop_timer(self) -> None:
+        if self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
+
+    def _abort(self) -> None:
+        self.transport.abort()
+
+
+def header_problem(scope: Scope) -> str | None:
+    """Say why these headers cannot be trusted; two lengths of one body are how requests are smuggled."""
+    names = [name for name, _ in scope["headers"]]
+    if len(names) > MAX_HEADERS:
+        return f"a request may have at most {MAX_HEADERS} headers, not {len(names)}"
+    if scope["http_version"] == "1.1" and names.count(b"host") != 1:
+        return "a request must have exactly one Host header"
+    if names.count(b"content-length") + (b"transfer-encoding" in names) > 1:
+        return "a request must have one Content-Length or Transfer-Encoding, not several"
+    return None

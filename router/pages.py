@@ -1,0 +1,105 @@
+"""The GET endpoints: models, health, readiness, the cluster's state, metrics."""
+
+from typing import Any
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import Response
+
+from protocol.messages import BlockCounts
+from router.errors import ApiError, unavailable
+from router.membership import Rank
+from router.responses import ModelCard, ModelList
+from router.serving import Serving
+
+
+class RankStatus(msgspec.Struct, frozen=True):
+    """One rank as /status shows it. epoch is in hex, because JSON readers round large numbers."""
+
+    role: str
+    group: int
+    rank: int
+    pid: int
+    node: str
+    state: str
+    epoch: str
+    blocks: BlockCounts
+    running: int
+    waiting: int
+    doing: str
+
+
+class Status(msgspec.Struct, frozen=True):
+    """Answer of /status. requests counts those that still hold something somewhere."""
+
+    workers: list[RankStatus]
+    requests: int
+
+
+class Health(msgspec.Struct, frozen=True):
+    status: str
+
+
+def json(content: Any, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(content), status, media_type="application/json")
+
+
+async def models(http: Request) -> Response:
+    serving = _serving(http)
+    return json(ModelList([ModelCard(serving.model_name, serving.created, serving.max_context)]))
+
+
+async def model(http: Request) -> Response:
+    serving = _serving(http)
+    name = http.path_params["name"]
+    if name != serving.model_name:
+        raise ApiError(404, f"the model {name!r} does not exist here", param="model", code="model_not_found")
+    return json(ModelCard(serving.model_name, serving.created, serving.max_context))
+
+
+async def health(http: Request) -> Response:
+    """The process answers; says nothing of the workers."""
+    return json(Health("ok"))
+
+
+async def ready(http: Request) -> Response:
+    """200 while a request sent now would be taken by a pair of groups."""
+    reason = _serving(http).why_not_ready
+    if reason is not None:
+        raise unavailable(reason, "not_ready")
+    return json(Health("ready"))
+
+
+async def status(http: Request) -> Response:
+    """Every rank that was seen, the lost ones until their next life has joined."""
+    controller = _serving(http).control.controller
+    groups = sorted(controller.membership.groups.items())
+    ranks = [rank for _, group in groups for _, rank in sorted(group.ranks.items())]
+    return json(Status([_rank_status(rank) for rank in ranks], len(controller.attempts)))
+
+
+async def metrics(http: Request) -> Response:
+    return Response(generate_latest(http.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _serving(http: Request) -> Serving:
+    serving: Serving = http.app.state.serving
+    return serving
+
+
+def _rank_status(rank: Rank) -> RankStatus:
+    info, load = rank.info, rank.load
+    return RankStatus(
+        info.role,
+        info.group,
+        info.rank,
+        info.pid,
+        info.node,
+        rank.state,
+        f"{info.epoch:x}",
+        load.blocks,
+        load.running,
+        load.waiting,
+        rank.doing,
+    )

@@ -1,0 +1,166 @@
+"""The router's life: bind, announce, serve, drain, stop. Started by router/__main__.py."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import uvicorn
+from prometheus_client import (
+    CollectorRegistry,
+    GCCollector,
+    PlatformCollector,
+    ProcessCollector,
+    disable_created_metrics,
+)
+
+from protocol.errors import ConfigError
+from protocol.model_config import load_model_config
+from protocol.stages import Stage
+from protocol.topology import RouterSection
+from router.app import build_app
+from router.control import ControlPlane
+from router.controller import Controller
+from router.http_protocol import GuardedProtocol
+from router.launch import Addresses, RouterLaunch
+from router.lifecycle import Outcome
+from router.metrics import ClusterMetrics, RequestMetrics
+from router.serving import Serving
+from router.text import load_text
+
+BACKLOG = 2048
+USER_TIMEOUT_MS = 30_000
+"""After this the kernel gives up a client that acknowledges nothing, or whose window stays shut."""
+FLUSH_S = 2.0
+
+SHUTTING_DOWN = Outcome(Stage.FAILED, "shutting_down", "the server shut down before this request was finished")
+
+logger = logging.getLogger(__name__)
+
+
+class QuietServer(uvicorn.Server):
+    """uvicorn without its own signal handlers: what a signal means is decided here."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(launch: RouterLaunch, stdin: int) -> None:
+    """Run until stdin ends or a signal comes, and all requests have ended. Raise ConfigError when it cannot start."""
+    listener = bind(launch.section)
+    control = ControlPlane(Controller(launch), launch.control_host)
+    serving, server = build(launch, control)
+    control.start()
+    drain_wanted = _watch_ends(stdin)
+    running = asyncio.create_task(server.serve(sockets=[listener]))
+    announce(Addresses(control.address, _url(listener)))
+    await asyncio.wait({asyncio.create_task(drain_wanted.wait()), running}, return_when=asyncio.FIRST_COMPLETED)
+    await drain(serving, launch.section.grace_s)
+    server.should_exit = True
+    await running
+    await control.close()
+
+
+def build(launch: RouterLaunch, control: ControlPlane) -> tuple[Serving, QuietServer]:
+    """Return the collaborators of the HTTP half, and the server over them."""
+    folder = Path(launch.model_folder)
+    disable_created_metrics()  # type: ignore[no-untyped-call]
+    registry = CollectorRegistry()
+    serving = Serving(
+        control=control,
+        metrics=RequestMetrics(registry, launch.model_name),
+        text=load_text(folder, launch.max_context),
+        model_name=launch.model_name,
+        max_context=launch.max_context,
+        vocab_size=launch.vocab_size,
+        eos_token_ids=load_model_config(folder).eos_token_ids,
+        timeout_s=launch.section.timeout_s,
+        created=int(time.time()),
+    )
+    registry.register(ClusterMetrics(control.controller, launch.model_name))
+    for collector in (ProcessCollector, PlatformCollector, GCCollector):
+        collector(registry=registry)
+    return serving, _server(build_app(serving, registry))
+
+
+def _server(app: object) -> QuietServer:
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http=GuardedProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(FLUSH_S),
+    )
+    return QuietServer(config)
+
+
+def bind(section: RouterSection) -> socket.socket:
+    """Return a listening socket on exactly this host and port; port 0 picks a free one. Raise ConfigError if taken."""
+    try:
+        family, *_, address = socket.getaddrinfo(section.host, section.port, type=socket.SOCK_STREAM)[0]
+        listener = socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"router.host {section.host}, router.port {section.port}: {error.strerror}") from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
+    return listener
+
+
+def announce(addresses: Addresses) -> None:
+    """Tell whoever started us where both sockets are."""
+    sys.stdout.write(msgspec.json.encode(addresses).decode() + "\n")
+    sys.stdout.flush()
+
+
+async def drain(serving: Serving, grace_s: float) -> None:
+    """Take nothing new, let what runs finish within grace_s, and end the rest with a clear error."""
+    attempts = serving.control.controller.attempts
+    logger.info("draining: %d requests have %g s to finish", len(attempts), grace_s)
+    serving.is_draining = True
+    serving.control.controller.membership.drain()
+    deadline_s = time.monotonic() + grace_s
+    while len(attempts) and time.monotonic() < deadline_s:
+        await asyncio.sleep(0.05)
+    serving.control.cancel_all(SHUTTING_DOWN)
+
+
+def _watch_ends(stdin: int) -> asyncio.Event:
+    """Return an event that a first signal, or the end of stdin, sets; a second signal ends the process at once."""
+    wanted = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def on_signal() -> None:
+        if wanted.is_set():
+            os._exit(1)
+        wanted.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    threading.Thread(target=_await_end, args=(stdin, loop, wanted), daemon=True).start()
+    return wanted
+
+
+def _await_end(stdin: int, loop: asyncio.AbstractEventLoop, wanted: asyncio.Event) -> None:
+    with contextlib.suppress(OSError):
+        while os.read(stdin, 65536):
+            pass
+    with contextlib.suppress(RuntimeError):  # the loop may be closed by now
+        loop.call_soon_threadsafe(wanted.set)
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

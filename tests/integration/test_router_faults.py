@@ -1,0 +1,342 @@
+"""The real router process when things go wrong: clients that leave, workers that die, garbage, and shutting down."""
+
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import msgspec
+import openai
+import pytest
+import zmq
+
+from protocol.codec import encode
+from protocol.messages import Abort, BlockCounts, Committed, Failed, Fence, Heartbeat, PeerLost, Reserve, Stop, Welcome
+from protocol.topology import RouterSection
+from router.launch import GroupSpec, RouterLaunch
+from tests.integration.fake_worker import LAYOUT, FakeWorker
+from tests.integration.router_process import ONE_PAIR, REPOSITORY, RouterUnderTest, wait_until, write_model
+
+LONG = {"prompt": "one two three", "max_tokens": 500}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def router(folder: Path) -> Iterator[RouterUnderTest]:
+    with RouterUnderTest(folder) as router:
+        yield router
+
+
+@pytest.fixture
+def prefill(router: RouterUnderTest) -> Iterator[FakeWorker]:
+    with FakeWorker(router.control, "prefill") as worker:
+        yield worker
+
+
+@pytest.fixture
+def decode(router: RouterUnderTest) -> Iterator[FakeWorker]:
+    with FakeWorker(router.control, "decode", step_s=0.02) as worker:
+        yield worker
+
+
+def connect(router: RouterUnderTest, body: dict[str, object]) -> socket.socket:
+    """Send a request on a socket of our own, to close when we like."""
+    host, port = router.url.removeprefix("http://").split(":")
+    raw = socket.create_connection((host, int(port)), timeout=10)
+    data = json.dumps(body).encode()
+    raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+    return raw
+
+
+def drops(router: RouterUnderTest) -> dict[str, float]:
+    prefix = "tandem_dropped_messages_total{"
+    lines = [line for line in router.client.get("/metrics").text.splitlines() if line.startswith(prefix)]
+    return {line.split('"')[1]: float(line.split()[-1]) for line in lines}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stage", ["queued", "prefilled", "decoding"])
+def test_a_client_that_leaves_frees_both_sides_within_a_second(
+    router, prefill, decode, stage: str, stream: bool
+) -> None:
+    router.await_ready()
+    prefill.is_prefilling = stage != "queued"
+    decode.is_granting = stage == "decoding"
+    raw = connect(router, {**LONG, "stream": stream})
+    wait_until(lambda: len(decode.messages(Reserve)) == 1)
+    if stage == "decoding":
+        wait_until(lambda: len(prefill.messages(Committed)) == 1)
+    time.sleep(0.05)
+    raw.close()
+    holders = [decode] if stage == "decoding" else [prefill, decode]
+    took_s = wait_until(lambda: all(len(worker.messages(Abort)) == 1 for worker in holders))
+    assert took_s < 1
+    wait_until(lambda: router.status()["requests"] == 0, 1)
+
+
+def test_a_worker_that_dies_ends_its_streams_at_once_and_comes_back_under_a_new_epoch(router, prefill, decode) -> None:
+    router.await_ready()
+    frames: list[str] = []
+
+    def read() -> None:
+        with router.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
+            frames.extend(line for line in answer.iter_lines() if line)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    wait_until(lambda: len(prefill.messages(Committed)) == 1)
+    time.sleep(0.1)
+    decode.die()
+    died_s = time.monotonic()
+    reader.join(5)
+    assert time.monotonic() - died_s < 1
+    error = json.loads(frames[-1].removeprefix("data: "))["error"]
+    assert error["code"] == "worker_lost"
+    assert all("error" not in json.loads(frame.removeprefix("data: ")) for frame in frames[:-1])
+    assert prefill.messages(PeerLost) == [PeerLost(decode.epoch)]
+    states = {worker["epoch"]: worker["state"] for worker in router.status()["workers"]}
+    assert states == {f"{decode.epoch:x}": "dead", f"{prefill.epoch:x}": "ready"}
+    assert "no decode worker is ready" in router.client.get("/ready").text
+    with FakeWorker(router.control, "decode") as again:
+        router.await_ready()
+        states = {worker["epoch"]: worker["state"] for worker in router.status()["workers"]}
+        assert states == {f"{again.epoch:x}": "ready", f"{prefill.epoch:x}": "ready"}
+        answer = router.client.post("/v1/completions", json={"prompt": "one two", "max_tokens": 2})
+        assert answer.json()["choices"][0]["text"] == "one two"
+
+
+def test_an_error_before_the_first_token_is_a_status_that_says_whether_to_retry(router, prefill, decode) -> None:
+    router.await_ready()
+    prefill.is_prefilling = decode.is_granting = False
+    answers: list[httpx.Response] = []
+    body = {**LONG, "stream": True}
+    asker = threading.Thread(target=lambda: answers.append(router.client.post("/v1/completions", json=body)))
+    asker.start()
+    wait_until(lambda: len(decode.messages(Reserve)) == 1)
+    attempt = decode.messages(Reserve)[0].attempt
+    decode.say(Failed(attempt, "kv_cache_too_small", "17 blocks are needed, 4 exist"))
+    asker.join(5)
+    assert (answers[0].status_code, answers[0].headers["x-should-retry"]) == (500, "false")
+    assert answers[0].json()["error"]["code"] == "kv_cache_too_small"
+    wait_until(lambda: len(prefill.messages(Abort)) == 1)
+
+
+def test_the_official_client_raises_on_an_error_in_the_middle_of_a_stream(router, prefill, decode) -> None:
+    router.await_ready()
+    with openai.OpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(model="tiny", prompt="one two", max_tokens=400, stream=True)
+        next(stream)
+        decode.say(Failed(decode.messages(Reserve)[0].attempt, "transfer_failed", "broken frame"))
+        with pytest.raises(openai.APIError, match="broken frame"):
+            list(stream)
+
+
+def test_losing_one_rank_fences_its_group(folder: Path) -> None:
+    layout = msgspec.structs.replace(LAYOUT, tensor_parallel=2)
+    with (
+        RouterUnderTest(folder, (GroupSpec("prefill", 0, 2), GroupSpec("decode", 0))) as router,
+        FakeWorker(router.control, "prefill", 0, 1, layout) as follower,
+        FakeWorker(router.control, "prefill", 0, 0, layout, is_assembling=False) as leader,
+        FakeWorker(router.control, "decode") as decode,
+    ):
+        wait_until(lambda: len(follower.messages(Welcome)) == 1)
+        assert router.client.get("/ready").status_code == 503
+        leader.become_ready()
+        router.await_ready()
+        follower.die()
+        wait_until(lambda: isinstance(leader.ended_by, Fence), 1)
+        assert "rank 1" in leader.ended_by.reason
+        wait_until(lambda: decode.messages(PeerLost) == [PeerLost(leader.epoch)], 1)
+
+
+def test_groups_that_do_not_fit_together_are_named_with_both_values(router, prefill) -> None:
+    other = msgspec.structs.replace(LAYOUT, block_size=32)
+    with FakeWorker(router.control, "decode", layout=other):
+        wait_until(lambda: "block_size differs: 16 and 32" in router.client.get("/ready").text)
+        answer = router.client.post("/v1/completions", json=LONG)
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "1"
+        assert "block_size differs: 16 and 32" in answer.json()["error"]["message"]
+
+
+def test_a_prompt_that_no_group_can_hold_is_refused_and_output_is_cut_to_what_fits(router, prefill) -> None:
+    with FakeWorker(router.control, "decode", num_tokens=32):
+        router.await_ready()
+        answer = router.client.post("/v1/completions", json={"prompt": [5] * 40, "max_tokens": 4})
+        assert answer.json()["error"]["code"] == "context_length_exceeded"
+        assert "at most 32" in answer.json()["error"]["message"]
+        answer = router.client.post("/v1/completions", json={"prompt": [5] * 20, "max_tokens": 100})
+        assert answer.json()["usage"]["completion_tokens"] == 12
+
+
+def test_garbage_on_the_control_socket_is_counted_and_changes_nothing(router, prefill, decode) -> None:
+    router.await_ready()
+    prefill.say_bytes(b"")
+    prefill.say_bytes(b"\xc1" * 1000)
+    prefill.say(Heartbeat(BlockCounts(), 0, 0, 0), epoch=decode.epoch)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.linger = 0
+        stranger.connect(router.control)
+        stranger.send_multipart([b"a", b"b", b"c"])
+        stranger.send(b"\xff" * 100_000)
+        stranger.send(encode(Stop(), 77))
+        assert stranger.poll(5000), "a stranger is told that it has no place here"
+        wait_until(lambda: drops(router).get("malformed", 0) == 4)
+    assert drops(router) == {"malformed": 4, "wrong_identity": 1, "dead_epoch": 1}
+    answer = router.client.post("/v1/completions", json={"prompt": "one two", "max_tokens": 2})
+    assert answer.json()["choices"][0]["text"] == "one two"
+
+
+def test_after_a_rush_of_clients_that_come_and_leave_nothing_is_left_and_the_counts_add_up(router) -> None:
+    rng = random.Random(7)
+    with (
+        FakeWorker(router.control, "prefill", 0),
+        FakeWorker(router.control, "decode", 0, step_s=0.002),
+    ):
+        router.await_ready()
+        leavers, readers = [], []
+        for number in range(200):
+            body = {"prompt": [5, 6, 7], "max_tokens": rng.randint(1, 60), "stream": number % 2 == 0}
+            (leavers if rng.random() < 0.5 else readers).append(connect(router, body))
+            if leavers and rng.random() < 0.4:
+                leavers.pop(rng.randrange(len(leavers))).close()
+        for raw in leavers:
+            raw.close()
+        for raw in readers:
+            answer = raw.recv(65536)
+            while b"[DONE]" not in answer and b"completion_tokens" not in answer:
+                assert answer.startswith(b"HTTP/1.1 200")
+                answer += raw.recv(65536)
+            raw.close()
+        wait_until(lambda: router.status()["requests"] == 0)
+        metrics = router.client.get("/metrics").text.splitlines()
+    ends = {
+        line.split('outcome="')[1].split('"')[0]: line for line in metrics if line.startswith("tandem_requests_total")
+    }
+    assert set(ends) == {"length", "client_gone"}
+    started = next(line for line in metrics if line.startswith("vllm:request_prompt_tokens_count"))
+    num_started = float(started.split()[-1])  # whoever left before the body was read has started nothing
+    assert sum(float(line.split()[-1]) for line in ends.values()) == num_started
+    assert len(readers) < num_started <= 200
+
+
+def test_a_request_ends_at_its_deadline(folder: Path) -> None:
+    with (
+        RouterUnderTest(folder, timeout_s=0.3) as router,
+        FakeWorker(router.control, "prefill") as prefill,
+        FakeWorker(router.control, "decode", step_s=0.05) as decode,
+    ):
+        router.await_ready()
+        answer = router.client.post("/v1/completions", json=LONG)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline_exceeded")
+        wait_until(lambda: len(decode.messages(Abort)) == 1, 1)
+        assert prefill.messages(Abort) == []
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "end of stdin"])
+def test_draining_finishes_what_runs_refuses_what_is_new_and_stops_the_workers(
+    router, prefill, decode, how: str
+) -> None:
+    router.await_ready()
+    answers: list[httpx.Response] = []
+    body = {"prompt": "one two", "max_tokens": 40, "stream": True}
+    asker = threading.Thread(target=lambda: answers.append(router.client.post("/v1/completions", json=body)))
+    asker.start()
+    wait_until(lambda: len(prefill.messages(Committed)) == 1)
+    if how == "SIGTERM":
+        router.process.send_signal(signal.SIGTERM)
+    else:
+        router.process.stdin.close()
+    wait_until(lambda: router.client.get("/ready").status_code == 503, 2)
+    refused = router.client.post("/v1/completions", json=body)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    assert {worker["state"] for worker in router.status()["workers"]} == {"draining"}
+    asker.join(5)
+    assert answers[0].text.endswith("data: [DONE]\n\n")
+    assert router.process.wait(5) == 0
+    wait_until(lambda: isinstance(prefill.ended_by, Stop) and isinstance(decode.ended_by, Stop), 2)
+
+
+def test_what_does_not_finish_within_the_grace_ends_in_a_clear_error(folder: Path) -> None:
+    with (
+        RouterUnderTest(folder, grace_s=0.3) as router,
+        FakeWorker(router.control, "prefill"),
+        FakeWorker(router.control, "decode", step_s=0.05) as decode,
+    ):
+        router.await_ready()
+        with router.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
+            lines = answer.iter_lines()
+            next(lines)
+            router.process.terminate()
+            last = [line for line in lines if line][-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
+        assert decode.messages(Abort)
+        assert router.process.wait(5) == 0
+
+
+def test_a_second_signal_ends_the_router_at_once(folder: Path) -> None:
+    with (
+        RouterUnderTest(folder, grace_s=60.0) as router,
+        FakeWorker(router.control, "prefill"),
+        FakeWorker(router.control, "decode", step_s=1.0),
+    ):
+        router.await_ready()
+        raw = connect(router, LONG)
+        wait_until(lambda: router.status()["requests"] == 1)
+        router.process.terminate()
+        wait_until(lambda: router.client.get("/ready").status_code == 503)
+        router.process.terminate()
+        assert router.process.wait(2) != 0
+        raw.close()
+
+
+def launch_bytes(folder: Path, **changed: object) -> bytes:
+    launch = RouterLaunch(
+        section=RouterSection(port=0),
+        control_host="127.0.0.1",
+        model_folder=str(folder),
+        model_name="tiny",
+        max_context=64,
+        vocab_size=100,
+        groups=ONE_PAIR,
+    )
+    return msgspec.json.encode(msgspec.structs.replace(launch, **changed)) + b"\n"
+
+
+def run_router(line: bytes) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "router"], input=line, capture_output=True, timeout=20, cwd=REPOSITORY, check=False
+    )
+    return done.returncode, done.stderr.decode()
+
+
+def test_a_port_in_use_is_a_clear_message_and_exit_status_2(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, said = run_router(launch_bytes(folder, section=RouterSection(port=port)))
+    assert code == 2
+    assert f"router.port {port}: Address already in use" in said
+    assert "Traceback" not in said
+
+
+def test_a_launch_that_cannot_work_is_a_clear_message_and_exit_status_2(folder: Path) -> None:
+    for line, complaint in (
+        (b"", "RouterLaunch"),
+        (b"{}\n", "missing required field"),
+        (launch_bytes(folder, model_folder="/no/such/folder"), "/no/such/folder is not a folder"),
+        (launch_bytes(folder, control_host="203.0.113.9"), "cannot be bound to 203.0.113.9"),
+        (launch_bytes(folder, groups=(GroupSpec("prefill", 0),)), "prefill and decode, or of colocated"),
+    ):
+        code, said = run_router(line)
+        assert (code, complaint in said, "Traceback" in said) == (2, True, False), said
