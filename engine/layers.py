@@ -4,6 +4,7 @@ Each holds one rank's slice of its weights and makes the group's ranks meet wher
 gathered. Put together by the weights, called by the model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,28 +13,30 @@ from torch.nn import functional
 
 from engine.tensor_parallel import Range, TensorParallel
 
+LinearMap = Callable[[Tensor], Tensor]
+"""[num_rows, num_inputs] -> [num_rows, num_outputs], as kernels/plain/linear.py makes one of a weight."""
+
 
 @dataclass(frozen=True, slots=True)
 class ColumnParallelLinear:
-    """A linear map whose outputs are split over the ranks; weight: [num_local_outputs, num_inputs]."""
+    """A linear map whose outputs are split over the ranks; local: all inputs to this rank's outputs, with bias."""
 
-    weight: Tensor
-    bias: Tensor | None
+    local: LinearMap
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.weight, self.bias)
+        return self.local(x)
 
 
 @dataclass(frozen=True, slots=True)
 class RowParallelLinear:
-    """A linear map whose inputs are split over the ranks; weight: [num_outputs, num_local_inputs]. Ranks meet."""
+    """A linear map whose inputs are split over the ranks; local: this rank's inputs to all outputs. Ranks meet."""
 
-    weight: Tensor
+    local: LinearMap
     bias: Tensor | None
     tensor_parallel: TensorParallel
 
     def __call__(self, x: Tensor) -> Tensor:
-        out = self.tensor_parallel.all_reduce(functional.linear(x, self.weight))
+        out = self.tensor_parallel.all_reduce(self.local(x))
         return out if self.bias is None else out + self.bias
 
 
@@ -55,14 +58,14 @@ class VocabularyEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class VocabularyHead:
-    """weight: [vocabulary_width, hidden_size], as the embedding's. Ranks meet."""
+    """local: hidden_size inputs to vocabulary_width outputs, with the embedding's shards. Ranks meet."""
 
-    weight: Tensor
+    local: LinearMap
     vocab_size: int
     tensor_parallel: TensorParallel
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
         """Return float32 logits [num_rows, vocab_size] on rank 0 and None on the others."""
-        shard = functional.linear(hidden, self.weight).to(torch.float32)
+        shard = self.local(hidden).to(torch.float32)
         logits = self.tensor_parallel.gather_to_leader(shard)
         return None if logits is None else logits[:, : self.vocab_size]

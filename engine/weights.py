@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.checkpoint import Checkpoint, Shape
 from engine.layers import ColumnParallelLinear, RowParallelLinear, VocabularyEmbedding, VocabularyHead
 from engine.tensor_parallel import Range, TensorParallel
+from kernels.plain.linear import Linear
 from protocol.model_config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -119,7 +120,7 @@ class _Loader:
         weight = self._vocabulary_shard(EMBEDDING)
         head_weight = weight if config.tie_word_embeddings else self._vocabulary_shard(HEAD)
         embedding = VocabularyEmbedding(weight, group.vocabulary(config.vocab_size), group)
-        return embedding, VocabularyHead(head_weight, config.vocab_size, group)
+        return embedding, VocabularyHead(Linear(head_weight), config.vocab_size, group)
 
     def _vocabulary_shard(self, name: str) -> Tensor:
         shard = self._checkpoint.rows(name, self._tensor_parallel.vocabulary(self._config.vocab_size))
@@ -147,9 +148,9 @@ class _Loader:
         rows = self._checkpoint.rows
         weight = torch.cat([rows(f"{prefix}{name}.weight", part) for name, part in parts.items()])
         bias = torch.cat([rows(f"{prefix}{name}.bias", part) for name, part in parts.items()]) if has_bias else None
-        return ColumnParallelLinear(weight, bias)
+        return ColumnParallelLinear(Linear(weight, bias))
 
     def _rows_parallel(self, name: str, inputs: Range, has_bias: bool) -> RowParallelLinear:
         weight = self._checkpoint.columns(f"{name}.weight", inputs)
         bias = self._checkpoint.whole(f"{name}.bias") if has_bias else None
-        return RowParallelLinear(weight, bias, self._tensor_parallel)
+        return RowParallelLinear(Linear(weight), bias, self._tensor_parallel)

@@ -11,11 +11,18 @@ from torch import Tensor
 
 from engine.tensor_parallel import TensorParallel
 from engine.weights import ModelWeights, expected_tensors, load_weights
+from kernels.plain import linear
 from protocol.errors import ConfigError
 from protocol.model_config import load_model_config
 from tests.models import make_model
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _plain_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights cannot be looked into."""
+    monkeypatch.setattr(linear, "_pack", lambda weight: None)
 
 
 class Rank(TensorParallel):
@@ -56,21 +63,21 @@ def test_the_slices_of_all_ranks_make_up_the_whole(tmp_path: Path) -> None:
     whole = {name.removeprefix("model.layers.1."): tensor for name, tensor in tensors.items()}
     head_dim = 32
     for rank, layer in enumerate(layers):
-        q, k, v = layer.qkv.weight.split(head_dim)  # one head of each
+        q, k, v = layer.qkv.local.weight.split(head_dim)  # one head of each
         kv_rows = slice(rank // 2 * head_dim, (rank // 2 + 1) * head_dim)  # two ranks share a KV head
         assert torch.equal(q, whole["self_attn.q_proj.weight"][rank * head_dim : (rank + 1) * head_dim])
         assert torch.equal(k, whole["self_attn.k_proj.weight"][kv_rows])
         assert torch.equal(v, whole["self_attn.v_proj.weight"][kv_rows])
-        assert layer.qkv.bias is not None
-        assert torch.equal(layer.qkv.bias[2 * head_dim :], whole["self_attn.v_proj.bias"][kv_rows])
-    assert torch.equal(torch.cat([layer.o.weight for layer in layers], dim=1), whole["self_attn.o_proj.weight"])
-    assert torch.equal(torch.cat([layer.down.weight for layer in layers], dim=1), whole["mlp.down_proj.weight"])
-    gates, ups = zip(*(layer.gate_up.weight.chunk(2) for layer in layers), strict=True)
+        assert layer.qkv.local.bias is not None
+        assert torch.equal(layer.qkv.local.bias[2 * head_dim :], whole["self_attn.v_proj.bias"][kv_rows])
+    assert torch.equal(torch.cat([layer.o.local.weight for layer in layers], dim=1), whole["self_attn.o_proj.weight"])
+    assert torch.equal(torch.cat([layer.down.local.weight for layer in layers], dim=1), whole["mlp.down_proj.weight"])
+    gates, ups = zip(*(layer.gate_up.local.weight.chunk(2) for layer in layers), strict=True)
     assert torch.equal(torch.cat(gates), whole["mlp.gate_proj.weight"])
     assert torch.equal(torch.cat(ups), whole["mlp.up_proj.weight"])
     for name, shards in (
         ("model.embed_tokens.weight", [rank.embedding.weight for rank in ranks]),
-        ("lm_head.weight", [rank.head.weight for rank in ranks]),
+        ("lm_head.weight", [rank.head.local.weight for rank in ranks]),
     ):
         assert {len(shard) for shard in shards} == {129}  # 515 over 4, rounded up
         joined = torch.cat(shards)
@@ -80,14 +87,14 @@ def test_the_slices_of_all_ranks_make_up_the_whole(tmp_path: Path) -> None:
 
 def test_tied_embeddings_are_one_tensor(tmp_path: Path) -> None:
     weights = load(make_model("llama", tmp_path, tie_word_embeddings=True))
-    assert weights.embedding.weight is weights.head.weight
+    assert weights.embedding.weight is weights.head.local.weight
 
 
 def test_a_tied_models_copy_of_the_head_and_old_rotary_buffers_are_passed_over(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path, tie_word_embeddings=True)
     extra = {"lm_head.weight": torch.ones(515, 128), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(16)}
     rewrite(folder, lambda tensors: tensors.update(extra))
-    assert not torch.equal(load(folder).head.weight, extra["lm_head.weight"])
+    assert not torch.equal(load(folder).head.local.weight, extra["lm_head.weight"])
 
 
 def test_weights_are_converted_to_the_wanted_type(tmp_path: Path) -> None:
@@ -95,7 +102,7 @@ def test_weights_are_converted_to_the_wanted_type(tmp_path: Path) -> None:
     weights = load(folder, 0, 2, torch.bfloat16)
     layer = weights.layers[0]
     assert layer.q_norm is not None
-    for tensor in (layer.q_norm, layer.qkv.weight, layer.down.weight, weights.head.weight):
+    for tensor in (layer.q_norm, layer.qkv.local.weight, layer.down.local.weight, weights.head.local.weight):
         assert tensor.dtype == torch.bfloat16
 
 
@@ -134,7 +141,7 @@ def test_several_files_need_no_index(tmp_path: Path) -> None:
     assert len(list(folder.glob("*.safetensors"))) > 3
     with_index = load(folder)
     (folder / "model.safetensors.index.json").unlink()
-    assert torch.equal(load(folder).layers[2].down.weight, with_index.layers[2].down.weight)
+    assert torch.equal(load(folder).layers[2].down.local.weight, with_index.layers[2].down.local.weight)
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
@@ -181,7 +188,7 @@ def test_only_the_own_slice_of_a_matrix_is_read(tmp_path: Path) -> None:
     """A rank of four holds a quarter of every matrix, and not a view that keeps the whole alive."""
     folder = make_model("llama", tmp_path)
     layer = load(folder, 1, 4).layers[0]
-    for matrix, num_elements in ((layer.o.weight, 128 * 32), (layer.down.weight, 128 * 48)):
+    for matrix, num_elements in ((layer.o.local.weight, 128 * 32), (layer.down.local.weight, 128 * 48)):
         assert matrix.untyped_storage().nbytes() == num_elements * 4
 
 

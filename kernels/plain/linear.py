@@ -1,0 +1,42 @@
+"""x W^T + b for a weight that never changes, laid out once as the CPU's matrix units like it. Called by all layers.
+
+oneDNN computes in a layout of its own, and brings a plain weight into it at every call; for a few rows, as in decode,
+that costs more than the product. The operations that pack a weight are private to torch: where they are missing, or do
+not take this weight, torch's plain linear serves.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+PACKED_FOR_ROWS = 16
+"""The number of rows that the layout is chosen for; it was measured to serve well from 1 to 256."""
+
+
+class Linear:
+    """A linear map. weight: [num_outputs, num_inputs]; bias: [num_outputs]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        packed = _pack(weight)
+        self.weight = weight if packed is None else packed
+        self.bias = bias
+        self._multiply = functional.linear if packed is None else _multiply_packed
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return [num_rows, num_outputs] for x [num_rows, num_inputs]."""
+        return self._multiply(x, self.weight, self.bias)
+
+
+def _pack(weight: Tensor) -> Tensor | None:
+    if weight.device.type != "cpu":
+        return None
+    try:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_FOR_ROWS)
+        _multiply_packed(weight.new_zeros(1, weight.shape[1]), packed, None)
+    except (AttributeError, RuntimeError):
+        return None
+    return packed
+
+
+def _multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
