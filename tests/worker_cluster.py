@@ -118,7 +118,8 @@ class WorkerCluster:
         self.wait_until(lambda: all(self._is_idle(rank) for rank in self.leaders()), timeout_s=5)
         for rank in self.leaders():
             blocks = rank.load.blocks
-            assert blocks.free + blocks.cached == blocks.total > 0 and blocks.held == 0
+            assert blocks.free + blocks.cached == blocks.total > 0
+            assert blocks.held == 0
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
         """Poll condition; an error of a worker ends the wait."""
