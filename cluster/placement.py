@@ -70,7 +70,7 @@ def _launch(
         role=role,
         group=group,
         rank=rank,
-        model=ModelLaunch(absolute_path(model.path), model.dtype, model.max_context),
+        model=ModelLaunch(absolute_path(model.path), model.dtype),
         role_section=section,
         kv_cache=CacheLaunch(parse_memory(cache.memory), cache.block_size, cache.prefix_caching),
         kv_transfer=topology.kv_transfer,

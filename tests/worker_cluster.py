@@ -146,7 +146,7 @@ class WorkerCluster:
             role=spec.role,
             group=spec.group,
             rank=rank,
-            model=ModelLaunch(str(self._model), "float32", None),
+            model=ModelLaunch(str(self._model), "float32"),
             role_section=RoleSection(tensor_parallel=spec.tensor_parallel, batch_tokens=self._batch_tokens),
             kv_cache=self._cache,
             kv_transfer=KVTransferSection(transport=self._transport, timeout_s=10),
