@@ -1,8 +1,18 @@
-"""What all tests share: GPU tests skip themselves where there is no GPU, and which model end-to-end tests serve."""
+"""What all tests share: GPU tests skip themselves where there is no GPU, and which model end-to-end tests serve.
 
+Nothing here is timed: hypothesis has no deadline, and torch computes on one thread, because threads that outnumber the
+cores wait for one another.
+"""
+
+import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is first imported
+hypothesis.settings.register_profile("tandem", deadline=None)
+hypothesis.settings.load_profile("tandem")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
