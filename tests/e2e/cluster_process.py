@@ -26,6 +26,7 @@ class ClusterProcess:
         command = [sys.executable, "-m", "cluster", "up", f"configs/{config}", *sets]
         self.processes = MarkedProcess(command, ROOT)
         self.model = str(model)
+        self._clients: list[openai.OpenAI] = []
         try:
             self.url = self.processes.wait_for_text("ready: ", START_S)
         except BaseException:
@@ -34,7 +35,9 @@ class ClusterProcess:
 
     def client(self, **options: Any) -> openai.OpenAI:
         """Return OpenAI's client; it does not retry, so that tests see every failure."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60, **options)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60, **options)
+        self._clients.append(client)
+        return client
 
     def status(self) -> dict[str, Any]:
         with urllib.request.urlopen(f"{self.url}/status", timeout=10) as answer:
@@ -79,4 +82,10 @@ class ClusterProcess:
             assert self.stop() == 0, self.processes.output
             self.processes.assert_nothing_left()
         finally:
-            self.processes.destroy()
+            self.destroy()
+
+    def destroy(self) -> None:
+        """End whatever is left, without questions."""
+        for client in self._clients:
+            client.close()
+        self.processes.destroy()

@@ -86,8 +86,8 @@ def test_a_submitted_job_serves_and_ends_when_it_is_stopped(environment: dict[st
     submitted = job(environment, head, "submit", "--submission-id=serve", "--working-dir=.", "--", *up)
     try:
         url = submitted.wait_for_text("ready: ", 120)
-        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-        answer = client.completions.create(model=str(model), prompt="Once upon a time", max_tokens=8)
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+            answer = client.completions.create(model=str(model), prompt="Once upon a time", max_tokens=8)
         assert answer.usage is not None
         assert answer.usage.completion_tokens > 0
         stopping = job(environment, head, "stop", "serve")
