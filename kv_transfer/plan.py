@@ -5,16 +5,20 @@ other part asks here; nobody else computes with heads, ranks or blocks. Nothing 
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from math import ceil
 from typing import Annotated
 
 import msgspec
 
-from protocol.layout import KVLayout
+from protocol.layout import UNIT_TOKENS, KVLayout
 from protocol.messages import Manifest
 
 FRAME_BYTES = 4 << 20
 """Largest payload of one frame: large enough to keep a link busy, small enough to check and copy between two steps."""
+
+SEGMENT_TOKENS = 256
+"""How much of a large prompt leaves at once while the rest is computed: long enough for large frames."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -80,20 +84,21 @@ def frames_of(
 ) -> tuple[Piece, ...]:
     """Cut a link's part of tokens [first_position, first_position + num_tokens) into few pieces of at most frame_bytes.
 
-    Groups of whole layers come first; tokens are cut, at block boundaries, only when a single layer is too large.
+    Tokens are cut first, into segments that leave as soon as they are computed, and each segment into groups of whole
+    layers; what fits one frame stays whole. All cuts of tokens are at multiples of UNIT_TOKENS, counted from the start
+    of the prompt, unless not even one unit of one layer fits. Block sizes do not matter: layout may be either side's.
     """
-    if num_tokens == 0:
-        return ()
     token_bytes = 2 * (link.heads[1] - link.heads[0]) * layout.head_dim * DTYPE_BYTES[layout.dtype]
     if token_bytes > frame_bytes:
         raise ValueError(f"one token of one layer has {token_bytes} bytes; a frame holds at most {frame_bytes}")
-    num_layers = max(1, frame_bytes // (token_bytes * num_tokens))
+    capacity = frame_bytes // token_bytes  # tokens of one layer
     areas = (
         (layers, tokens)
-        for layers in _cut(0, layout.num_layers, num_layers)
-        for tokens in _cut(
-            first_position, first_position + num_tokens, _whole_blocks(frame_bytes // token_bytes, layout.block_size)
+        for segment in _cut(
+            first_position, first_position + num_tokens, _segment_tokens(capacity // layout.num_layers, num_tokens)
         )
+        for layers in _cut(0, layout.num_layers, max(1, capacity // (segment[1] - segment[0])))
+        for tokens in _cut(*segment, _whole_units(capacity))
     )
     return tuple(
         Piece(index, layers, link.heads, tokens, token_bytes * (layers[1] - layers[0]) * (tokens[1] - tokens[0]))
@@ -142,11 +147,20 @@ def _overlap(one: Range, other: Range) -> Range:
     return max(one[0], other[0]), min(one[1], other[1])
 
 
+def _segment_tokens(capacity: int, num_tokens: int) -> int:
+    """Return the length of a segment, given how many tokens of all layers fit one frame."""
+    return num_tokens if num_tokens <= capacity else max(SEGMENT_TOKENS, _whole_units(capacity))
+
+
 def _cut(start: int, stop: int, size: int) -> Iterator[Range]:
-    """Cut [start, stop) into consecutive ranges of at most size."""
-    return ((first, min(first + size, stop)) for first in range(start, stop, size))
+    """Cut [start, stop) at every multiple of size, unless it is no longer than size."""
+    if stop - start <= size:
+        cuts = [start, stop] if start < stop else []
+    else:
+        cuts = [start, *range((start // size + 1) * size, stop, size), stop]
+    return pairwise(cuts)
 
 
-def _whole_blocks(num_tokens: int, block_size: int) -> int:
-    """Round num_tokens down to whole blocks, if there is at least one."""
-    return num_tokens // block_size * block_size or num_tokens
+def _whole_units(num_tokens: int) -> int:
+    """Round num_tokens down to whole units, if there is at least one."""
+    return num_tokens // UNIT_TOKENS * UNIT_TOKENS or num_tokens

@@ -43,7 +43,10 @@ class Answer:
 
 
 class WorkerCluster:
-    """Groups of the roles named, (role, number of groups, tensor_parallel), over one transport. A context manager."""
+    """Groups of the roles named, (role, number of groups, tensor_parallel), over one transport. A context manager.
+
+    block_sizes: those of decode groups last, of all others first.
+    """
 
     def __init__(
         self,
@@ -51,12 +54,13 @@ class WorkerCluster:
         roles: list[tuple[RoleName, int, int]],
         transport: Transport = "zmq",
         memory_bytes: int = 8 << 20,
-        block_size: int = 16,
+        block_sizes: tuple[int, int] = (16, 16),
         batch_tokens: int = 256,
     ) -> None:
         self._model = model
         self._transport: Transport = transport
-        self._cache = CacheLaunch(memory_bytes, block_size, prefix_caching=True)
+        self._memory_bytes = memory_bytes
+        self._block_sizes = block_sizes
         self._batch_tokens = batch_tokens
         self._groups = tuple(GroupSpec(role, group, tp) for role, num, tp in roles for group in range(num))
         self._loop = asyncio.new_event_loop()
@@ -147,7 +151,9 @@ class WorkerCluster:
             rank=rank,
             model=ModelLaunch(str(self._model), "float32", None),
             role_section=RoleSection(tensor_parallel=spec.tensor_parallel, batch_tokens=self._batch_tokens),
-            kv_cache=self._cache,
+            kv_cache=CacheLaunch(
+                self._memory_bytes, self._block_sizes[spec.role == "decode"], prefix_caching=True
+            ),
             kv_transfer=KVTransferSection(transport=self._transport, timeout_s=10),
             device="cpu",
             control=self._control.address,

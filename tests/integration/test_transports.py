@@ -39,12 +39,15 @@ def _same_random_numbers_every_time() -> None:
 
 
 @transports
+@pytest.mark.parametrize("block_sizes", [(16, 16), (16, 32), (32, 16)], ids=lambda sizes: f"{sizes[0]}to{sizes[1]}")
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
 @pytest.mark.parametrize("sink_tp", [1, 2, 4])
 @pytest.mark.parametrize("source_tp", [1, 2, 4])
-def test_every_pair_of_groups_moves_exactly_the_promised_slots(name, source_tp, sink_tp, num_kv_heads):
-    with connected(name, source_tp, sink_tp, num_kv_heads) as (source, sink):
-        for num_positions, first in ((37, 0), (71, 32), (16, 0), (1, 0)):
+def test_every_pair_of_groups_moves_exactly_the_promised_slots(
+    name, source_tp, sink_tp, num_kv_heads, block_sizes
+):
+    with connected(name, source_tp, sink_tp, num_kv_heads, block_sizes=block_sizes) as (source, sink):
+        for num_positions, first in ((37, 0), (71, 32), (100, block_sizes[1]), (16, 0), (1, 0)):
             reports = transfer(source, sink, num_positions, first)
             assert sorted(report.rank for report in reports) == list(range(sink_tp))
             assert {type(report) for report in reports} == {Received}
