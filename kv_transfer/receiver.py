@@ -92,6 +92,7 @@ class KVReceiver:
         """Copy what has arrived, about max_bytes at most, and return what has become whole or failed."""
         for arrival in self._transport.arrivals.take(max_bytes):
             self._land(arrival)
+            arrival.done()
         reports, self._reports = self._reports, []
         return reports
 
@@ -129,7 +130,7 @@ class KVReceiver:
 
     def _land(self, arrival: Arrival) -> None:
         """Copy one frame into its blocks, or refuse it: frames of no live attempt and doubles are only counted."""
-        header, payload, fault = arrival
+        header, payload, fault, _ = arrival
         transfer = self._transfers.get(header.attempt)
         if transfer is None:
             self._refused["unknown_attempt"] += 1

@@ -144,19 +144,31 @@ class KVSender:
             header = lane.waiting[0]
             transfer = self._transfers.get(header.attempt)
             if transfer:
-                if lane.staged_bytes and lane.staged_bytes + header.piece.num_bytes > WINDOW_BYTES:
+                staging = self._staging(destination, lane, header.piece.num_bytes)
+                if staging is None:
                     return
                 lane.staged_bytes += header.piece.num_bytes
-                self._transport.send(self._gather(destination, header, transfer.block_table))
+                self._transport.send(self._gather(destination, header, transfer.block_table, staging))
             lane.waiting.popleft()
 
-    def _gather(self, destination: Destination, header: FrameHeader, block_table: torch.Tensor) -> OutgoingFrame:
+    def _staging(self, destination: Destination, lane: _Lane, num_bytes: int) -> torch.Tensor | None:
+        if lane.staged_bytes and lane.staged_bytes + num_bytes > WINDOW_BYTES:
+            return None
+        return self._transport.staging(destination, num_bytes)
+
+    def _gather(
+        self, destination: Destination, header: FrameHeader, block_table: torch.Tensor, staging: torch.Tensor
+    ) -> OutgoingFrame:
+        """Copy a piece into staging, uint8 [num_bytes] of the host, and say what it is."""
         piece = header.piece
         heads = local_heads(self._layout, self._rank, piece.heads)
-        payload = gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens)
-        flat = payload.cpu().flatten().view(torch.uint8)  # [num_bytes]
-        header = msgspec.structs.replace(header, payload_digest=digest_of(flat.numpy().data))
-        return OutgoingFrame(destination, header, flat)
+        out = staging.view(self._cache.dtype)
+        if self._cache.device == out.device:
+            gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens, out)
+        else:
+            out.copy_(gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens).flatten())
+        header = msgspec.structs.replace(header, payload_digest=digest_of(staging.numpy().data))
+        return OutgoingFrame(destination, header, staging)
 
     def _settle(self, settled: Settled) -> None:
         frame, fault = settled

@@ -151,9 +151,7 @@ class WorkerCluster:
             rank=rank,
             model=ModelLaunch(str(self._model), "float32", None),
             role_section=RoleSection(tensor_parallel=spec.tensor_parallel, batch_tokens=self._batch_tokens),
-            kv_cache=CacheLaunch(
-                self._memory_bytes, self._block_sizes[spec.role == "decode"], prefix_caching=True
-            ),
+            kv_cache=CacheLaunch(self._memory_bytes, self._block_sizes[spec.role == "decode"], prefix_caching=True),
             kv_transfer=KVTransferSection(transport=self._transport, timeout_s=10),
             device="cpu",
             control=self._control.address,

@@ -18,7 +18,7 @@ from kv_transfer.mailbox import Mailbox
 from kv_transfer.plan import FRAME_BYTES
 from kv_transfer.transports.listener import Listener
 from kv_transfer.transports.torch_pair import FRAME, OPEN, SENDER, Announcement, decode_announcement, join_pair
-from kv_transfer.transports.transport import INBOX_BYTES, RECEIVING_FAULTS, Arrival, ReceivingFault
+from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault
 from protocol.errors import WireError
 from protocol.identity import Epoch
 
@@ -33,8 +33,8 @@ _log = logging.getLogger(__name__)
 class TorchReceiver:
     """A ReceivingTransport. Raises zmq.ZMQError when host cannot be bound."""
 
-    def __init__(self, host: str, timeout_s: float) -> None:
-        self.arrivals: Mailbox[Arrival] = Mailbox(INBOX_BYTES)
+    def __init__(self, host: str, timeout_s: float, arrivals: Mailbox[Arrival]) -> None:
+        self.arrivals = arrivals
         self.counters: dict[str, int] = dict.fromkeys(RECEIVING_FAULTS, 0)
         self._host = host
         self._timeout_s = timeout_s

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from contextlib import ExitStack
 
+import torch
 import torch.distributed as dist
 import zmq
 
@@ -30,11 +31,15 @@ _log = logging.getLogger(__name__)
 class TorchSender:
     """A SendingTransport."""
 
-    def __init__(self, host: str, timeout_s: float) -> None:
-        self.settled: Mailbox[Settled] = Mailbox(0)
+    def __init__(self, host: str, timeout_s: float, settled: Mailbox[Settled]) -> None:
+        self.settled = settled
         self._host = host
         self._timeout_s = timeout_s
         self._pairs: dict[Destination, _Pair] = {}
+
+    def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
+        del destination
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def send(self, frame: OutgoingFrame) -> None:
         pair = self._pairs.get(frame.destination)

@@ -14,20 +14,19 @@ from kv_transfer.mailbox import Mailbox
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.opening import open_receiver, open_sender
-from kv_transfer.transports.transport import OutgoingFrame, Settled
+from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled
 from protocol.identity import Attempt, Epoch, new_attempt, new_epoch, new_request_id
 from protocol.layout import Endpoint, KVLayout
 from protocol.orders import Broken, ExpectBlocks, Received, SendBlocks
 
 HOST = "127.0.0.1"
+TRANSPORTS = ["zmq", "gloo", "shm"]
 NUM_LAYERS, NUM_BLOCKS, BLOCK_SIZE, HEAD_DIM = 3, 16, 16, 8
 SMALL_FRAME_BYTES = 4096
 """Several frames per link even for tiny caches."""
 
 
-def layout(
-    tensor_parallel: int, num_kv_heads: int, dtype: str = "float32", block_size: int = BLOCK_SIZE
-) -> KVLayout:
+def layout(tensor_parallel: int, num_kv_heads: int, dtype: str = "float32", block_size: int = BLOCK_SIZE) -> KVLayout:
     return KVLayout("model", NUM_LAYERS, num_kv_heads, HEAD_DIM, dtype, block_size, tensor_parallel)
 
 
@@ -205,6 +204,9 @@ class Recorder:
         self.settled: Mailbox[Settled] = Mailbox(0)
         self.frames: list[OutgoingFrame] = []
         self.dropped: list[Attempt] = []
+
+    def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def send(self, frame: OutgoingFrame) -> None:
         self.frames.append(frame)

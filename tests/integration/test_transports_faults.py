@@ -1,12 +1,14 @@
 """Every transport under bad frames, bad orders, bad peers: nothing foreign reaches a cache, nobody is held up."""
 
+import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import msgspec
 import pytest
@@ -14,15 +16,19 @@ import torch
 import zmq
 
 from kv_transfer.frames import digest_of
+from kv_transfer.plan import FRAME_BYTES
 from kv_transfer.receiver import COUNTERS, KVReceiver
 from kv_transfer.transports.listener import Listener
 from kv_transfer.transports.opening import open_sender
+from kv_transfer.transports.shm_wire import HELLO, FramePacket, address_of, encode_frame, name_at, new_socket
+from kv_transfer.transports.slab import NUM_SLOTS
 from kv_transfer.transports.transport import OutgoingFrame, SendingTransport
 from protocol.identity import Attempt, new_epoch
 from protocol.layout import Endpoint
 from protocol.orders import Broken, ExpectBlocks, Received
 from tests.integration.kv_groups import (
     HOST,
+    TRANSPORTS,
     Sink,
     Source,
     attempt_between,
@@ -38,7 +44,7 @@ from tests.integration.kv_groups import (
 )
 
 torch.set_num_threads(1)
-transports = pytest.mark.parametrize("name", ["zmq", "gloo"])
+transports = pytest.mark.parametrize("name", TRANSPORTS)
 
 
 @pytest.fixture(autouse=True)
@@ -183,6 +189,43 @@ def test_blocks_of_a_dropped_transfer_are_not_written_again(name):
         assert poll_until([*sink.receivers], 1) == [Received(0, other)]
 
 
+@contextmanager
+def talking_to(name: str, address: str) -> Iterator[Callable[[list[bytes]], None]]:
+    """Something that sends whatever it likes to a receiver, through a new connection each time where one is lost."""
+    if name == "shm":
+        opened: list[socket.socket] = []
+
+        def send(parts: list[bytes]) -> None:
+            peer = new_socket()
+            opened.append(peer)
+            peer.connect(name_at(address))
+            for part in parts:
+                with suppress(OSError):
+                    peer.send(part)
+
+        yield send
+        for peer in opened:
+            peer.close()
+        return
+    with zmq.Context() as context, context.socket(zmq.PUSH if name == "gloo" else zmq.DEALER) as peer:
+        peer.setsockopt(zmq.LINGER, 0)
+        peer.connect(address)
+        yield peer.send_multipart
+
+
+@contextmanager
+def deaf_address(name: str) -> Iterator[str]:
+    """Where a peer connects and is never answered."""
+    if name == "shm":
+        with new_socket() as deaf:
+            deaf.bind(f"\0{os.urandom(8).hex()}".encode())
+            deaf.listen(1)
+            yield address_of(deaf)
+        return
+    with zmq.Context() as context, context.socket(zmq.PULL) as deaf:
+        yield f"tcp://{HOST}:{deaf.bind_to_random_port(f'tcp://{HOST}')}"
+
+
 GARBAGE = [
     [b""],
     [b"x"] * 2,
@@ -197,14 +240,11 @@ GARBAGE = [
 
 @transports
 def test_garbage_on_the_socket_is_counted_and_disturbs_nobody(name):
-    with connected(name, timeout_s=1) as (source, sink), zmq.Context() as context:
+    with connected(name, timeout_s=1) as (source, sink):
         before = sink.caches[0].clone()
-        kind = zmq.DEALER if name == "zmq" else zmq.PUSH
-        with context.socket(kind) as socket:
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.connect(sink.receivers[0].address)
+        with talking_to(name, sink.receivers[0].address) as send:
             for parts in GARBAGE * 2:
-                socket.send_multipart(parts)
+                send([part for part in parts if part or name != "shm"])
             poll_for([*sink.receivers], 0.5)
             assert sum(sink.counters().values()) >= len(GARBAGE)
             assert torch.equal(sink.caches[0], before)
@@ -212,6 +252,53 @@ def test_garbage_on_the_socket_is_counted_and_disturbs_nobody(name):
             assert sink.is_as_expected()
             assert set(sink.receivers[0].counters) == set(COUNTERS)
             assert sink.counters().get("internal_error", 0) == 0
+
+
+def slab_like(num_bytes: int, is_sealed: bool) -> int:
+    fd = os.memfd_create("slab", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, num_bytes)
+    if is_sealed:
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+@pytest.mark.parametrize(("num_bytes", "is_sealed"), [(4096, True), (NUM_SLOTS * FRAME_BYTES, False)])
+def test_shared_memory_that_could_vanish_under_its_reader_is_not_accepted(num_bytes, is_sealed):
+    with connected("shm") as (source, sink), new_socket() as peer:
+        fd = slab_like(num_bytes, is_sealed)
+        peer.connect(name_at(sink.receivers[0].address))
+        socket.send_fds(peer, [HELLO], [fd])
+        os.close(fd)
+        poll_until_counted(sink, {"bad_message": 1})
+        peer.settimeout(5)
+        assert peer.recv(10) == b"", "the connection was closed"
+        assert type(transfer(source, sink, 40)[0]) is Received
+
+
+def test_frames_outside_the_shared_memory_cost_their_sender_the_connection_only():
+    with connected("shm") as (source, sink):
+        for packet in (FramePacket(0, NUM_SLOTS, 16, b""), FramePacket(0, 0, 0, b""), FramePacket(0, 0, 2**31, b"")):
+            with new_socket() as peer:
+                fd = slab_like(NUM_SLOTS * FRAME_BYTES, True)
+                peer.connect(name_at(sink.receivers[0].address))
+                socket.send_fds(peer, [HELLO], [fd])
+                os.close(fd)
+                peer.send(encode_frame(packet))
+                peer.settimeout(5)
+                with suppress(ConnectionResetError):
+                    assert peer.recv(10) == b""
+        poll_until_counted(sink, {"bad_message": 3})
+        assert type(transfer(source, sink, 40)[0]) is Received
+
+
+def test_a_receiver_on_another_host_is_refused_by_name():
+    with connected("shm") as (source, sink):
+        elsewhere = Endpoint(sink.epoch, sink.layout, "shm", ("shm://another-host/tandem-kv-1",))
+        attempt = attempt_between(source, sink)
+        source.senders[0].send(msgspec.structs.replace(send_order(sink, attempt, [1], 16), destination=elsewhere))
+        (report,) = poll_until([*source.senders], 1)
+        assert isinstance(report, Broken)
+        assert "on another host" in report.reason
 
 
 def test_a_payload_larger_than_any_frame_costs_its_sender_the_connection_only():
@@ -250,9 +337,8 @@ def test_orders_that_cannot_work_are_reported_as_broken_with_the_reason(name):
 
 @transports
 def test_a_destination_that_never_answers_breaks_the_transfer_in_time(name):
-    with connected(name, timeout_s=0.5) as (source, sink), zmq.Context() as context, context.socket(zmq.PULL) as deaf:
-        port = deaf.bind_to_random_port(f"tcp://{HOST}")
-        endpoint = Endpoint(new_epoch(), sink.layout, name, (f"tcp://{HOST}:{port}",))
+    with connected(name, timeout_s=0.5) as (source, sink), deaf_address(name) as address:
+        endpoint = Endpoint(new_epoch(), sink.layout, name, (address,))
         attempt = attempt_between(source, sink)
         began = time.monotonic()
         source.senders[0].send(msgspec.structs.replace(send_order(sink, attempt, [1], 16), destination=endpoint))
