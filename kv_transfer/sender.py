@@ -13,7 +13,7 @@ import torch
 from kernels.plain.gather_kv import gather_kv
 from kv_transfer.frames import FrameHeader, digest_of
 from kv_transfer.plan import FRAME_BYTES, check_table, frames_of, local_heads, plan_transfer
-from kv_transfer.transports.transport import DROPPED, Destination, OutgoingFrame, SendingTransport, Settled
+from kv_transfer.transports.transport import DROPPED, REFUSED, Destination, OutgoingFrame, SendingTransport, Settled
 from protocol.identity import Attempt, Epoch
 from protocol.layout import KVLayout
 from protocol.orders import Broken, SendBlocks
@@ -175,6 +175,8 @@ class KVSender:
         lane = self._lanes.get(frame.destination)
         if lane:
             lane.staged_bytes -= frame.header.piece.num_bytes
+            if fault and fault != DROPPED and not fault.startswith(REFUSED):
+                self._give_up(lane, fault)
         transfer = self._transfers.get(frame.header.attempt)
         if transfer is None or fault == DROPPED:
             return
@@ -184,6 +186,11 @@ class KVSender:
         transfer.num_unsettled -= 1
         if not transfer.num_unsettled:
             del self._transfers[frame.header.attempt]
+
+    def _give_up(self, lane: _Lane, fault: str) -> None:
+        """The connection failed: what waits for it must not wait for another one's deadline."""
+        for attempt in {header.attempt for header in lane.waiting} & self._transfers.keys():
+            self._fail(attempt, fault)
 
     def _fail(self, attempt: Attempt, reason: str) -> None:
         del self._transfers[attempt]

@@ -2,10 +2,7 @@
 
 import fcntl
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -17,7 +14,7 @@ import zmq
 
 from kv_transfer.frames import digest_of
 from kv_transfer.plan import FRAME_BYTES
-from kv_transfer.receiver import COUNTERS, KVReceiver
+from kv_transfer.receiver import COUNTERS
 from kv_transfer.transports.listener import Listener
 from kv_transfer.transports.opening import open_sender
 from kv_transfer.transports.shm_wire import HELLO, FramePacket, address_of, encode_frame, name_at, new_socket
@@ -379,64 +376,6 @@ def test_a_sender_that_dropped_an_attempt_forgets_it(name):
         source.senders[0].drop(attempt)
         source.senders[0].close_peer(nowhere.epoch)
         assert poll_for([*source.senders], 0.3) == []
-
-
-ENDLESS_SENDER = """
-import sys, torch
-from protocol.identity import Attempt
-from tests.integration.kv_groups import Source, frames_for, layout
-from kv_transfer.sender import KVSender
-from kv_transfer.transports.opening import open_receiver, open_sender
-from protocol.layout import Endpoint
-
-class Target:
-    endpoint = Endpoint(int(sys.argv[3]), layout(1, 2), sys.argv[1], (sys.argv[2],))
-
-source = Source(sys.argv[1], layout(1, 2))
-attempt = Attempt(sys.argv[4], 0, int(sys.argv[5]), int(sys.argv[3]), int(sys.argv[6]))
-frames = frames_for(source, Target, attempt, [0, 1, 2, 3], 60)
-transport = open_sender(sys.argv[1], "127.0.0.1", 10)
-while True:  # everything but the last frame, over and over
-    for frame in frames[:-1]:
-        transport.send(frame)
-        while not transport.settled.take(1):
-            pass
-"""
-
-
-@transports
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_sender_that_dies_or_stops_in_mid_transfer_holds_up_nobody_else(name, how):
-    with connected(name) as (source, sink):
-        lost = attempt_between(source, sink)
-        lost = msgspec.structs.replace(lost, prefill_epoch=new_epoch())
-        receiver: KVReceiver = sink.receivers[0]
-        endpoint = msgspec.structs.replace(source.endpoint, epoch=lost.prefill_epoch)
-        receiver.expect(ExpectBlocks(lost, endpoint, (0, 1, 2, 3), 0, 60))
-        arguments = [name, receiver.address, sink.epoch, lost.request_id, lost.prefill_epoch, lost.transfer_id]
-        process = subprocess.Popen(
-            [sys.executable, "-c", ENDLESS_SENDER, *map(str, arguments)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        try:
-            deadline = time.monotonic() + 60
-            while receiver.counters["duplicate_frame"] < 3:
-                assert time.monotonic() < deadline
-                poll_for([receiver], 0.05)
-            process.send_signal(how)
-            time.sleep(0.05)
-            poll_for([receiver], 0.05)
-            for index, cache in enumerate(sink.caches):
-                sink.expected[index] = cache.clone()
-            began = time.monotonic()
-            reports = transfer(source, sink, 60, blocks=([4, 5, 6, 7], [8, 9, 10, 11]))
-            assert time.monotonic() - began < 1
-            assert [report.attempt for report in reports if isinstance(report, Received)] != [lost]
-            assert sink.is_as_expected()
-            receiver.close_peer(lost.prefill_epoch)
-        finally:
-            process.kill()
-            process.wait()
 
 
 def test_a_listener_outlives_a_handler_that_raises():

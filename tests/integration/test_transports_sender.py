@@ -101,6 +101,16 @@ def test_one_failed_frame_breaks_the_transfer_once_and_drops_the_rest():
     assert len(recorder.frames) == WINDOW_FRAMES
 
 
+def test_a_failed_connection_breaks_all_that_waits_for_it_and_a_refused_frame_does_not():
+    sender, recorder = new_sender()
+    under_way, waiting, elsewhere = order(TARGETS[0]), order(TARGETS[0]), order(TARGETS[1])
+    for each in (under_way, waiting, elsewhere):
+        sender.send(each)
+    recorder.settled.put(Settled(recorder.frames[0], "no answer"))
+    assert {report.attempt for report in sender.poll()} == {under_way.attempt, waiting.attempt}
+    assert counts(recorder)[elsewhere.attempt] == WINDOW_FRAMES
+
+
 def test_a_lost_peer_breaks_its_transfers_only_and_late_news_of_it_is_ignored():
     sender, recorder = new_sender()
     lost, kept = order(TARGETS[0]), order(TARGETS[1])
