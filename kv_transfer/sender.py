@@ -4,14 +4,14 @@ Owned and called by the rank's main thread, which alone reads the cache. Blocks 
 was dropped, or every destination has committed: what was gathered is a copy. Decides nothing about requests.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import msgspec
 import torch
 
 from kernels.plain.gather_kv import gather_kv
-from kv_transfer.frames import FrameHeader, digest_of
+from kv_transfer.frames import FrameHeader, unit_digests
 from kv_transfer.plan import FRAME_BYTES, check_table, frames_of, local_heads, plan_transfer
 from kv_transfer.transports.transport import DROPPED, REFUSED, Destination, OutgoingFrame, SendingTransport, Settled
 from protocol.identity import Attempt, Epoch
@@ -21,6 +21,9 @@ from protocol.orders import Broken, SendBlocks
 WINDOW_BYTES = 64 << 20
 """Gathered payloads per destination that the peer has not checked yet. Later pieces wait in the cache until poll()."""
 
+MAX_RESENDS = 2
+"""How often one frame that arrived damaged is gathered and sent again, before its transfer is Broken."""
+
 
 @dataclass
 class _Transfer:
@@ -29,6 +32,7 @@ class _Transfer:
     order: SendBlocks
     block_table: torch.Tensor  # [num_blocks of the prompt]
     num_unsettled: int = 0
+    num_resends: Counter[tuple[Destination, int]] = field(default_factory=Counter)  # of each frame
 
 
 @dataclass
@@ -64,6 +68,7 @@ class KVSender:
         self._transfers: dict[Attempt, _Transfer] = {}
         self._lanes: dict[Destination, _Lane] = {}
         self._reports: list[Broken] = []
+        self.counters: dict[str, int] = {"resent_frames": 0}
 
     def send(self, order: SendBlocks) -> None:
         """Start this rank's part of a transfer; one that cannot work is reported as Broken by the next poll()."""
@@ -127,7 +132,7 @@ class KVSender:
                 destination = Destination(order.destination.epoch, order.destination.addresses[rank])
                 pieces = frames_of(link, self._layout, order.first_position, order.num_tokens, self._frame_bytes)
                 headers += [
-                    (destination, FrameHeader(order.attempt, self._rank, rank, len(pieces), piece, payload_digest=0))
+                    (destination, FrameHeader(order.attempt, self._rank, rank, len(pieces), piece, unit_digests=b""))
                     for piece in pieces
                 ]
         return headers
@@ -167,7 +172,7 @@ class KVSender:
             gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens, out)
         else:
             out.copy_(gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens).flatten())
-        header = msgspec.structs.replace(header, payload_digest=digest_of(staging.numpy().data))
+        header = msgspec.structs.replace(header, unit_digests=unit_digests(piece, staging.numpy().data))
         return OutgoingFrame(destination, header, staging)
 
     def _settle(self, settled: Settled) -> None:
@@ -180,12 +185,24 @@ class KVSender:
         transfer = self._transfers.get(frame.header.attempt)
         if transfer is None or fault == DROPPED:
             return
+        if fault and fault.startswith(REFUSED) and lane and self._may_resend(transfer, frame):
+            lane.waiting.appendleft(frame.header)
+            return
         if fault:
             self._fail(frame.header.attempt, fault)
             return
         transfer.num_unsettled -= 1
         if not transfer.num_unsettled:
             del self._transfers[frame.header.attempt]
+
+    def _may_resend(self, transfer: _Transfer, frame: OutgoingFrame) -> bool:
+        """Its blocks are still held, so what arrived damaged can be gathered once more."""
+        key = frame.destination, frame.header.piece.index
+        if transfer.num_resends[key] >= MAX_RESENDS:
+            return False
+        transfer.num_resends[key] += 1
+        self.counters["resent_frames"] += 1
+        return True
 
     def _give_up(self, lane: _Lane, fault: str) -> None:
         """The connection failed: what waits for it must not wait for another one's deadline."""

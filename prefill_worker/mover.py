@@ -28,7 +28,7 @@ class SendingMover:
         return [self._sender.fileno()]
 
     def counters(self) -> dict[str, int]:
-        return {}
+        return dict(self._sender.counters)
 
     def close(self) -> None:
         self._sender.close()

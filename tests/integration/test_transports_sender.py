@@ -7,7 +7,7 @@ import torch
 import kv_transfer.sender
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.loopback import Loopback
-from kv_transfer.transports.transport import DROPPED, Settled
+from kv_transfer.transports.transport import DROPPED, REFUSED, Settled
 from protocol.identity import Attempt, new_attempt
 from protocol.layout import Endpoint
 from protocol.orders import Broken, SendBlocks
@@ -87,6 +87,21 @@ def test_a_dropped_attempt_makes_room_for_the_next_and_is_not_gathered_any_more(
         recorder.settled.put(Settled(frame, DROPPED))
     assert sender.poll() == []
     assert counts(recorder) == {dropped.attempt: WINDOW_FRAMES, kept.attempt: WINDOW_FRAMES}
+
+
+def test_a_refused_frame_is_gathered_again_twice_and_then_breaks_its_transfer():
+    sender, recorder = new_sender()
+    refused = order(TARGETS[0], 16)
+    sender.send(refused)
+    for number in (1, 2):
+        frame = recorder.frames[0]
+        recorder.frames.clear()
+        recorder.settled.put(Settled(frame, REFUSED + "bad_digest"))
+        assert sender.poll() == []
+        assert recorder.frames[0].header.piece == frame.header.piece
+        assert sender.counters["resent_frames"] == number
+    recorder.settled.put(Settled(recorder.frames[0], REFUSED + "bad_digest"))
+    assert sender.poll() == [Broken(0, refused.attempt, "refused by the receiver: bad_digest")]
 
 
 def test_one_failed_frame_breaks_the_transfer_once_and_drops_the_rest():

@@ -7,17 +7,19 @@ from collections import Counter
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.plan import (
     FRAME_BYTES,
+    MAX_UNITS,
     SEGMENT_TOKENS,
     check_table,
     frames_of,
     heads_of_rank,
     local_heads,
     manifest_of,
+    num_units,
     plan_transfer,
 )
 from protocol.layout import UNIT_TOKENS, KVLayout
@@ -81,6 +83,7 @@ def test_those_that_want_a_head_are_dealt_out_evenly_over_those_that_hold_it(sou
         assert max(loads) - min(loads) <= 1
 
 
+@settings(deadline=None)
 @given(
     sizes,
     st.integers(0, 300),
@@ -108,16 +111,19 @@ def test_pieces_are_few_fit_the_frame_and_cover_the_tokens_in_order(
     covered = [(layer, token) for piece in pieces for layer in range(*piece.layers) for token in range(*piece.tokens)]
     if len(covered) < 20_000:
         assert sorted(covered) == list(itertools.product(range(num_layers), range(first, first + num_tokens)))
-    if num_tokens * token_bytes * num_layers <= frame_bytes:
+    units = num_layers * 2 * num_heads * -(-num_tokens // UNIT_TOKENS)
+    if num_tokens * token_bytes * num_layers <= frame_bytes and units <= MAX_UNITS:
         assert len(pieces) == min(1, num_tokens)
-    else:  # at least half full, but for the layers and tokens left over at the end of each segment
+    elif units <= MAX_UNITS:  # at least half full, but for the layers and tokens left over at the end of each segment
         num_segments = 2 + num_tokens // SEGMENT_TOKENS
         assert len(pieces) <= 2 * (token_bytes * num_tokens * num_layers // frame_bytes + 1) + num_segments * num_layers
+    assert all(num_units(piece) <= MAX_UNITS for piece in pieces)
     if token_bytes * UNIT_TOKENS <= frame_bytes:
         cuts = {piece.tokens[0] for piece in pieces} - {first}
         assert not any(cut % UNIT_TOKENS for cut in cuts)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 20), sizes, st.integers(14, 22))
 def test_a_large_prompts_pieces_come_segment_by_segment(num_tokens, first_unit, num_heads, log_frame):
     first = first_unit * UNIT_TOKENS
