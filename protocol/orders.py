@@ -110,8 +110,14 @@ class Broken(Report, frozen=True):
     reason: str
 
 
+class Counted(Report, frozen=True):
+    """How often something was dropped, refused or repeated on this rank since its life began, by reason."""
+
+    counters: dict[str, int]
+
+
 AnyOrder = Step | ExpectBlocks | SendBlocks | DropTransfer | ClosePeer | StopRank
-AnyReport = Enlist | Expecting | Received | Broken
+AnyReport = Enlist | Expecting | Received | Broken | Counted
 
 _encoder = msgspec.msgpack.Encoder()
 _orders: msgspec.msgpack.Decoder[AnyOrder] = msgspec.msgpack.Decoder(AnyOrder)

@@ -24,7 +24,7 @@ from router.control import ControlPlane
 from router.controller import Controller
 from router.launch import GroupSpec, RouterLaunch
 from router.lifecycle import Outcome
-from router.membership import Rank
+from router.membership import Group, Rank
 
 HOST = "127.0.0.1"
 DEADLINE_S = 60.0
@@ -113,9 +113,13 @@ class WorkerCluster:
         assert all(answer.outcome and answer.outcome.code in ("stop", "length") for answer in answers), answers
         return [answer.token_ids for answer in answers]
 
+    def groups(self) -> list[Group]:
+        """Return what the router knows of every group."""
+        return list(self._controller.membership.groups.values())
+
     def leaders(self) -> list[Rank]:
         """Return what the router knows of every group's leader."""
-        return [group.ranks[0] for group in self._controller.membership.groups.values()]
+        return [group.ranks[0] for group in self.groups()]
 
     def assert_pools_whole(self) -> None:
         """Wait for the next heartbeats, then hold that nothing is held and nothing lost anywhere."""
