@@ -68,7 +68,12 @@ class KVSender:
         self._transfers: dict[Attempt, _Transfer] = {}
         self._lanes: dict[Destination, _Lane] = {}
         self._reports: list[Broken] = []
-        self.counters: dict[str, int] = {"resent_frames": 0}
+        self._num_resent = 0
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Connections opened, by transport, and frames that were sent once more because they arrived damaged."""
+        return {**self._transport.counters, "resent_frames": self._num_resent}
 
     def send(self, order: SendBlocks) -> None:
         """Start this rank's part of a transfer; one that cannot work is reported as Broken by the next poll()."""
@@ -201,7 +206,7 @@ class KVSender:
         if transfer.num_resends[key] >= MAX_RESENDS:
             return False
         transfer.num_resends[key] += 1
-        self.counters["resent_frames"] += 1
+        self._num_resent += 1
         return True
 
     def _give_up(self, lane: _Lane, fault: str) -> None:

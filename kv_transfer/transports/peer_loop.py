@@ -50,8 +50,12 @@ class Peer(Protocol):
 class PeerLoop:
     """A SendingTransport. open_peer may raise OSError: then the frame that wanted it is settled with that."""
 
-    def __init__(self, open_peer: Callable[[Destination], Peer], timeout_s: float, settled: Mailbox[Settled]) -> None:
+    def __init__(
+        self, name: str, open_peer: Callable[[Destination], Peer], timeout_s: float, settled: Mailbox[Settled]
+    ) -> None:
         self.settled = settled
+        self.counters = {f"connections_{name}": 0}
+        self._name = name
         self._open_peer = open_peer
         self._timeout_s = timeout_s
         self._commands: Mailbox[Callable[[], None]] = Mailbox(0)
@@ -119,7 +123,7 @@ class PeerLoop:
     def _add(self, frame: OutgoingFrame) -> None:
         destination = frame.destination
         try:
-            peer = self._peers.get(destination) or self._open_peer(destination)
+            peer = self._peers.get(destination) or self._open(destination)
         except (OSError, ValueError) as error:
             self.settled.put(Settled(frame, f"cannot connect to {destination.address}: {error}"))
             return
@@ -127,6 +131,11 @@ class PeerLoop:
         if not (peer.waiting or peer.unanswered):
             self._progress_at[destination] = time.monotonic()
         peer.waiting.append(frame)
+
+    def _open(self, destination: Destination) -> Peer:
+        peer = self._open_peer(destination)
+        self.counters[f"connections_{self._name}"] += 1
+        return peer
 
     def _drop(self, attempt: Attempt) -> None:
         for peer in self._peers.values():

@@ -14,6 +14,7 @@ import torch
 from kv_transfer.frames import encode_header
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports import shm_wire
+from kv_transfer.transports.offers import offered
 from kv_transfer.transports.peer_loop import PeerLoop, fault_in
 from kv_transfer.transports.slab import OwnSlab
 from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled
@@ -56,7 +57,7 @@ class ShmPeer:
         self._num_sent = 0
         self._socket = shm_wire.new_socket()
         try:
-            self._socket.connect(shm_wire.name_at(destination.address))
+            self._socket.connect(shm_wire.name_at(offered(destination.address, "shm")))
             socket.send_fds(self._socket, [shm_wire.HELLO], [self._slab.fd])
         except (OSError, ValueError):
             self.close()
@@ -123,7 +124,7 @@ class ShmSender(PeerLoop):
 
     def __init__(self, timeout_s: float, settled: Mailbox[Settled]) -> None:
         self._slabs = Slabs()
-        super().__init__(partial(ShmPeer, slabs=self._slabs), timeout_s, settled)
+        super().__init__("shm", partial(ShmPeer, slabs=self._slabs), timeout_s, settled)
 
     def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
         return self._slabs.of(destination).take(num_bytes)

@@ -40,6 +40,14 @@ def address_of(listener: socket.socket) -> str:
     return f"shm://{host_identity()}/{listener.getsockname()[1:].decode()}"
 
 
+def is_reachable(address: str) -> bool:
+    """Return whether this is the address of a receiver on this host."""
+    try:
+        return bool(name_at(address))
+    except ValueError:
+        return False
+
+
 def name_at(address: str) -> bytes:
     """Return the name to connect to. Raises ValueError for an address that this host cannot reach."""
     host, _, name = address.removeprefix("shm://").rpartition("/")

@@ -44,6 +44,7 @@ class TorchSender:
 
     def __init__(self, host: str, timeout_s: float, settled: Mailbox[Settled]) -> None:
         self.settled = settled
+        self.counters = {"connections_gloo": 0}
         self._host = host
         self._timeout_s = timeout_s
         self._pairs: dict[Destination, _Pair] = {}
@@ -55,6 +56,7 @@ class TorchSender:
     def send(self, frame: OutgoingFrame) -> None:
         pair = self._pairs.get(frame.destination)
         if pair is None or not pair.add(frame):
+            self.counters["connections_gloo"] += 1
             self._pairs[frame.destination] = _Pair(frame, self._host, self._timeout_s, self.settled)
 
     def drop(self, attempt: Attempt) -> None:

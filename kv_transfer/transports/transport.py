@@ -73,9 +73,12 @@ class Arrival(NamedTuple):
 
 
 class SendingTransport(Protocol):
-    """The side of a prefill rank."""
+    """The side of a prefill rank. counters: connections_x, how many were opened over transport x."""
 
     settled: Mailbox[Settled]
+
+    @property
+    def counters(self) -> dict[str, int]: ...
 
     def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
         """Return memory for the next frame to destination, uint8 [num_bytes]; what is taken must be sent.
@@ -106,7 +109,9 @@ class ReceivingTransport(Protocol):
 
     address: str
     arrivals: Mailbox[Arrival]
-    counters: dict[str, int]
+
+    @property
+    def counters(self) -> dict[str, int]: ...
 
     def close_peer(self, epoch: Epoch) -> None:
         """Close every connection to the group of this epoch."""

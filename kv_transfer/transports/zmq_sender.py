@@ -10,6 +10,7 @@ import zmq
 from kv_transfer.frames import encode_header
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports.kv_socket import prepare_for_kv
+from kv_transfer.transports.offers import offered
 from kv_transfer.transports.peer_loop import PeerLoop, fault_in
 from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled
 
@@ -31,7 +32,7 @@ class ZmqPeer:
         self.pollable = prepare_for_kv(self._context.socket(zmq.DEALER), _MAX_ANSWER_BYTES, QUEUED_FRAMES)
         self.pollable.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for an address where nobody listens
         try:
-            self.pollable.connect(destination.address)
+            self.pollable.connect(offered(destination.address, "zmq"))
         except zmq.ZMQError:
             self.close()
             raise
@@ -69,4 +70,4 @@ class ZmqPeer:
 def open_zmq_sender(host: str, timeout_s: float, settled: Mailbox[Settled]) -> PeerLoop:
     """Return a SendingTransport over ZMQ. Nothing listens on this side."""
     del host
-    return PeerLoop(ZmqPeer, timeout_s, settled)
+    return PeerLoop("zmq", ZmqPeer, timeout_s, settled)

@@ -20,7 +20,7 @@ from protocol.layout import Endpoint, KVLayout
 from protocol.orders import Broken, ExpectBlocks, Received, SendBlocks
 
 HOST = "127.0.0.1"
-TRANSPORTS = ["zmq", "gloo", "shm"]
+TRANSPORTS = ["zmq", "gloo", "shm", "auto"]
 NUM_LAYERS, NUM_BLOCKS, BLOCK_SIZE, HEAD_DIM = 3, 16, 16, 8
 SMALL_FRAME_BYTES = 4096
 """Several frames per link even for tiny caches."""
@@ -204,6 +204,7 @@ class Recorder:
         self.settled: Mailbox[Settled] = Mailbox(0)
         self.frames: list[OutgoingFrame] = []
         self.dropped: list[Attempt] = []
+        self.counters: dict[str, int] = {}
 
     def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
         return torch.empty(num_bytes, dtype=torch.uint8)

@@ -29,7 +29,7 @@ TOPOLOGIES: dict[str, list[tuple[RoleName, int, int]]] = {
     "TP2-TP1": [("prefill", 1, 2), ("decode", 1, 1)],
     "TP2-TP4": [("prefill", 1, 2), ("decode", 1, 4)],
 }
-CASES = [(topology, transport) for topology in TOPOLOGIES for transport in ("zmq", "gloo", "shm")]
+CASES = [(topology, transport) for topology in TOPOLOGIES for transport in ("zmq", "gloo", "shm", "auto")]
 CASES = [case for case in CASES if case[0] != "colocated" or case[1] == "zmq"]  # nothing crosses there
 
 

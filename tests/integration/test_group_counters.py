@@ -23,5 +23,6 @@ def test_frames_that_a_follower_drops_show_in_the_leaders_heartbeat(tmp_path: Pa
         cluster.generate([[1, 2, 3]], greedy)
         assert decode.leader.load.counters["bad_header"] == 3
         assert prefill.leader
-        assert prefill.leader.load.counters["resent_frames"] == 0
         cluster.assert_pools_whole()
+        assert prefill.leader.load.counters["resent_frames"] == 0
+        assert prefill.leader.load.counters["connections_zmq"] == 2

@@ -4,12 +4,14 @@ import select
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from kv_transfer.plan import manifest_of
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
+from kv_transfer.transports.host_identity import host_identity
 from kv_transfer.transports.opening import open_receiver, open_sender
 from protocol.identity import new_attempt
 from protocol.layout import Endpoint, KVLayout
@@ -169,3 +171,24 @@ def test_one_poll_copies_no_more_than_its_budget(name):
             reports = receiver.poll(max_bytes=1)
             polls += 1
         assert polls >= manifest_of(source.layout, sink.layout, 0, 64, SMALL_FRAME_BYTES).num_frames > 3
+
+
+def test_auto_takes_shared_memory_on_one_host_and_zmq_where_it_does_not_reach():
+    with connected("auto") as (source, sink), connected("auto") as (_, far_sink):
+        transfer(source, sink, 40)
+        (sender,), (receiver,) = source.senders, far_sink.receivers
+        assert sender.counters == {"connections_shm": 1, "connections_zmq": 0, "resent_frames": 0}
+        host = host_identity()
+        assert host in receiver.address
+        elsewhere = receiver.address.replace(host, "another-host")
+        far_sink.endpoint = msgspec.structs.replace(far_sink.endpoint, addresses=(elsewhere,))
+        assert type(transfer(source, far_sink, 40)[0]) is Received
+        assert far_sink.is_as_expected()
+        assert sender.counters == {"connections_shm": 1, "connections_zmq": 1, "resent_frames": 0}
+
+
+def test_a_sender_of_one_named_transport_reaches_a_receiver_that_offers_several():
+    for name in ("zmq", "shm"):
+        with connected(name) as (source, _), connected("auto") as (_, sink):
+            assert type(transfer(source, sink, 40)[0]) is Received
+            assert sink.is_as_expected()
