@@ -78,7 +78,7 @@ class LeaderLoop:
                 running=sum(role.num_running for role in self._roles),
                 waiting=sum(role.num_waiting for role in self._roles),
                 steps=self._steps.num_steps,
-                counters=sums([self._link.counters, self._ranks.counters]),
+                counters=sums([self._link.counters, self._ranks.counters, *(role.counters for role in self._roles)]),
             )
         )
         self._link.flush()

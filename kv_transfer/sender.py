@@ -16,7 +16,7 @@ from kv_transfer.plan import FRAME_BYTES, check_table, frames_of, local_heads, p
 from kv_transfer.transports.transport import DROPPED, REFUSED, Destination, OutgoingFrame, SendingTransport, Settled
 from protocol.identity import Attempt, Epoch
 from protocol.layout import KVLayout
-from protocol.orders import Broken, SendBlocks
+from protocol.orders import Broken, SendBlocks, SendMore
 
 WINDOW_BYTES = 64 << 20
 """Gathered payloads per destination that the peer has not checked yet. Later pieces wait in the cache until poll()."""
@@ -27,11 +27,15 @@ MAX_RESENDS = 2
 
 @dataclass
 class _Transfer:
-    """One attempt under way: where its blocks are, and how many of its frames are not settled yet."""
+    """One attempt under way: where its blocks are, and how many of its frames are not settled yet.
+
+    uncomputed: frames of positions that are not computed yet, which wait for nothing else.
+    """
 
     order: SendBlocks
     block_table: torch.Tensor  # [num_blocks of the prompt]
     num_unsettled: int = 0
+    uncomputed: list[tuple[Destination, FrameHeader]] = field(default_factory=list)
     num_resends: Counter[tuple[Destination, int]] = field(default_factory=Counter)  # of each frame
 
 
@@ -86,9 +90,21 @@ class KVSender:
             return
         if headers:
             table = torch.tensor(order.block_ids, dtype=torch.int64, device=self._cache.device)
-            self._transfers[order.attempt] = _Transfer(order, table, len(headers))
-        for destination, header in headers:
-            self._lanes.setdefault(destination, _Lane()).waiting.append(header)
+            self._transfers[order.attempt] = _Transfer(order, table, len(headers), headers)
+            end = order.first_position + order.num_tokens
+            self.send_more(SendMore(order.attempt, end if order.num_computed is None else order.num_computed))
+
+    def send_more(self, order: SendMore) -> None:
+        """Send those frames of a transfer that are computed now; one that failed or was dropped has none."""
+        transfer = self._transfers.get(order.attempt)
+        if transfer is None:
+            return
+        waiting, transfer.uncomputed = transfer.uncomputed, []
+        for destination, header in waiting:
+            if header.piece.tokens[1] <= order.num_computed:
+                self._lanes.setdefault(destination, _Lane()).waiting.append(header)
+            else:
+                transfer.uncomputed.append((destination, header))
         self._fill_lanes()
 
     def poll(self) -> list[Broken]:
