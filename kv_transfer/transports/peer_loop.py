@@ -96,6 +96,7 @@ class PeerLoop:
                 self._serve(destination, peer)
         for peer in self._peers.values():
             peer.close()
+        self._peers.clear()
 
     def _wait(self) -> None:
         poller = zmq.Poller()

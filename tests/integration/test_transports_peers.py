@@ -1,5 +1,6 @@
 """Peers in other processes that are killed or stopped in the middle of a transfer: only their own pair suffers."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -205,3 +207,33 @@ def test_a_sender_that_dies_or_stops_in_mid_transfer_holds_up_nobody_else(name, 
         again, arguments = expect_from_another_life()
         with running(SENDER, "prefill", name, "whole", *arguments):
             assert poll_until([receiver], 1, deadline_s=60) == [Received(0, again)]
+
+
+def num_mappings() -> int:
+    """How many slabs this process has mapped. They have no name in any file system."""
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if "kv-frames" in line]
+    assert all("/memfd:kv-frames (deleted)" in line for line in lines)
+    return len(lines)
+
+
+def test_shared_memory_is_gone_with_its_pair_also_when_the_sender_was_killed():
+    before = num_mappings()
+    with connected("shm") as (source, sink):
+        receiver = sink.receivers[0]
+        epoch = new_epoch()
+        attempt = new_attempt(new_request_id(), 0, epoch, sink.epoch)
+        receiver.expect(
+            ExpectBlocks(attempt, msgspec.structs.replace(source.endpoint, epoch=epoch), (0, 1, 2, 3), 0, 60)
+        )
+        arguments = (receiver.address, sink.epoch, attempt.request_id, epoch, attempt.transfer_id)
+        with running(SENDER, "prefill", "shm", "endless", *arguments):
+            deadline = time.monotonic() + 60
+            while receiver.counters["duplicate_frame"] < 3:
+                assert time.monotonic() < deadline
+                poll_for([receiver], 0.05)
+            assert num_mappings() == before + 1
+        transfer(source, sink, 40, blocks=([4, 5, 6], [8, 9, 10]))
+        poll_for([receiver], 0.2)
+        assert num_mappings() == before + 2, "both ends of the pair that lives, and nothing of the one that was killed"
+    gc.collect()
+    assert num_mappings() == before
