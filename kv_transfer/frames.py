@@ -85,11 +85,9 @@ def unit_digests(piece: Piece, payload: memoryview) -> bytes:
     its digest is the same whatever the layouts of the two sides. Raises ValueError for a piece that contradicts itself.
     """
     row_bytes, unit_bytes = row_and_unit_bytes(piece)
-    digests = [
-        xxhash.xxh3_64_intdigest(payload[start : min(start + unit_bytes, row + row_bytes)])
-        for row in range(0, piece.num_bytes, row_bytes)
-        for start in range(row, row + row_bytes, unit_bytes)
-    ]
+    rows = (payload[start : start + row_bytes] for start in range(0, piece.num_bytes, row_bytes))
+    starts = range(0, row_bytes, unit_bytes)
+    digests = [xxhash.xxh3_64_intdigest(row[start : start + unit_bytes]) for row in rows for start in starts]
     return struct.pack(f"<{len(digests)}Q", *digests)
 
 
