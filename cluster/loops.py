@@ -12,12 +12,12 @@ import zmq
 
 from cluster.control_link import ControlLink, Stopped
 from engine.block_pool import BlockPool
-from engine.group import Follower, GroupRanks
+from engine.group import Follower, GroupRanks, sums
 from engine.rank import Rank
 from engine.role import Role
 from engine.step_loop import StepLoop
 from protocol.messages import AnyMessage, Heartbeat, PeerLost
-from protocol.orders import ClosePeer, StopRank
+from protocol.orders import ClosePeer, Counted, StopRank
 
 HEARTBEAT_S = 0.25
 
@@ -78,7 +78,7 @@ class LeaderLoop:
                 running=sum(role.num_running for role in self._roles),
                 waiting=sum(role.num_waiting for role in self._roles),
                 steps=self._steps.num_steps,
-                counters={**self._link.counters, **self._ranks.counters},
+                counters=sums([self._link.counters, self._ranks.counters, *(role.counters for role in self._roles)]),
             )
         )
         self._link.flush()
@@ -91,6 +91,8 @@ class FollowerLoop:
         self._link = link
         self._follower = follower
         self._rank = rank
+        self._counted: dict[str, int] = {}
+        self._count_at = 0.0
 
     def run(self) -> None:
         """Serve until Stopped or Fenced is raised."""
@@ -104,6 +106,16 @@ class FollowerLoop:
                 self._rank.execute(order)
             for report in self._rank.mover.poll():
                 self._follower.report(report)
+            if time.monotonic() >= self._count_at:
+                self._report_counts()
+
+    def _report_counts(self) -> None:
+        """The leader's heartbeat speaks for the whole group, so it must know what was dropped here."""
+        self._count_at = time.monotonic() + HEARTBEAT_S
+        counters = sums([self._link.counters, self._rank.mover.counters()])
+        if counters != self._counted:
+            self._counted = counters
+            self._follower.report(Counted(self._follower.rank, counters))
 
 
 def _poller(wakers: Iterable[zmq.Socket[bytes] | int]) -> zmq.Poller:

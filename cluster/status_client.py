@@ -31,6 +31,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     blocks: BlockCounts = BlockCounts()
     running: int = 0
     waiting: int = 0
+    transports: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -13,7 +13,7 @@ import torch
 from kernels.plain.scatter_kv import scatter_kv
 from kv_transfer.frames import FrameHeader
 from kv_transfer.plan import FRAME_BYTES, Piece, check_table, frames_of, local_heads, plan_transfer
-from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingTransport
+from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault, ReceivingTransport
 from protocol.identity import Attempt, Epoch
 from protocol.layout import KVLayout
 from protocol.orders import Broken, ExpectBlocks, Received
@@ -25,6 +25,9 @@ Refusal = Literal["unknown_attempt", "wrong_piece", "duplicate_frame"]
 REFUSALS: tuple[Refusal, ...] = ("unknown_attempt", "wrong_piece", "duplicate_frame")
 COUNTERS = (*RECEIVING_FAULTS, *REFUSALS)
 """Every name that KVReceiver.counters can have."""
+
+DAMAGE: tuple[ReceivingFault, ...] = ("bad_digest", "wrong_size")
+"""What a second try of the same frame can mend."""
 
 _FrameKey = tuple[int, int]  # source rank, index
 
@@ -92,6 +95,7 @@ class KVReceiver:
         """Copy what has arrived, about max_bytes at most, and return what has become whole or failed."""
         for arrival in self._transport.arrivals.take(max_bytes):
             self._land(arrival)
+            arrival.done()
         reports, self._reports = self._reports, []
         return reports
 
@@ -129,11 +133,13 @@ class KVReceiver:
 
     def _land(self, arrival: Arrival) -> None:
         """Copy one frame into its blocks, or refuse it: frames of no live attempt and doubles are only counted."""
-        header, payload, fault = arrival
+        header, payload, fault, _ = arrival
         transfer = self._transfers.get(header.attempt)
         if transfer is None:
             self._refused["unknown_attempt"] += 1
             return
+        if fault in DAMAGE:
+            return  # refused and counted by the transport; it stays missing until its sender sends it again
         if payload is None:
             self._fail(header.attempt, f"frame {header.piece.index} from rank {header.source_rank}: {fault}")
             return

@@ -35,7 +35,17 @@ from protocol.messages import (
     Tokens,
     TokenUpdate,
 )
-from protocol.orders import AnyOrder, AnyReport, Batch, DropTransfer, ExpectBlocks, Expecting, Received, SendBlocks
+from protocol.orders import (
+    AnyOrder,
+    AnyReport,
+    Batch,
+    DropTransfer,
+    ExpectBlocks,
+    Expecting,
+    Received,
+    SendBlocks,
+    SendMore,
+)
 from protocol.request import Request
 
 VOCAB_SIZE = 64
@@ -68,6 +78,8 @@ class Worker:
     kv: dict[int, KV] = field(default_factory=dict)  # slot -> what was written there
     inbox: deque[AnyMessage] = field(default_factory=deque)
     expected: dict[Attempt, ExpectBlocks] = field(default_factory=dict)
+    num_arrived: dict[Attempt, int] = field(default_factory=dict)
+    sending: dict[Attempt, tuple[SendBlocks, int]] = field(default_factory=dict)  # up to which position it was sent
     reports: deque[AnyReport] = field(default_factory=deque)
     size: int = NUM_RANKS
 
@@ -105,20 +117,32 @@ class Worker:
             case ExpectBlocks():
                 self.expected[order.attempt] = order
                 self.reports.extend(Expecting(rank, order.attempt) for rank in range(NUM_RANKS))
+                self.num_arrived[order.attempt] = 0
             case DropTransfer():
                 self.expected.pop(order.attempt, None)
+                self.sending.pop(order.attempt, None)
             case SendBlocks():
-                end = order.first_position + order.num_tokens
-                payload = [self.kv[self.slot(order.block_ids, p)] for p in range(order.first_position, end)]
-                self.cluster.frames.append((order.attempt, payload))
+                assert order.num_computed is not None
+                self.send_part(order, order.first_position, order.num_computed)
+            case SendMore() if order.attempt in self.sending:
+                self.send_part(*self.sending[order.attempt], order.num_computed)
 
-    def arrive(self, attempt: Attempt, payload: list[KV]) -> None:
-        expected = self.expected.pop(attempt, None)
+    def send_part(self, order: SendBlocks, first: int, num_computed: int) -> None:
+        end = min(max(first, num_computed), order.first_position + order.num_tokens)
+        payload = [self.kv[self.slot(order.block_ids, position)] for position in range(first, end)]
+        self.sending[order.attempt] = (order, end)
+        self.cluster.frames.append((order.attempt, first, payload))
+
+    def arrive(self, attempt: Attempt, first: int, payload: list[KV]) -> None:
+        expected = self.expected.get(attempt)
         if expected is None:
             return  # an old transfer: dropped
-        for position, kv in enumerate(payload, expected.first_position):
+        for position, kv in enumerate(payload, first):
             self.kv[self.slot(expected.block_ids, position)] = kv
-        self.reports.extend(Received(rank, attempt) for rank in range(NUM_RANKS))
+        self.num_arrived[attempt] += len(payload)
+        if self.num_arrived[attempt] == expected.num_tokens:
+            del self.expected[attempt]
+            self.reports.extend(Received(rank, attempt) for rank in range(NUM_RANKS))
 
     def take_message(self) -> None:
         message = self.inbox.popleft()
@@ -148,7 +172,7 @@ class SimulatedCluster:
     def __init__(self, seed: int, num_blocks: int, block_size: int = 4, batch_tokens: int = 24) -> None:
         self.random = random.Random(seed)
         self.to_router: dict[int, deque[AnyMessage]] = {}
-        self.frames: list[tuple[Attempt, list[KV]]] = []
+        self.frames: list[tuple[Attempt, int, list[KV]]] = []
         self.workers: dict[int, Worker] = {}
         self.clients: dict[Attempt, Client] = {}
         self._size = (num_blocks, block_size, batch_tokens)
@@ -194,8 +218,8 @@ class SimulatedCluster:
         return possible
 
     def _deliver_frame(self) -> bool:
-        attempt, payload = self.frames.pop(self.random.randrange(len(self.frames)))
-        self.workers[attempt.decode_epoch].arrive(attempt, payload)
+        attempt, first, payload = self.frames.pop(self.random.randrange(len(self.frames)))
+        self.workers[attempt.decode_epoch].arrive(attempt, first, payload)
         return True
 
     def _relay(self, message: AnyMessage) -> bool:

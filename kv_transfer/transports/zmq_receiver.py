@@ -8,20 +8,20 @@ thread's business. Knows nothing of which transfers are live.
 import torch
 import zmq
 
-from kv_transfer.frames import FrameError, check_payload, decode_header
+from kv_transfer.frames import FrameError, FrameHeader, check_payload, decode_header
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.plan import FRAME_BYTES
 from kv_transfer.transports.listener import Listener
-from kv_transfer.transports.transport import INBOX_BYTES, RECEIVING_FAULTS, Arrival, ReceivingFault
+from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault
 from protocol.identity import Epoch
 
 
 class ZmqReceiver:
     """A ReceivingTransport. Raises zmq.ZMQError when host cannot be bound."""
 
-    def __init__(self, host: str, timeout_s: float) -> None:
+    def __init__(self, host: str, timeout_s: float, arrivals: Mailbox[Arrival]) -> None:
         del timeout_s  # this side never waits for a peer
-        self.arrivals: Mailbox[Arrival] = Mailbox(INBOX_BYTES)
+        self.arrivals = arrivals
         self.counters: dict[str, int] = dict.fromkeys(RECEIVING_FAULTS, 0)
         self._listener = Listener(zmq.ROUTER, host, FRAME_BYTES, self._answer, self.counters)
         self.address = self._listener.address
@@ -36,23 +36,22 @@ class ZmqReceiver:
     def _answer(self, parts: list[zmq.Frame]) -> list[bytes]:
         sender, *message = (part.buffer for part in parts)
         fault = self._accept(message)
-        if fault:
-            self.counters[fault] += 1
         return [bytes(sender), bytes(message[0]) if message else b"", (fault or "").encode()]
 
     def _accept(self, message: list[memoryview]) -> ReceivingFault | None:
-        """Deliver a sound frame, and one of which only the payload is bad; return its fault."""
+        """Deliver a sound frame, and one of which only the payload is bad; count and return its fault."""
         if len(message) != 3:
+            self.counters["bad_message"] += 1
             return "bad_message"
         _, header_bytes, payload = message
+        header: FrameHeader | None = None
         try:
             header = decode_header(header_bytes)
-        except FrameError as error:
-            return error.fault
-        try:
             check_payload(header, payload)
         except FrameError as error:
-            self.arrivals.put(Arrival(header, None, error.fault))
+            self.counters[error.fault] += 1
+            if header is not None:
+                self.arrivals.put(Arrival(header, None, error.fault))
             return error.fault
         self.arrivals.put(Arrival(header, _as_tensor(payload), None), len(payload))
         return None

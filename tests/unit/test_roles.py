@@ -5,8 +5,9 @@ import random
 import pytest
 
 from decode_worker.inbox import RemoteInbox
+from protocol.orders import SendBlocks
 from protocol.request import Request, SamplingParams
-from tests.simulated_cluster import VOCAB_SIZE, Client, SimulatedCluster, oracle_answer
+from tests.simulated_cluster import VOCAB_SIZE, Client, SimulatedCluster, Worker, oracle_answer
 
 TOPOLOGIES = {
     "1P1D": (["prefill"], ["decode"]),
@@ -106,3 +107,21 @@ def test_the_simulation_finds_a_decode_side_that_commits_before_its_ranks_have_c
 ) -> None:
     monkeypatch.setattr(RemoteInbox, "num_reporting", 0)
     assert any(_answers_are_wrong(seed) for seed in range(40))
+
+
+def test_parts_of_a_long_prompt_leave_before_its_first_token_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, pairs = build(3, "1P1D", num_blocks=60)
+    request = Request("long", tuple(range(100)), SamplingParams(max_tokens=3, seed=0, temperature=0.0), 60.0)
+    parts: list[tuple[int, bool]] = []
+    send_part = Worker.send_part
+
+    def noting(worker: Worker, order: SendBlocks, first: int, num_computed: int) -> None:
+        parts.append((num_computed, bool(client.tokens)))
+        send_part(worker, order, first, num_computed)
+
+    monkeypatch.setattr(Worker, "send_part", noting)
+    client = cluster.start(request, *pairs[0])
+    run_to_the_end(cluster, [client], abort_share=0.0)
+    assert client.tokens == oracle_answer(request)
+    assert [num_computed for num_computed, _ in parts][-3:] == [72, 96, 100]
+    assert not any(is_known for _, is_known in parts)

@@ -61,7 +61,11 @@ def test_all_keys_but_the_model_and_the_roles_have_defaults(tmp_path: Path):
         ("  groups: 2", "  groups: two", "x.yaml:5: decode.groups: expected int, got str; it says 'two'"),
         ("  groups: 2", "  groups: 0", "x.yaml:5: decode.groups: expected int >= 1; it says 0"),
         ("8000", "80000", "x.yaml:2: router.port: expected int <= 65535; it says 80000"),
-        ("zmq", "zmqq", "x.yaml:8: kv_transfer.transport: 'zmqq' is not one of gloo, zmq; did you mean zmq?"),
+        (
+            "zmq",
+            "zmqq",
+            "x.yaml:8: kv_transfer.transport: 'zmqq' is not one of auto, gloo, shm, zmq; did you mean zmq?",
+        ),
         ("block_size: 16", "block_size: 17", "x.yaml:7: kv_cache.block_size: 17 is not one of 16, 32, 64, 128"),
         ("path: configs/demo_model, ", "", "x.yaml:1: model.path is missing"),
         ("model: {path: configs/demo_model, dtype: float32}\n", "", "x.yaml:1: model is missing"),
