@@ -152,7 +152,8 @@ def _attend_split(
         TILE,
         IS_MASKED=True,
     )
-    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]  # an empty context has no sum
+    row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # that of an empty context, which shall give zeros
+    acc = acc / row_sum[:, None]
     if num_splits == 1:
         to = out + sequence.to(tl.int64) * NUM_HEADS * HEAD_DIM + offsets
         tl.store(to, acc.to(out.dtype.element_ty), mask=is_element)

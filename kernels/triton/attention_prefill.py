@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton.configurations import ATTENTION_PLAN, ATTENTION_PREFILL, padded
+from kernels.triton.configurations import ATTENTION_PLAN, ATTENTION_PREFILL, chip, padded
 from kernels.triton.paged_attention import LOG2_E, attend, packed_heads
 
 
@@ -30,7 +30,7 @@ def attention_prefill(
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     heads, parts = packed_heads(num_heads, num_kv_heads)
-    config = ATTENTION_PREFILL[q.element_size(), padded(head_dim)]
+    config = ATTENTION_PREFILL[chip(q.device), q.element_size(), padded(head_dim)]
     tokens = config.rows // heads
     tiles = _plan_tiles(query_starts, context_lens, num_tokens, tokens)
     out = q.new_empty(q.shape)

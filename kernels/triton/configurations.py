@@ -10,8 +10,9 @@ from functools import lru_cache
 
 import torch
 
-MAX_SHARED_BYTES = {80: 166_912, 90: 232_448}
-"""Compute capability -> shared memory that one program may have: those the configurations are checked for."""
+MAX_SHARED_BYTES = {80: 101_376, 90: 232_448}
+"""Chip, named by its compute capability -> shared memory of one program: the least that any 8.x has (A100 has more),
+and Hopper's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,26 +37,33 @@ class Configuration:
 
 
 # (bytes per element, padded head_dim) -> rows: query heads packed for one KV head, tile: positions per step.
-# 16 rows are the least that tensor cores take. Two programs share a multiprocessor, each with two tiles of keys and
-# values on their way: 2 x 2 x 32 KB at head_dim 128, more than latency x bandwidth of one multiprocessor of an H200.
+# 16 rows are the least that tensor cores take. Keys and values are found through a block table, which has to be on its
+# way before they can be: that takes half of the pipeline, so 5 stages hold two tiles of both in shared memory. At
+# head_dim 128 that is 64 KB in each of the programs that share a multiprocessor, several times what an H200 needs in
+# flight (4.2 TB/s times 1 us over 132 multiprocessors).
 ATTENTION_DECODE = {
-    (2, 64): Configuration(rows=16, tile=128, num_warps=4, num_stages=3),
-    (2, 128): Configuration(rows=16, tile=64, num_warps=4, num_stages=3),
-    (2, 256): Configuration(rows=16, tile=32, num_warps=4, num_stages=3),
-    (4, 64): Configuration(rows=16, tile=64, num_warps=4, num_stages=3),
-    (4, 128): Configuration(rows=16, tile=32, num_warps=4, num_stages=3),
-    (4, 256): Configuration(rows=16, tile=16, num_warps=4, num_stages=3),
+    (2, 64): Configuration(rows=16, tile=128, num_warps=4, num_stages=5),
+    (2, 128): Configuration(rows=16, tile=64, num_warps=4, num_stages=5),
+    (2, 256): Configuration(rows=16, tile=32, num_warps=4, num_stages=5),
+    (4, 64): Configuration(rows=16, tile=32, num_warps=4, num_stages=3),
+    (4, 128): Configuration(rows=16, tile=32, num_warps=8, num_stages=3),
+    (4, 256): Configuration(rows=16, tile=16, num_warps=8, num_stages=3),
 }
 PROGRAMS_PER_MULTIPROCESSOR = 2
 
-# (bytes per element, padded head_dim) -> rows: query heads x tokens, tile: positions per step.
+# (chip, bytes per element, padded head_dim) -> rows: query heads x tokens, tile: positions per step. Hopper's matrix
+# units read one operand from shared memory, which takes longer than the product itself unless tiles are wide. Float32
+# has no tensor cores that keep its precision, so its tiles are what registers can hold.
 ATTENTION_PREFILL = {
-    (2, 64): Configuration(rows=128, tile=64, num_warps=4, num_stages=3),
-    (2, 128): Configuration(rows=128, tile=64, num_warps=8, num_stages=3),
-    (2, 256): Configuration(rows=128, tile=32, num_warps=8, num_stages=2),
-    (4, 64): Configuration(rows=64, tile=32, num_warps=4, num_stages=2),
-    (4, 128): Configuration(rows=32, tile=32, num_warps=4, num_stages=2),
-    (4, 256): Configuration(rows=16, tile=32, num_warps=4, num_stages=2),
+    (90, 2, 64): Configuration(rows=128, tile=64, num_warps=8, num_stages=5),
+    (90, 2, 128): Configuration(rows=128, tile=128, num_warps=8, num_stages=3),
+    (90, 2, 256): Configuration(rows=128, tile=32, num_warps=8, num_stages=5),
+    (80, 2, 64): Configuration(rows=128, tile=64, num_warps=8, num_stages=5),
+    (80, 2, 128): Configuration(rows=128, tile=64, num_warps=8, num_stages=5),
+    (80, 2, 256): Configuration(rows=64, tile=32, num_warps=8, num_stages=3),
+    **{(chip, 4, 64): Configuration(rows=32, tile=32, num_warps=8, num_stages=2) for chip in (80, 90)},
+    **{(chip, 4, 128): Configuration(rows=16, tile=16, num_warps=4, num_stages=2) for chip in (80, 90)},
+    **{(chip, 4, 256): Configuration(rows=32, tile=16, num_warps=8, num_stages=3) for chip in (80, 90)},
 }
 ATTENTION_PLAN = Configuration(rows=32, tile=32)  # tiles of one sequence x sequences compared with
 SPLIT_MERGE = Configuration(tile=16)  # partial results per step
@@ -96,6 +104,19 @@ SAMPLE_DRAW = Configuration(tile=2048, fuse_multiply_add=False)
 def padded(size: int) -> int:
     """Return the power of two that the tables above know size by: at least 64."""
     return max(64, 1 << (size - 1).bit_length())
+
+
+@lru_cache
+def chip(device: torch.device) -> int:
+    """Return the chip whose configurations suit device: the newest that it can do all of, the newest on a CPU."""
+    if device.type != "cuda":
+        return max(MAX_SHARED_BYTES)
+    found = torch.cuda.get_device_properties(device)
+    capability, shared_bytes = 10 * found.major + found.minor, found.shared_memory_per_block_optin
+    suiting = [chip for chip, needed in MAX_SHARED_BYTES.items() if chip <= capability and needed <= shared_bytes]
+    if not suiting:
+        raise ValueError(f"{found.name} has compute capability {found.major}.{found.minor}; kernels need 8.0 or newer")
+    return max(suiting)
 
 
 @lru_cache
