@@ -18,7 +18,7 @@ from kernels.triton.configurations import (
     num_multiprocessors,
     padded,
 )
-from kernels.triton.paged_attention import LOG2_E, attend, packed_heads
+from kernels.triton.paged_attention import LOG2_E, attend, locate_rows, packed_heads
 
 
 def attention_decode(
@@ -68,21 +68,34 @@ def attention_decode(
         **config.launch,
     )
     if num_splits > 1:
-        _merge_splits[num_sequences, num_heads](
-            partial_out,
-            partial_lse,
-            context_lens,
-            out,
-            num_splits,
-            least_len,
-            NUM_HEADS=num_heads,
-            HEAD_DIM=head_dim,
-            DIMS=padded(head_dim),
-            TILE=config.tile,
-            SPLITS=SPLIT_MERGE.tile,
-            **SPLIT_MERGE.launch,
-        )
+        _merge(partial_out, partial_lse, context_lens, out, num_splits, least_len, config.tile)
     return out
+
+
+def _merge(
+    partial_out: Tensor,
+    partial_lse: Tensor,
+    context_lens: Tensor,
+    out: Tensor,
+    num_splits: int,
+    least_len: int,
+    tile: int,
+) -> None:
+    num_sequences, num_heads, head_dim = out.shape
+    _merge_splits[num_sequences, num_heads](
+        partial_out,
+        partial_lse,
+        context_lens,
+        out,
+        num_splits,
+        least_len,
+        NUM_HEADS=num_heads,
+        HEAD_DIM=head_dim,
+        DIMS=padded(head_dim),
+        TILE=tile,
+        SPLITS=SPLIT_MERGE.tile,
+        **SPLIT_MERGE.launch,
+    )
 
 
 @triton.jit
@@ -113,52 +126,37 @@ def _attend_split(
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr,  # query heads of this program, of NUM_HEADS // NUM_KV_HEADS that share a KV head
-    PARTS: tl.constexpr,  # programs per KV head
+    HEADS: tl.constexpr,
+    PARTS: tl.constexpr,
     ROWS: tl.constexpr,
     DIMS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    sequence, kv_head, split = tl.program_id(0), tl.program_id(1) // PARTS, tl.program_id(2)
+    sequence, split = tl.program_id(0).to(tl.int64), tl.program_id(2)
     context_len = tl.load(context_lens + sequence)
     split_len = _split_len(context_len, num_splits, least_len, TILE)
     start = split * split_len
     if (start >= context_len) & (split > 0):  # merging does not look at empty splits
         return
-    row = tl.arange(0, ROWS)
-    head_in_group = (tl.program_id(1) % PARTS) * HEADS + row
-    head = kv_head * (NUM_HEADS // NUM_KV_HEADS) + head_in_group  # [ROWS]
-    is_row = (row < HEADS) & (head_in_group < NUM_HEADS // NUM_KV_HEADS)
+    stop = tl.minimum(start + split_len, context_len)
+    kv_head, token, head, is_row = locate_rows(NUM_HEADS, NUM_KV_HEADS, HEADS, PARTS, ROWS)
+    is_row &= token == 0
     dims = tl.arange(0, DIMS)
     is_element = is_row[:, None] & (dims < HEAD_DIM)[None, :]
     offsets = head[:, None] * HEAD_DIM + dims[None, :]  # [ROWS, DIMS], within one token
-    acc, row_max, row_sum = attend(
-        tl.load(q + sequence.to(tl.int64) * q_stride + offsets, mask=is_element, other=0.0),
-        tl.zeros([ROWS, DIMS], tl.float32),
-        tl.full([ROWS], float("-inf"), tl.float32),
-        tl.zeros([ROWS], tl.float32),
-        k_cache,
-        v_cache,
-        block_tables + sequence.to(tl.int64) * tables_stride,
-        kv_head,
-        start,
-        tl.minimum(start + split_len, context_len),
-        tl.full([ROWS], 0, tl.int32) + context_len,
-        scale,
-        NUM_KV_HEADS,
-        BLOCK_SIZE,
-        HEAD_DIM,
-        DIMS,
-        TILE,
-        IS_MASKED=True,
+    queries = tl.load(q + sequence * q_stride + offsets, mask=is_element, other=0.0)
+    k_head, v_head = k_cache + kv_head * BLOCK_SIZE * HEAD_DIM, v_cache + kv_head * BLOCK_SIZE * HEAD_DIM
+    table = block_tables + sequence * tables_stride
+    seen = tl.zeros([ROWS], tl.int32) + stop
+    acc, row_sum, row_max = attend(
+        queries, k_head, v_head, table, start, None, stop, seen, scale, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, TILE
     )
     row_sum = tl.where(row_sum == 0.0, 1.0, row_sum)  # that of an empty context, which shall give zeros
     acc = acc / row_sum[:, None]
     if num_splits == 1:
-        to = out + sequence.to(tl.int64) * NUM_HEADS * HEAD_DIM + offsets
-        tl.store(to, acc.to(out.dtype.element_ty), mask=is_element)
+        tl.store(out + sequence * NUM_HEADS * HEAD_DIM + offsets, acc.to(out.dtype.element_ty), mask=is_element)
     else:
-        index = (sequence.to(tl.int64) * NUM_HEADS + head) * num_splits + split  # [ROWS]
+        index = (sequence * NUM_HEADS + head) * num_splits + split  # [ROWS]
         tl.store(partial_out + index[:, None] * HEAD_DIM + dims[None, :], acc, mask=is_element)
         tl.store(partial_lse + index, row_max + tl.log2(row_sum), mask=is_row)
 

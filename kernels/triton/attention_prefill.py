@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.configurations import ATTENTION_PLAN, ATTENTION_PREFILL, chip, padded
-from kernels.triton.paged_attention import LOG2_E, attend, packed_heads
+from kernels.triton.paged_attention import LOG2_E, attend, locate_rows, packed_heads
 
 
 def attention_prefill(
@@ -140,8 +140,8 @@ def _attend_tile(
     NUM_KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    HEADS: tl.constexpr,  # query heads of this program, of NUM_HEADS // NUM_KV_HEADS that share a KV head
-    PARTS: tl.constexpr,  # programs per KV head
+    HEADS: tl.constexpr,
+    PARTS: tl.constexpr,
     TOKENS: tl.constexpr,  # of this program: ROWS // HEADS
     ROWS: tl.constexpr,
     DIMS: tl.constexpr,
@@ -154,46 +154,21 @@ def _attend_tile(
     query_start = tl.load(query_starts + sequence)
     query_len = tl.load(query_starts + sequence + 1) - query_start
     prefix_len = tl.load(context_lens + sequence) - query_len
-
-    row = tl.arange(0, ROWS)
-    token = first_token + row // HEADS  # [ROWS], in the chunk
-    head_in_group = (tl.program_id(1) % PARTS) * HEADS + row % HEADS
-    kv_head = tl.program_id(1) // PARTS
-    head = kv_head * (NUM_HEADS // NUM_KV_HEADS) + head_in_group
-    is_row = (row < TOKENS * HEADS) & (token < query_len) & (head_in_group < NUM_HEADS // NUM_KV_HEADS)
+    kv_head, token, head, is_row = locate_rows(NUM_HEADS, NUM_KV_HEADS, HEADS, PARTS, ROWS)
+    is_row &= (token < TOKENS) & (first_token + token < query_len)
+    token += first_token  # [ROWS], in the chunk
     dims = tl.arange(0, DIMS)
     is_element = is_row[:, None] & (dims < HEAD_DIM)[None, :]
-    row_in_q = (query_start + token).to(tl.int64)
-    from_q = q + row_in_q[:, None] * q_stride + head[:, None] * HEAD_DIM + dims[None, :]  # [ROWS, DIMS]
-
-    block_table = block_tables + sequence.to(tl.int64) * tables_stride
-    num_seen = prefix_len + token + 1  # [ROWS]
-    seen_by_all = (prefix_len + first_token + 1) // TILE * TILE
-    seen_by_any = prefix_len + tl.minimum(first_token + TOKENS, query_len)
-    queries = tl.load(from_q, mask=is_element, other=0.0)
-    acc = tl.zeros([ROWS, DIMS], tl.float32)
-    row_max = tl.full([ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([ROWS], tl.float32)
-    for is_diagonal in tl.static_range(2):  # only the tiles on the diagonal pay for masks
-        acc, row_max, row_sum = attend(
-            queries,
-            acc,
-            row_max,
-            row_sum,
-            k_cache,
-            v_cache,
-            block_table,
-            kv_head,
-            seen_by_all if is_diagonal else 0,
-            seen_by_any if is_diagonal else seen_by_all,
-            num_seen,
-            scale,
-            NUM_KV_HEADS,
-            BLOCK_SIZE,
-            HEAD_DIM,
-            DIMS,
-            TILE,
-            IS_MASKED=is_diagonal,
-        )
-    to_out = out + row_in_q[:, None] * (NUM_HEADS * HEAD_DIM) + head[:, None] * HEAD_DIM + dims[None, :]
-    tl.store(to_out, (acc / row_sum[:, None]).to(out.dtype.element_ty), mask=is_element)
+    offsets = head[:, None] * HEAD_DIM + dims[None, :]  # [ROWS, DIMS], within one token
+    row_in_q = (query_start + token).to(tl.int64)[:, None]
+    queries = tl.load(q + row_in_q * q_stride + offsets, mask=is_element, other=0.0)
+    k_head, v_head = k_cache + kv_head * BLOCK_SIZE * HEAD_DIM, v_cache + kv_head * BLOCK_SIZE * HEAD_DIM
+    table = block_tables + sequence.to(tl.int64) * tables_stride
+    seen = prefix_len + token + 1  # [ROWS]
+    diagonal = (prefix_len + first_token + 1) // TILE * TILE  # only tiles from here on pay for masks
+    stop = prefix_len + tl.minimum(first_token + TOKENS, query_len)
+    acc, row_sum, _ = attend(
+        queries, k_head, v_head, table, 0, diagonal, stop, seen, scale, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM, TILE
+    )
+    acc = acc / row_sum[:, None]
+    tl.store(out + row_in_q * NUM_HEADS * HEAD_DIM + offsets, acc.to(out.dtype.element_ty), mask=is_element)

@@ -14,6 +14,12 @@ def test_interpreted_kernels_equal_their_plain_twins() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     run = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False, timeout=280
+        command,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
     )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

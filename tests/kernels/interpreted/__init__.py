@@ -1,1 +1,1 @@
-"""Tests that need Triton's interpreter, which must be chosen before Triton is imported: ../test_interpreted.py runs them."""
+"""Tests that need Triton's interpreter, chosen before Triton is imported: ../test_interpreted.py runs them."""

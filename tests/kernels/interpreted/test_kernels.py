@@ -1,6 +1,6 @@
 """Every Triton kernel, interpreted, against its plain twin: odd shapes, shuffled blocks, empty rows, long contexts.
 
-The interpreter multiplies matrices of bfloat16 as if they were integers, and rounds to bfloat16 by cutting off. So where
+The interpreter multiplies matrices of bfloat16 as if they were integers, and rounds to bfloat16 by cutting off. Where
 this would show, float16 stands in, which takes the same path through the kernels.
 """
 
