@@ -51,7 +51,7 @@ def attend(
     HEAD_DIM: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Return [ROWS, DIMS], [ROWS] and [ROWS]: sums of values by weight, sums of weights, and the scores that weigh 1."""
+    """Return [ROWS, DIMS], [ROWS] and [ROWS]: sums of weighted values, sums of weights, and the scores that weigh 1."""
     dims = tl.arange(0, q.shape[1])
     acc = tl.zeros(q.shape, tl.float32)
     row_sum = tl.zeros([q.shape[0]], tl.float32)
@@ -61,7 +61,7 @@ def attend(
         for first in range(begin, stop if is_masked else middle, TILE):
             positions = first + tl.arange(0, TILE)
             # Unseen slots must not even be read: another owner may have left NaN there, and 0 times NaN is NaN.
-            is_read = positions < (stop if is_masked else first + TILE)
+            is_read = positions < stop if is_masked else tl.full([TILE], True, tl.int1)
             block_ids = tl.load(block_table + positions // BLOCK_SIZE, mask=is_read, other=0).to(tl.int64)
             slots = block_ids * (NUM_KV_HEADS * BLOCK_SIZE) + positions % BLOCK_SIZE
             offsets = slots[:, None] * HEAD_DIM + dims[None, :]  # [TILE, DIMS]
