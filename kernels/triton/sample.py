@@ -93,7 +93,7 @@ def _find_widest_gap(
     least = tl.maximum(tl.load(min_p + row).to(tl.float64), 1e-30)  # 0, for off, has no logarithm
     limit = tl.minimum(-tl.log(least), REACH).to(tl.float32)
     if k > 0:
-        found = _widest_before(row_logits, best, heat, limit, k, VOCAB_SIZE, 0, BITS, TILE)
+        found = _widest_before(row_logits, best, heat, k, VOCAB_SIZE, 0, BITS, TILE)
         limit = tl.minimum(limit, found)
     if p < 1.0:
         total = tl.zeros([TILE], tl.int64)
@@ -101,7 +101,7 @@ def _find_widest_gap(
             gaps = _gaps(row_logits, first + tl.arange(0, TILE), best, heat, VOCAB_SIZE)
             total += tl.where(gaps <= limit, _mass(gaps, MASS_ONE), 0)
         wanted = tl.maximum((p.to(tl.float64) * tl.sum(total).to(tl.float64)).to(tl.int64), 1)
-        found = _widest_before(row_logits, best, heat, limit, wanted, VOCAB_SIZE, MASS_ONE, BITS, TILE)
+        found = _widest_before(row_logits, best, heat, wanted, VOCAB_SIZE, MASS_ONE, BITS, TILE)
         limit = tl.minimum(limit, found)
     tl.store(widest + row, limit)
 
@@ -117,7 +117,6 @@ def _widest_before(
     logits,  # [VOCAB_SIZE], one row's
     largest,
     temperature,
-    limit,  # tokens of larger gaps count for nothing
     wanted,  # int64
     VOCAB_SIZE: tl.constexpr,
     MASS_ONE: tl.constexpr,  # what a token of gap 0 weighs; 0: every token weighs 1
@@ -139,7 +138,6 @@ def _widest_before(
         for first in range(0, VOCAB_SIZE, TILE):
             gaps = _gaps(logits, first + tl.arange(0, TILE), largest, temperature, VOCAB_SIZE)
             weights = tl.full([TILE], 1, tl.int64) if MASS_ONE == 0 else _mass(gaps, MASS_ONE)
-            weights = tl.where(gaps <= limit, weights, 0)
             is_before = gaps.to(tl.int32, bitcast=True)[None, :] < tried[:, None]
             weight_before += tl.where(is_before, weights[None, :], 0)
         holds = tl.sum(weight_before, axis=1) < wanted  # for the first, as nothing weighs less than nothing
