@@ -118,7 +118,8 @@ class WorkerCluster:
         self.wait_until(lambda: all(self._is_idle(rank) for rank in self.leaders()), timeout_s=5)
         for rank in self.leaders():
             blocks = rank.load.blocks
-            assert blocks.free + blocks.cached == blocks.total > 0 and blocks.held == 0
+            assert blocks.free + blocks.cached == blocks.total > 0
+            assert blocks.held == 0
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
         """Poll condition; an error of a worker ends the wait."""
@@ -145,7 +146,7 @@ class WorkerCluster:
             role=spec.role,
             group=spec.group,
             rank=rank,
-            model=ModelLaunch(str(self._model), "float32", None),
+            model=ModelLaunch(str(self._model), "float32"),
             role_section=RoleSection(tensor_parallel=spec.tensor_parallel, batch_tokens=self._batch_tokens),
             kv_cache=self._cache,
             kv_transfer=KVTransferSection(transport=self._transport, timeout_s=10),

@@ -81,7 +81,7 @@ def _sampling(seed: int) -> SamplingParams:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
-    yield Reference(request.param, tmp_path_factory.mktemp(request.param))
+    return Reference(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize(("topology", "transport"), CASES)
