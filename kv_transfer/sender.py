@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 import torch
 
-from kernels.plain.gather_kv import gather_kv
+from kernels.backend import operations_for
 from kv_transfer.frames import FrameHeader, digest_of
 from kv_transfer.plan import FRAME_BYTES, check_table, frames_of, local_heads, plan_transfer
 from kv_transfer.transports.transport import DROPPED, Destination, OutgoingFrame, SendingTransport, Settled
@@ -57,6 +57,7 @@ class KVSender:
         frame_bytes: int = FRAME_BYTES,
     ) -> None:
         self._cache = cache
+        self._operations = operations_for(cache.device)
         self._layout = layout
         self._rank = rank
         self._transport = transport
@@ -153,7 +154,7 @@ class KVSender:
     def _gather(self, destination: Destination, header: FrameHeader, block_table: torch.Tensor) -> OutgoingFrame:
         piece = header.piece
         heads = local_heads(self._layout, self._rank, piece.heads)
-        payload = gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens)
+        payload = self._operations.gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens)
         flat = payload.cpu().flatten().view(torch.uint8)  # [num_bytes]
         header = msgspec.structs.replace(header, payload_digest=digest_of(flat.numpy().data))
         return OutgoingFrame(destination, header, flat)

@@ -5,7 +5,9 @@ this would show, float16 stands in, which takes the same path through the kernel
 """
 
 import functools
+import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,6 +115,17 @@ def test_tokens_that_tie_with_the_last_one_kept_are_kept() -> None:
     draw = functools.partial(TRITON.sample, logits, ones, min_p=ones * 0, seeds=seeds, positions=zeros)
     assert draw(top_k=zeros + 2, top_p=ones).unique().numel() == 4
     assert draw(top_k=zeros, top_p=ones * 0.3).unique().numel() == 4
+
+
+def test_a_row_of_nothing_finite_gives_a_token_of_the_vocabulary() -> None:
+    """It means nothing, but whoever looks it up must not fall off the end."""
+    logits = torch.randn(3, 50)
+    logits[0], logits[1, 7], logits[2, 7] = -math.inf, math.nan, math.inf
+    ones, zeros = torch.ones(3), torch.zeros(3, dtype=torch.int64)
+    with np.errstate(invalid="ignore"):
+        drawn = TRITON.sample(logits, ones, zeros + 5, ones * 0.9, ones * 0, zeros, zeros)
+    assert drawn.min() >= 0
+    assert drawn.max() < 50
 
 
 def test_nothing_to_do_is_done() -> None:
