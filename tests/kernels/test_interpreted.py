@@ -9,7 +9,7 @@ import pytest
 
 
 def test_interpreted_kernels_equal_their_plain_twins() -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.7")  # the interpreter of 3.6 fails with NumPy from 2.4 on
     folder = Path(__file__).parent / "interpreted"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
