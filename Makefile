@@ -10,18 +10,18 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/stamp-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: help setup serve test check format bench lock clean
+.PHONY: help setup serve test check format bench bench-transfer lock clean
 
 help:                  ## list what can be made
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
 
 setup: $(STAMP)        ## create .venv with exactly the locked packages; TORCH=... takes another build of torch
 
-# torch first and by itself: its build depends on the GPU, so its hash cannot be in the lock (docs/decisions/0002-lock.md).
+# torch first, with the Triton it wants: the build depends on the GPU, so no hash can be locked (docs/decisions/0002-lock.md).
 $(STAMP):
 	@test -n "$(PYTHON)" || { echo "make setup: found no python3.11, python3.12 or python3.13; name one with PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet $(TORCH)
+	$(PIP) install --quiet $(TORCH) triton
 	@echo '$(TORCH)' > $(VENV)/torch
 	$(PIP) install --quiet --no-deps --require-hashes -r requirements.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .
@@ -45,6 +45,9 @@ format: setup          ## let ruff mend what it can
 
 bench: setup           ## measure Tandem colocated, Tandem 1P1D and transformers in one run
 	$(BIN)/python -m benchmarks.serving
+
+bench-transfer: setup  ## measure every KV transport beside memcpy and a raw socket
+	$(BIN)/python -m benchmarks.transfer
 
 lock:                  ## bring requirements.lock up to date with pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --group dev --upgrade --quiet --output-file requirements.lock

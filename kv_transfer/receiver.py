@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from kernels.plain.scatter_kv import scatter_kv
+from kernels.backend import operations_for
 from kv_transfer.frames import FrameHeader
 from kv_transfer.plan import FRAME_BYTES, Piece, check_table, frames_of, local_heads, plan_transfer
 from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault, ReceivingTransport
@@ -58,6 +58,7 @@ class KVReceiver:
         frame_bytes: int = FRAME_BYTES,
     ) -> None:
         self._cache = cache
+        self._operations = operations_for(cache.device)
         self._layout = layout
         self._rank = rank
         self._transport = transport
@@ -159,7 +160,9 @@ class KVReceiver:
         sizes = [stop - start for start, stop in (piece.layers, piece.heads, piece.tokens)]
         shaped = payload.view(self._cache.dtype).view(sizes[0], 2, *sizes[1:], self._layout.head_dim)
         heads = local_heads(self._layout, self._rank, piece.heads)
-        scatter_kv(shaped.to(self._cache.device), self._cache, block_table, piece.layers, heads, piece.tokens)
+        self._operations.scatter_kv(
+            shaped.to(self._cache.device), self._cache, block_table, piece.layers, heads, piece.tokens
+        )
 
     def _finish_if_whole(self, attempt: Attempt) -> None:
         if not self._transfers[attempt].missing:

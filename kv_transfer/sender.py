@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 import torch
 
-from kernels.plain.gather_kv import gather_kv
+from kernels.backend import operations_for
 from kv_transfer.frames import FrameHeader, unit_digests
 from kv_transfer.plan import FRAME_BYTES, check_table, frames_of, local_heads, plan_transfer
 from kv_transfer.transports.transport import DROPPED, REFUSED, Destination, OutgoingFrame, SendingTransport, Settled
@@ -65,6 +65,7 @@ class KVSender:
         frame_bytes: int = FRAME_BYTES,
     ) -> None:
         self._cache = cache
+        self._operations = operations_for(cache.device)
         self._layout = layout
         self._rank = rank
         self._transport = transport
@@ -188,11 +189,11 @@ class KVSender:
         """Copy a piece into staging, uint8 [num_bytes] of the host, and say what it is."""
         piece = header.piece
         heads = local_heads(self._layout, self._rank, piece.heads)
-        out = staging.view(self._cache.dtype)
+        gather, out = self._operations.gather_kv, staging.view(self._cache.dtype)
         if self._cache.device == out.device:
-            gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens, out)
+            gather(self._cache, block_table, piece.layers, heads, piece.tokens, out)
         else:
-            out.copy_(gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens).flatten())
+            out.copy_(gather(self._cache, block_table, piece.layers, heads, piece.tokens).flatten())
         header = msgspec.structs.replace(header, unit_digests=unit_digests(piece, staging.numpy().data))
         return OutgoingFrame(destination, header, staging)
 

@@ -1,6 +1,6 @@
 """Trains the demo model from nothing and writes configs/demo_model: weights, tokenizer and a record of the training.
 
-For developers: `python -m tools.demo_model.train --out configs/demo_model`. It takes about 15 minutes on one CPU core,
+For developers: `python -m tools.demo_model.train --out configs/demo_model`. It takes 15 to 30 minutes on one CPU core,
 downloads nothing, and gives the same model for the same seed on the same machine and number of threads.
 """
 
