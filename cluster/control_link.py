@@ -41,20 +41,25 @@ class Wire(Protocol):
 
 
 class ControlSocket:
-    """The Wire of a real worker. Its identity carries the epoch: what was queued for another life stays there."""
+    """The Wire of a real worker. Its identity carries the epoch: what was queued for another life stays there.
+
+    A lost connection is never opened again: what was under way is lost, and nobody could say what it was. Both ends
+    find out when they send next, and this life ends.
+    """
 
     def __init__(self, address: str, worker: WorkerInfo) -> None:
         self._context = zmq.Context()
         self.pollable = prepare(self._context.socket(zmq.DEALER), queue=_MAX_MESSAGES)
         identity = f"{worker.role}-{worker.group}-{worker.rank}-{worker.epoch:x}"
         self.pollable.setsockopt(zmq.IDENTITY, identity.encode())
+        self.pollable.setsockopt(zmq.RECONNECT_IVL, -1)
         self.pollable.connect(address)
 
     def send(self, data: bytes) -> None:
         try:
             self.pollable.send(data, zmq.NOBLOCK)
         except zmq.Again:
-            raise Fenced("the router takes no more messages") from None
+            raise Fenced("the connection to the router is gone, or it takes no more messages") from None
 
     def receive(self) -> bytes | None:
         return self.pollable.recv() if self.pollable.poll(0) else None

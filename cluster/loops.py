@@ -17,7 +17,7 @@ from engine.group import Follower, GroupRanks
 from engine.rank import Rank
 from engine.role import Role
 from engine.step_loop import StepLoop
-from protocol.messages import AnyMessage, Heartbeat, PeerLost
+from protocol.messages import AnyMessage, Heartbeat, PeerLost, Progress
 from protocol.orders import ClosePeer, StopRank
 
 HEARTBEAT_S = 0.25
@@ -100,10 +100,14 @@ class LeaderLoop:
 class FollowerLoop:
     """A follower's loop: orders in, reports out."""
 
-    def __init__(self, link: ControlLink, follower: Follower, rank: Rank) -> None:
+    def __init__(
+        self, link: ControlLink, follower: Follower, rank: Rank, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._link = link
         self._follower = follower
         self._rank = rank
+        self._clock = clock
+        self._speak_at = 0.0
 
     def run(self, wakers: Iterable[zmq.Socket[bytes] | int]) -> None:
         """Serve until Stopped or Fenced is raised. wakers: what becomes readable when there is something to do."""
@@ -121,6 +125,14 @@ class FollowerLoop:
             self._rank.execute(order)
         for report in self._rank.mover.poll():
             self._follower.report(report)
+        self._speak()
+
+    def _speak(self) -> None:
+        """Who never speaks to the router never learns that nobody there hears it any more."""
+        if self._clock() >= self._speak_at:
+            self._speak_at = self._clock() + HEARTBEAT_S
+            self._link.send(Progress("serving"))
+            self._link.flush()
 
 
 def _poller(wakers: Iterable[zmq.Socket[bytes] | int]) -> zmq.Poller:
