@@ -1,4 +1,4 @@
-"""The router's mind, its clients, and all groups: one cluster, of which only sockets, threads and models are simulated."""
+"""The router's mind, its clients and all groups: a cluster whose sockets, threads and models alone are simulated."""
 
 from collections import deque
 from collections.abc import Iterable

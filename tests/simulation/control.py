@@ -24,9 +24,11 @@ class Channel:
         self._in_flight: deque[bytes] = deque()
         self._last_due_s = 0.0
         self.is_cut = False
+        self.sent: deque[bytes] = deque(maxlen=8)
 
     def send(self, data: bytes) -> None:
         """Deliver later, after everything that was sent before; a cut channel loses it."""
+        self.sent.append(data)
         if self.is_cut:
             return
         self._in_flight.append(data)
@@ -34,14 +36,12 @@ class Channel:
         self._last_due_s = due_s
         self._clock.after(due_s - self._clock.now_s, self._arrive)
 
-    def cut(self) -> list[bytes]:
-        """Lose everything from some point on; return what was lost."""
+    def cut(self) -> None:
+        """Lose everything from some point on."""
         self.is_cut = True
         num_arriving = self._rng.randint(0, len(self._in_flight))
-        lost = list(self._in_flight)[num_arriving:]
         while len(self._in_flight) > num_arriving:
             self._in_flight.pop()
-        return lost
 
     def _arrive(self) -> None:
         if self._in_flight:
@@ -64,7 +64,7 @@ class SimulatedWire:
         self.identity = identity
         self.inbox: deque[bytes] = deque()
         self.up = Channel(clock, rng, lambda data: hear(identity, data))
-        self.down = Channel(clock, rng, self._take)
+        self.down = Channel(clock, rng, self.take)
         self._noticed_at_s = float("inf")
 
     @property
@@ -76,13 +76,18 @@ class SimulatedWire:
         """Whether the router's socket knows by now that nobody is there."""
         return self._clock.now_s >= self._noticed_at_s
 
-    def cut(self, noticed_after_s: float = 0.0) -> list[bytes]:
-        """Cut both ways; return what was lost of what the router sent."""
+    @property
+    def recent(self) -> list[bytes]:
+        """What the router sent last, arrived or not."""
+        return list(self.down.sent)
+
+    def cut(self, noticed_after_s: float = 0.0) -> None:
+        """Cut both ways."""
         if self.is_cut:
-            return []
+            return
         self._noticed_at_s = self._clock.now_s + noticed_after_s
         self.up.cut()
-        return self.down.cut()
+        self.down.cut()
 
     # --- cluster.control_link.Wire ------------------------------------------------------------------------------------
 
@@ -97,6 +102,7 @@ class SimulatedWire:
     def wait(self, timeout_s: float) -> None:
         raise AssertionError("nothing waits in a simulation")
 
-    def _take(self, data: bytes) -> None:
+    def take(self, data: bytes) -> None:
+        """Something has arrived."""
         self.inbox.append(data)
         self._wake()

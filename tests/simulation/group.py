@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -35,6 +36,7 @@ from tests.simulation.world import World
 
 IDLE_S = 1.0
 STEP_S = 0.003
+MAX_ORDER_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class SimulatedRank:
         self.loop: LeaderLoop | FollowerLoop | None = None
         self._has_plan = False
         self._paused_until_s = 0.0
+        self._ordered: deque[AnyOrder] = deque()  # under way
         self.orders: deque[AnyOrder] = deque()
         self.transport: SimulatedReceiver | SimulatedSender | None = None
         self.cache = RankCache.empty(group.layout, number, group.size.num_blocks)
@@ -91,6 +94,20 @@ class SimulatedRank:
             delay_s = max(self._world.rng.random() * STEP_S, self._paused_until_s - self._world.clock.now_s)
             self._world.clock.after(delay_s, self._planned_turn)
 
+    def order(self, order: AnyOrder) -> None:
+        """Let the leader's order arrive, in order, sooner or later; a step brings everything with it at once."""
+        self._ordered.append(order)
+        if isinstance(order, Step):
+            self.orders.extend(self._ordered)
+            self._ordered.clear()
+        else:
+            self._world.clock.after(self._world.rng.random() ** 3 * MAX_ORDER_S, self._take_order)
+
+    def _take_order(self) -> None:
+        if self._ordered:
+            self.orders.append(self._ordered.popleft())
+            self.wake()
+
     def pause(self, pause_s: float) -> None:
         """Take no turn for a while, as a stopped process."""
         self._paused_until_s = self._world.clock.now_s + pause_s
@@ -101,16 +118,15 @@ class SimulatedRank:
             return
         self._world.tell(lambda: f"{self.name} dies: {reason}")
         self.is_alive = False
-        self._group.lost(self.wire.cut())
+        self._group.bury(self)
         if self.transport:
             self.transport.close()
-        self._group.restart_later(self.number)
 
     @property
     def is_readable(self) -> bool:
         """Whether something a poller watches would wake this rank."""
         transport = self.transport
-        mailbox = transport.arrivals if isinstance(transport, SimulatedReceiver) else transport and transport.settled
+        mailbox = transport and (transport.arrivals if isinstance(transport, SimulatedReceiver) else transport.settled)
         is_heard = bool(self.orders) if self.number else bool(self._group.reports)
         return bool(self.wire.inbox or is_heard or (mailbox and mailbox.is_readable))
 
@@ -127,9 +143,9 @@ class SimulatedRank:
 
     def _planned_turn(self) -> None:
         self._has_plan = False
-        if self.is_alive and self._paused_until_s > self._world.clock.now_s:
-            self.wake()
-        elif self.is_alive and (self.turn() or self.is_readable):
+        if (self.is_alive and self._paused_until_s > self._world.clock.now_s) or (
+            self.is_alive and (self.turn() or self.is_readable)
+        ):
             self.wake()
 
     def _idle(self) -> None:
@@ -178,7 +194,7 @@ class SimulatedGroup:
         self.size = size
         self.layout = KVLayout("model", 1, size.num_kv_heads, 1, "float32", size.block_size, spec.tensor_parallel)
         self.reports: deque[AnyReport] = deque()
-        self._lost: list[bytes] = []
+        self._past_messages: dict[int, list[bytes]] = {}
         self.pool: BlockPool | None = None
         self.roles: list[Role] = []
         self.ranks: dict[int, SimulatedRank] = {}
@@ -205,16 +221,17 @@ class SimulatedGroup:
             return False
         return self.pool.counts.held == 0 and self.num_jobs == 0 and not any(map(_has_transfers, self.ranks.values()))
 
-    def restart_later(self, number: int) -> None:
-        self._world.clock.after(self._restart_s * (0.5 + self._world.rng.random()), lambda: self._restart(number))
-
     def _restart(self, number: int) -> None:
         rank = self.ranks[number] = SimulatedRank(self._world, self, number)
-        for data in self._lost[: self._world.rng.randint(0, 5)]:
-            rank.wire.inbox.append(data)  # what was queued for an earlier life
+        for data in self._past_messages.pop(number, ()):  # what was queued for an earlier life
+            self._world.clock.after(self._world.rng.random() * 0.1, partial(rank.wire.take, data))
 
-    def lost(self, messages: list[bytes]) -> None:
-        self._lost = messages
+    def bury(self, rank: SimulatedRank) -> None:
+        """A rank has died: another one starts in its place some time later, and may hear what was meant for it."""
+        rank.wire.cut()
+        self._past_messages[rank.number] = rank.wire.recent[-self._world.rng.randint(1, 8) :]
+        delay_s = self._restart_s * (0.5 + self._world.rng.random())
+        self._world.clock.after(delay_s, lambda: self._restart(rank.number))
 
     def close_channel(self, rank: SimulatedRank) -> None:
         """A leader that ends in good order tells its followers, and lets go of everything."""
@@ -225,8 +242,7 @@ class SimulatedGroup:
                 role.drop_all()
         for follower in list(self.ranks.values())[1:]:
             if follower.leader_epoch == rank.epoch:
-                follower.orders.append(StopRank())
-                follower.wake()
+                follower.order(StopRank())
 
     def assemble(self) -> None:
         """Begin to serve once all ranks live and were led to the same leader."""
@@ -274,13 +290,12 @@ class LeaderEnd:
         for follower in self._followers:
             if not follower.is_alive:
                 raise GroupError("a follower is gone")
-            follower.orders.append(order)
+            follower.order(order)
         for follower in self._followers:
             if isinstance(order, Step):
                 follower.turn()  # ranks meet in the collectives of every step
                 if not follower.is_alive:
                     raise GroupError("a follower was lost during a step")
-            follower.wake()
 
     def reports(self) -> list[AnyReport]:
         reports = list(self._reports)
@@ -304,7 +319,8 @@ class FollowerEnd:
 def _has_transfers(rank: SimulatedRank) -> bool:
     match rank.mover:
         case SendingMover() as mover:
-            return bool(mover._sender._transfers)
+            assert isinstance(rank.transport, SimulatedSender)
+            return bool(mover._sender._transfers) or not rank.transport.is_idle
         case ReceivingMover() as mover:
             return bool(mover._receiver._transfers)
     return False

@@ -8,8 +8,10 @@ given a short one, so a deadlock shows as an end that nothing explains.
 import random
 import sys
 from dataclasses import dataclass
+from functools import partial
 from unittest import mock
 
+from kv_transfer import sender
 from protocol import identity
 from protocol.messages import RoleName
 from protocol.request import Request, SamplingParams
@@ -74,6 +76,11 @@ FAULTS = [
 ]
 
 
+def faults_of(seed: int) -> Faults:
+    """Return what goes wrong under this seed."""
+    return random.Random(seed).choice(FAULTS)
+
+
 class Scenario:
     """Everything that follows from one seed."""
 
@@ -85,20 +92,19 @@ class Scenario:
         topology = self.rng.choice(TOPOLOGIES)
         specs = [GroupSpec(role, group, tp) for role, num, tp in topology for group in range(num)]
         size = GroupSize(
-            num_blocks=self.rng.choice([8, 10, 14, 30]),
+            num_blocks=self.rng.choice([6, 8, 12, 30]),
             batch_tokens=self.rng.choice([6, 16, 32]),
             max_running=self.rng.choice([2, 8]),
             num_kv_heads=self.rng.choice([1, 2]),
         )
         self.world.tell(lambda: f"{topology}, {size}, faults: {self.faults.name}")
         self.cluster = SimulatedCluster(self.world, specs, size, self.rng.choice(["least_loaded", "round_robin"]))
-        self._has_failed_before: list[Client] = []
 
     def run(self) -> None:
         """Live through it. Raise AssertionError for anything that must not be."""
         clock, cluster = self.world.clock, self.cluster
         assert clock.run_until(lambda: cluster.is_ready, 5), "the groups never became ready"
-        clients = self._plan_requests(self.rng.randint(2, 6))
+        clients = self._plan_requests(self.rng.choice([2, 3, 4, 5, 8]))
         self._plan_faults()
         clock.run_until(lambda: False, FAULT_TIME_S)
         assert clock.run_until(lambda: cluster.has_ended, LONG_S + 1), "a request never ended"
@@ -112,13 +118,14 @@ class Scenario:
     def _plan_requests(self, num_requests: int) -> dict[str, set[str]]:
         """Submit requests at random times; return, by id, which ends besides the faults' own would be no surprise."""
         may_end: dict[str, set[str]] = {}
+        within_s = self.rng.choice([FAULT_TIME_S / 4, FAULT_TIME_S / 40])
         for index in range(num_requests):
             request = self._request(f"request-{index}")
             leaves = self.rng.random() < self.faults.cancels
             may_end[request.request_id] = {"client_gone"} if leaves else set()
             if request.timeout_s < LONG_S:
                 may_end[request.request_id].add("deadline_exceeded")
-            self.world.clock.after(self._moment() / 4, lambda r=request, leaves=leaves: self._submit(r, leaves))
+            self.world.clock.after(self.rng.random() * within_s, partial(self._submit, request, leaves))
         return may_end
 
     def _submit(self, request: Request, leaves: bool) -> None:
@@ -130,7 +137,7 @@ class Scenario:
         """A prompt that often shares a prefix with others; its answer may end by itself."""
         rng = self.rng
         prompt = [*range(1, 10)][: rng.choice((0, 4, 9))] + [
-            rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 10))
+            rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 9))
         ]
         ends = tuple(rng.sample(range(VOCAB_SIZE), 6))
         sampling = SamplingParams(max_tokens=rng.randint(1, 6), seed=0, temperature=0.0, eos_token_ids=ends)
@@ -190,13 +197,18 @@ class Scenario:
             f"{g.spec.role}-{g.spec.group}": (g.is_serving, g.pool and g.pool.counts, g.num_jobs)
             for g in self.cluster.groups
         }
-        return f"not at rest: {held}, {len(self.cluster.controller.attempts)} attempts, {self.cluster.controller.dispatcher.load}"
+        controller = self.cluster.controller
+        return f"not at rest: {held}, {len(controller.attempts)} attempts, {controller.dispatcher.load}"
 
 
 def run_seed(seed: int, is_told: bool = False) -> None:
     """Run one seed; the identities that production draws from the system's randomness come from the seed as well."""
     draws = random.Random(~seed)
-    with mock.patch.object(identity.secrets, "randbits", draws.getrandbits):
+    window_bytes = draws.choice((64, 128, sender.WINDOW_BYTES))  # a small one leaves pieces in the cache for later
+    with (
+        mock.patch.object(identity.secrets, "randbits", draws.getrandbits),
+        mock.patch.object(sender, "WINDOW_BYTES", window_bytes),
+    ):
         Scenario(seed, is_told).run()
 
 

@@ -28,7 +28,7 @@ class World:
     def connect(self, info: WorkerInfo, wake: Callable[[], None]) -> SimulatedWire:
         """Return a fresh wire for this life of a rank."""
         identity = identity_of(info)
-        wire = SimulatedWire(self.clock, self.rng, identity, lambda who, data: self.hear(who, data), wake)
+        wire = SimulatedWire(self.clock, self.rng, identity, self.hear, wake)
         self.wires[identity] = wire
         return wire
 

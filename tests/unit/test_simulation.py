@@ -1,4 +1,4 @@
-"""Ten thousand simulated clusters, each with its own faults: right tokens or a clear error, nothing held, nobody stuck."""
+"""Ten thousand simulated clusters, each with its own faults: right tokens or clear errors, and nothing left behind."""
 
 import pytest
 
