@@ -48,7 +48,7 @@ class Faults:
     """How often what goes wrong. explained: the codes of errors that clients may see for it."""
 
     name: str
-    kv: KVFaults = KVFaults()
+    kv: KVFaults
     num_crashes: int = 0
     num_cuts: int = 0
     num_pauses: int = 0
