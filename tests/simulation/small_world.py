@@ -1,4 +1,4 @@
-"""A cluster small enough that everything that can happen to it can be tried: one prefill and one decode group of a rank.
+"""A cluster so small that everything that can happen to it can be tried: one prefill and one decode group of a rank.
 
 Production code: both roles, pools, step loops, the inbox and outbox, the router's attempts, lifecycles and dispatcher.
 Abstracted, so that a state can be copied and compared: caches are dictionaries from slot to (token, position), a
@@ -184,7 +184,8 @@ class SmallWorld:
             possible += [("deliver", side)] if self.down[side] else []
             possible += [("report", side)] if self.lives[side].reports else []
             possible += [("notice", side)] if self.known[side] != self.lives[side].epoch else []
-            possible += [("step", side)]
+            role = self.lives[side].role
+            possible += [("step", side)] if role.num_running or role._waiting else []
         possible += [("land", index) for index in range(len(self.frames))]
         return possible
 
