@@ -67,6 +67,7 @@ class SimulatedCluster:
     ) -> None:
         self.world = world
         self.clients: dict[str, Client] = {}
+        self._open: set[str] = set()
         specs = tuple(specs)
         section = RouterSection(policy=policy)  # type: ignore[arg-type]
         self.controller = Controller(RouterLaunch(
@@ -82,11 +83,12 @@ class SimulatedCluster:
     def submit(self, request: Request) -> Client:
         """Start a request; the router's own refusal ends it at once."""
         client = self.clients[request.request_id] = Client(request, oracle_answer(request))
+        self._open.add(request.request_id)
         self.world.tell(lambda: f"client: {request.request_id}, {len(request.prompt_token_ids)} tokens of prompt")
         try:
             self._perform(self.controller.start(request, self.world.clock.now_s + request.timeout_s))
         except (NoPair, PromptTooLong):
-            client.end(NOBODY)
+            self._end(client, NOBODY)
         return client
 
     def cancel(self, client: Client) -> None:
@@ -103,15 +105,16 @@ class SimulatedCluster:
 
     @property
     def has_ended(self) -> bool:
-        return all(client.outcome is not None for client in self.clients.values())
+        return not self._open
 
     @property
     def is_at_rest(self) -> bool:
         """Nothing is held, counted, computed or on its way for any request, anywhere."""
+        if len(self.controller.attempts) or not self.is_ready:
+            return False
         load = self.controller.dispatcher.load
         is_counting = any(load.prompt_tokens.values()) or any(load.reserved_tokens.values())
-        is_resting = all(group.is_at_rest and not group.is_cut_off for group in self.groups)
-        return is_resting and not is_counting and not len(self.controller.attempts) and self.is_ready
+        return not is_counting and all(group.is_at_rest and not group.is_cut_off for group in self.groups)
 
     # --- the router's sockets -----------------------------------------------------------------------------------------
 
@@ -130,7 +133,11 @@ class SimulatedCluster:
                     self.clients[update.attempt.request_id].take(update)
                 case End(attempt, outcome):
                     self.world.tell(lambda a=attempt, o=outcome: f"client: {a.request_id} ends: {o.code} {o.message}")
-                    self.clients[attempt.request_id].end(outcome)
+                    self._end(self.clients[attempt.request_id], outcome)
+
+    def _end(self, client: Client, outcome: Outcome) -> None:
+        client.end(outcome)
+        self._open.discard(client.request.request_id)
 
     def _transmit(self, transmit: Transmit) -> list[Effect]:
         wire = self.world.wires.get(transmit.identity)
