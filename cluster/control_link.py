@@ -13,9 +13,12 @@ from protocol.codec import decode, encode
 from protocol.errors import TandemError, WireError
 from protocol.identity import Epoch
 from protocol.messages import AnyMessage, Fence, Stop, Tokens, TokenUpdate, Welcome, WorkerInfo
-from protocol.sockets import prepare
+from protocol.sockets import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, prepare
 
 WELCOME_TIMEOUT_S = 60.0
+RECONNECT_MS = HEARTBEAT_TIMEOUT_MS + 2 * HEARTBEAT_MS
+"""The router needs at most a heartbeat's timeout and one of its ticks to find out that a connection is gone."""
+
 _MAX_MESSAGES = 100_000
 
 
@@ -43,8 +46,8 @@ class Wire(Protocol):
 class ControlSocket:
     """The Wire of a real worker. Its identity carries the epoch: what was queued for another life stays there.
 
-    A lost connection is never opened again: what was under way is lost, and nobody could say what it was. Both ends
-    find out when they send next, and this life ends.
+    What was under way when a connection is lost is lost with it, and nobody could say what it was. So this end waits
+    with connecting again until the router has found out: by then this life is over there, and hears so.
     """
 
     def __init__(self, address: str, worker: WorkerInfo) -> None:
@@ -52,14 +55,14 @@ class ControlSocket:
         self.pollable = prepare(self._context.socket(zmq.DEALER), queue=_MAX_MESSAGES)
         identity = f"{worker.role}-{worker.group}-{worker.rank}-{worker.epoch:x}"
         self.pollable.setsockopt(zmq.IDENTITY, identity.encode())
-        self.pollable.setsockopt(zmq.RECONNECT_IVL, -1)
+        self.pollable.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         self.pollable.connect(address)
 
     def send(self, data: bytes) -> None:
         try:
             self.pollable.send(data, zmq.NOBLOCK)
         except zmq.Again:
-            raise Fenced("the connection to the router is gone, or it takes no more messages") from None
+            raise Fenced("the router takes no more messages") from None
 
     def receive(self) -> bytes | None:
         return self.pollable.recv() if self.pollable.poll(0) else None

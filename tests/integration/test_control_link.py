@@ -9,10 +9,10 @@ from contextlib import suppress
 import pytest
 import zmq
 
-from cluster.control_link import ControlLink, ControlSocket, Fenced
+from cluster.control_link import RECONNECT_MS, ControlLink, ControlSocket, Stopped
 from protocol.codec import encode
 from protocol.identity import new_attempt, new_epoch
-from protocol.messages import Abort, Progress, WorkerInfo
+from protocol.messages import Abort, Progress, Stop, WorkerInfo
 from protocol.sockets import bind, prepare
 from router.membership import identity_of
 
@@ -85,39 +85,50 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
         time.sleep(0.01)
 
 
-def test_a_cut_ends_the_life_on_both_ends_although_the_network_is_back_at_once(router) -> None:
-    """Were the line to come back, an Abort that was lost with it would leave its blocks held for ever."""
+def test_after_a_cut_the_worker_stays_away_until_the_router_has_found_out(router) -> None:
+    """Were it back at once, an Abort that was lost with the connection would leave its blocks held for ever."""
     router, proxy = router
     info = WorkerInfo("decode", 0, 0, 1, new_epoch(), 1, "node")
-    identity = identity_of(info)
     wire = ControlSocket(proxy.address, info)
     link = ControlLink(wire, info.epoch)
     link.send(Progress("here"))
     link.flush()
-    assert router.recv_multipart()[0] == identity
+    assert router.recv_multipart()[0] == identity_of(info)
     proxy.cut()
+    abort = encode(Abort(new_attempt("r", 0, 1, info.epoch)), 1, info.epoch)
 
     def is_unreachable() -> bool:
         try:
-            router.send_multipart(
-                [identity, encode(Abort(new_attempt("r", 0, 1, info.epoch)), 1, info.epoch)], zmq.NOBLOCK
-            )
+            router.send_multipart([identity_of(info), abort], zmq.NOBLOCK)
         except zmq.ZMQError:
             return True
         return False
 
-    def is_fenced() -> bool:
-        try:
-            link.send(Progress("still here"))
-            link.flush()
-        except Fenced:
-            return True
-        return False
-
     wait_until(is_unreachable, 2)
-    wait_until(is_fenced, 2)
-    time.sleep(0.5)
-    assert is_unreachable(), "the line came back, and with it a worker that has missed something"
-    assert proxy.num_connections == 1
-    assert link.receive() == []
+    deadline_s = time.monotonic() + RECONNECT_MS / 1000 - 0.5
+    while time.monotonic() < deadline_s:
+        assert is_unreachable(), "the worker is back before the router's next ping must have missed it"
+        time.sleep(0.05)
+    link.send(Progress("still here"))
+    link.flush()
+    assert router.poll(10_000), "the worker did not come back to hear that it is over"
+    wire.close()
+
+
+def test_a_router_that_says_stop_and_closes_at_once_is_understood() -> None:
+    info = WorkerInfo("decode", 0, 0, 1, new_epoch(), 1, "node")
+    with zmq.Context() as context:
+        router = prepare(context.socket(zmq.ROUTER))
+        wire = ControlSocket(bind(router, HOST), info)
+        link = ControlLink(wire, info.epoch)
+        link.send(Progress("here"))
+        link.flush()
+        router.recv_multipart()
+        router.send_multipart([identity_of(info), encode(Stop(), 1, info.epoch)])
+        router.close(linger=1000)
+    time.sleep(0.1)
+    link.send(Progress("still here"))
+    link.flush()
+    with pytest.raises(Stopped):
+        link.receive()
     wire.close()

@@ -1,14 +1,14 @@
 """Wires between ranks and router, as ZMQ over TCP gives them: in order, nothing twice; but they can be cut.
 
-A cut wire is cut for good. What was under way may arrive up to some point and is lost from there on; the router finds
-out when it sends (at once after a death, after some silence when only the network broke), the rank when it sends.
+What was under way when a wire is cut may arrive up to some point and is lost from there on. The router finds out when
+it sends: at once after a death, after some silence when only the network broke. A rank that lives connects again, but
+not before the router has found out; what it says meanwhile is kept.
 """
 
 import random
 from collections import deque
 from collections.abc import Callable
 
-from cluster.control_link import Fenced
 from tests.simulation.clock import Clock
 
 MAX_LATENCY_S = 0.004
@@ -60,11 +60,18 @@ class SimulatedWire:
         wake: Callable[[], None],
     ) -> None:
         self._clock = clock
+        self._rng = rng
+        self._hear = hear
         self._wake = wake
         self.identity = identity
         self.inbox: deque[bytes] = deque()
-        self.up = Channel(clock, rng, lambda data: hear(identity, data))
-        self.down = Channel(clock, rng, self.take)
+        self._unsent: list[bytes] = []
+        self._is_ended = False
+        self._connect()
+
+    def _connect(self) -> None:
+        self.up = Channel(self._clock, self._rng, lambda data: self._hear(self.identity, data))
+        self.down = Channel(self._clock, self._rng, self.take)
         self._noticed_at_s = float("inf")
 
     @property
@@ -81,20 +88,37 @@ class SimulatedWire:
         """What the router sent last, arrived or not."""
         return list(self.down.sent)
 
-    def cut(self, noticed_after_s: float = 0.0) -> None:
-        """Cut both ways."""
+    def cut(self, noticed_after_s: float = 0.0, back_after_s: float | None = None) -> None:
+        """Cut both ways, for good or for some time."""
         if self.is_cut:
             return
         self._noticed_at_s = self._clock.now_s + noticed_after_s
         self.up.cut()
         self.down.cut()
+        if back_after_s is not None:
+            self._clock.after(back_after_s, self._come_back)
+
+    def end(self) -> None:
+        """The process is gone, and its socket with it."""
+        self.cut()
+        self._noticed_at_s = min(self._noticed_at_s, self._clock.now_s)
+        self._is_ended = True
+
+    def _come_back(self) -> None:
+        if self._is_ended:
+            return
+        self._connect()
+        for data in self._unsent:
+            self.up.send(data)
+        self._unsent.clear()
 
     # --- cluster.control_link.Wire ------------------------------------------------------------------------------------
 
     def send(self, data: bytes) -> None:
-        if self.up.is_cut:
-            raise Fenced("the connection to the router is gone")
-        self.up.send(data)
+        if self.is_cut:
+            self._unsent.append(data)
+        else:
+            self.up.send(data)
 
     def receive(self) -> bytes | None:
         return self.inbox.popleft() if self.inbox else None

@@ -228,7 +228,7 @@ class SimulatedGroup:
 
     def bury(self, rank: SimulatedRank) -> None:
         """A rank has died: another one starts in its place some time later, and may hear what was meant for it."""
-        rank.wire.cut()
+        rank.wire.end()
         self._past_messages[rank.number] = rank.wire.recent[-self._world.rng.randint(1, 8) :]
         delay_s = self._restart_s * (0.5 + self._world.rng.random())
         self._world.clock.after(delay_s, lambda: self._restart(rank.number))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from unittest import mock
 
+from cluster.control_link import RECONNECT_MS
 from kv_transfer import sender
 from protocol import identity
 from protocol.messages import RoleName
@@ -23,7 +24,8 @@ from tests.simulation.oracle import VOCAB_SIZE
 from tests.simulation.world import World
 
 LONG_S = 120.0
-AT_REST_WITHIN_S = 3 * TIMEOUT_S + 2.0
+BACK_AFTER_S = RECONNECT_MS / 1000
+AT_REST_WITHIN_S = 3 * TIMEOUT_S + 2 * BACK_AFTER_S
 SERVED_WITHIN_S = 1.5
 FAULT_TIME_S = 0.25
 """Requests and faults fall into the first quarter of a second, in which an undisturbed run would be over."""
@@ -160,7 +162,7 @@ class Scenario:
         """The network breaks; the router's socket may find out only when heartbeats stay out."""
         rank = self._any_rank()
         self.world.tell(lambda: f"the wire of {rank.name} is cut")
-        rank.wire.cut(noticed_after_s=self.rng.choice((0.0, 2.0)))
+        rank.wire.cut(noticed_after_s=self.rng.choice((0.0, 2.0)), back_after_s=BACK_AFTER_S * (1 + self.rng.random()))
 
     def _pause(self) -> None:
         self._any_rank().pause(self.rng.random() * 0.5)
