@@ -281,7 +281,7 @@ def test_what_does_not_finish_within_the_grace_ends_in_a_clear_error(folder: Pat
             router.process.terminate()
             last = [line for line in lines if line][-1]
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
-        assert decode.messages(Abort)
+        wait_until(lambda: decode.messages(Abort), 2)
         assert router.process.wait(5) == 0
 
 
