@@ -14,7 +14,8 @@ from decode_worker.inbox import RemoteInbox
 from decode_worker.role import DecodeRole
 from prefill_worker.role import PrefillRole
 from protocol import identity
-from tests.simulation.small_world import Life, SmallWorld, Violation, explore, take_drawn
+from tests.simulation.search import explore
+from tests.simulation.small_world import Life, SmallWorld, Violation, take_drawn
 
 MAX_STATES = 60_000
 Patch = pytest.MonkeyPatch
