@@ -27,6 +27,7 @@ class Transformers:
 
     def __init__(self, model: Path, dtype: str) -> None:
         self._model: Any = LlamaForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        self._model.generation_config.eos_token_id = None  # no answer ends early, here as there
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[Answer]:
         """Time one token first, then all of them: generate itself does not say when a token was ready."""
@@ -41,7 +42,6 @@ class Transformers:
         output = self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            min_new_tokens=num_tokens,
             max_new_tokens=num_tokens,
             do_sample=False,
             pad_token_id=0,

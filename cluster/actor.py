@@ -4,9 +4,13 @@ Created by cluster/placement.py, which names it, gives it its share of the machi
 process when it dies and calls run again with the same launch; it carries no request and no token.
 """
 
+import os
+import sys
+
 import msgspec
 
 from cluster import launch
+from protocol.errors import ConfigError, TandemError
 
 
 class WorkerActor:
@@ -15,12 +19,19 @@ class WorkerActor:
     def run(self, encoded: bytes) -> None:
         """Be the worker that encoded describes, until the router says Stop.
 
-        Raises ConfigError for a model that cannot be served; a fenced life ends by os._exit, so Ray starts the next.
+        Raises ConfigError for a model that cannot be served. A life that must end at once (fenced, or its group is
+        lost) takes the whole process with it, so that Ray starts the next one from nothing.
         """
         from cluster.worker import run_worker  # torch comes with it, and only workers pay for that
 
         mine = launch.decode(encoded)
-        run_worker(mine if mine.host else msgspec.structs.replace(mine, host=_address_of_this_node()))
+        try:
+            run_worker(mine if mine.host else msgspec.structs.replace(mine, host=_address_of_this_node()))
+        except ConfigError:
+            raise
+        except TandemError as error:
+            print(f"{mine.name}: {error}; this life ends", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def _address_of_this_node() -> str:

@@ -6,6 +6,7 @@ comes within two seconds; what only a running Ray cluster can answer is asked by
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -17,6 +18,23 @@ from protocol.messages import RoleName
 from protocol.model_config import ModelConfig, load_model_config
 from protocol.model_files import TOKENIZER_FILES, find_model
 from protocol.topology import RoleSection, Topology
+
+
+class MisfitError(ConfigError):
+    """A well-formed value that cannot work; key is where it stands in the topology ("decode.tensor_parallel")."""
+
+    def __init__(self, key: str, complaint: str) -> None:
+        super().__init__(complaint)
+        self.key = key
+
+
+@contextmanager
+def _about(key: str) -> Iterator[None]:
+    """Say of every ConfigError inside that it is about key."""
+    try:
+        yield
+    except ConfigError as error:
+        raise MisfitError(key, str(error)) from None
 
 
 def roles(topology: Topology) -> list[tuple[RoleName, RoleSection]]:
@@ -32,23 +50,28 @@ def roles(topology: Topology) -> list[tuple[RoleName, RoleSection]]:
 def check_topology(topology: Topology) -> ModelConfig:
     """Raise ConfigError for anything that no machine could run; return the model's facts."""
     _check_kernels_package()
-    folder = find_model(topology.model.path, TOKENIZER_FILES)
-    model = load_model_config(folder)
-    _check_files(folder, has_weights=Path(topology.model.path).expanduser().is_dir())
+    with _about("model.path"):
+        folder = find_model(topology.model.path, TOKENIZER_FILES)
+        model = load_model_config(folder)
+        _check_files(folder, has_weights=Path(topology.model.path).expanduser().is_dir())
+    with _about("model.max_context"):
+        max_context = longest_context(topology, model)
     for role, section in roles(topology):
-        _check_split(role, section, model)
-    max_context = longest_context(topology, model)
-    _check_cache(topology, model, max_context)
-    _check_gpu_shares(topology)
+        with _about(f"{role}.tensor_parallel"):
+            _check_split(role, section, model)
+        with _about("kv_cache.memory"):
+            _check_cache(role, section, topology, model, max_context)
+        with _about(f"{role}.gpus"):
+            _check_gpu_share(role, section, topology)
     return model
 
 
 def check_this_machine(topology: Topology, has_cluster: bool) -> None:
     """Raise ConfigError when the router's port is taken, or when no cluster helps and this machine is too small."""
-    check_port(topology.router.host, topology.router.port)
-    if has_cluster:
-        return
-    check_resources(topology, num_cpus=num_local_cpus(), num_gpus=num_local_gpus(), where="this machine")
+    with _about("router.port"):
+        check_port(topology.router.host, topology.router.port)
+    if not has_cluster:
+        check_resources(topology, num_cpus=num_local_cpus(), num_gpus=num_local_gpus(), where="this machine")
 
 
 def check_resources(topology: Topology, num_cpus: float, num_gpus: float, where: str) -> None:
@@ -56,7 +79,9 @@ def check_resources(topology: Topology, num_cpus: float, num_gpus: float, where:
     want_cpus = sum(section.cpus * count for section, count in _ranks(topology))
     want_gpus = sum(gpu_share(topology, section) * count for section, count in _ranks(topology))
     if want_gpus and not num_gpus:
-        raise ConfigError(f"device is cuda, but {where} has no GPU; set device: cpu, or start on a machine with GPUs")
+        raise MisfitError(
+            "device", f"device is cuda, but {where} has no GPU; set device: cpu, or start on a machine with GPUs"
+        )
     for name, want, have in (("CPUs", want_cpus, num_cpus), ("GPUs", want_gpus, num_gpus)):
         if want > have + 1e-6:
             key = name.lower()
@@ -114,32 +139,30 @@ def _check_files(folder: Path, has_weights: bool) -> None:
         raise ConfigError(f"{folder} holds no *.safetensors; a model folder needs its weights in that format")
 
 
-def _check_split(role: str, section: RoleSection, model: ModelConfig) -> None:
+def _check_split(role: RoleName, section: RoleSection, model: ModelConfig) -> None:
     try:
         model.check_tensor_parallel(section.tensor_parallel)
     except ConfigError as error:
         raise ConfigError(f"{role}.tensor_parallel: {error}") from None
 
 
-def _check_cache(topology: Topology, model: ModelConfig, max_context: int) -> None:
+def _check_cache(
+    role: RoleName, section: RoleSection, topology: Topology, model: ModelConfig, max_context: int
+) -> None:
     """Every rank must hold the KV of one request of full length, or that request could never be served."""
     cache = topology.kv_cache
     num_blocks = -(-max_context // cache.block_size)
-    for role, section in roles(topology):
-        one_block = block_bytes(model, topology.model.dtype, cache.block_size, section.tensor_parallel)
-        held = parse_memory(cache.memory) // one_block
-        if held < num_blocks:
-            remedy = f" or model.max_context to {held * cache.block_size}" if held else ""
-            raise ConfigError(
-                f"kv_cache.memory {cache.memory} holds {held * cache.block_size} tokens on each {role} rank, fewer "
-                f"than one context of {max_context}; raise it to {format_memory(num_blocks * one_block)}{remedy}"
-            )
+    one_block = block_bytes(model, topology.model.dtype, cache.block_size, section.tensor_parallel)
+    held = parse_memory(cache.memory) // one_block
+    if held < num_blocks:
+        remedy = f" or model.max_context to {held * cache.block_size}" if held else ""
+        raise ConfigError(
+            f"kv_cache.memory {cache.memory} holds {held * cache.block_size} tokens on each {role} rank, fewer "
+            f"than one context of {max_context}; raise it to {format_memory(num_blocks * one_block)}{remedy}"
+        )
 
 
-def _check_gpu_shares(topology: Topology) -> None:
-    for role, section in roles(topology):
-        share = gpu_share(topology, section)
-        if topology.device == "cuda" and (share == 0 or (share > 1 and share % 1)):
-            raise ConfigError(
-                f"{role}.gpus is {share:g}; with device cuda it is a fraction of one GPU, or a whole number"
-            )
+def _check_gpu_share(role: RoleName, section: RoleSection, topology: Topology) -> None:
+    share = gpu_share(topology, section)
+    if topology.device == "cuda" and (share == 0 or (share > 1 and share % 1)):
+        raise ConfigError(f"{role}.gpus is {share:g}; with device cuda it is a fraction of one GPU, or a whole number")

@@ -84,7 +84,7 @@ class ControlLink:
         self._epoch = epoch
         self._outgoing: list[AnyMessage] = []
         self._updates: list[TokenUpdate] = []
-        self.counters: dict[str, int] = {"bad_message": 0, "stale_message": 0}
+        self.counters: dict[str, int] = {"unparsed_messages": 0, "stale_messages": 0}
 
     def send(self, message: AnyMessage) -> None:
         """Queue a message; flush sends it."""
@@ -134,9 +134,9 @@ class ControlLink:
         try:
             envelope = decode(data)
         except WireError:
-            self.counters["bad_message"] += 1
+            self.counters["unparsed_messages"] += 1
             return None
         if envelope.receiver_epoch not in (0, self._epoch):
-            self.counters["stale_message"] += 1
+            self.counters["stale_messages"] += 1
             return None
         return envelope.message

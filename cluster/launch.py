@@ -11,11 +11,10 @@ from protocol.topology import Device, Dtype, KVTransferSection, RoleSection
 
 
 class ModelLaunch(msgspec.Struct, frozen=True):
-    """path: a folder that exists on the worker's node, or a hub id. max_context None: the model's own."""
+    """path: a folder that exists on the worker's node, or a hub id."""
 
     path: str
     dtype: Dtype
-    max_context: int | None
 
 
 class CacheLaunch(msgspec.Struct, frozen=True):

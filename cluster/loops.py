@@ -13,12 +13,12 @@ import zmq
 
 from cluster.control_link import ControlLink, Stopped
 from engine.block_pool import BlockPool
-from engine.group import Follower, GroupRanks
+from engine.group import Follower, GroupRanks, sums
 from engine.rank import Rank
 from engine.role import Role
 from engine.step_loop import StepLoop
 from protocol.messages import AnyMessage, Heartbeat, PeerLost, Progress
-from protocol.orders import ClosePeer, StopRank
+from protocol.orders import ClosePeer, Counted, StopRank
 
 HEARTBEAT_S = 0.25
 
@@ -91,7 +91,7 @@ class LeaderLoop:
                 running=sum(role.num_running for role in self._roles),
                 waiting=sum(role.num_waiting for role in self._roles),
                 steps=self._steps.num_steps,
-                counters={**self._link.counters, **self._ranks.counters},
+                counters=sums([self._link.counters, self._ranks.counters, *(role.counters for role in self._roles)]),
             )
         )
         self._link.flush()
@@ -108,6 +108,7 @@ class FollowerLoop:
         self._rank = rank
         self._clock = clock
         self._speak_at = 0.0
+        self._counted: dict[str, int] = {}
 
     def run(self, wakers: Iterable[zmq.Socket[bytes] | int]) -> None:
         """Serve until Stopped or Fenced is raised. wakers: what becomes readable when there is something to do."""
@@ -125,14 +126,22 @@ class FollowerLoop:
             self._rank.execute(order)
         for report in self._rank.mover.poll():
             self._follower.report(report)
-        self._speak()
+        if self._clock() >= self._speak_at:
+            self._speak()
 
     def _speak(self) -> None:
-        """Who never speaks to the router never learns that nobody there hears it any more."""
-        if self._clock() >= self._speak_at:
-            self._speak_at = self._clock() + HEARTBEAT_S
-            self._link.send(Progress("serving"))
-            self._link.flush()
+        """Say to the router that this rank serves, and to the leader what was counted here.
+
+        Who never speaks to the router never learns that nobody there hears it any more. The leader's heartbeat speaks
+        for the whole group, so it must know what was dropped here.
+        """
+        self._speak_at = self._clock() + HEARTBEAT_S
+        self._link.send(Progress("serving"))
+        self._link.flush()
+        counters = sums([self._link.counters, self._rank.mover.counters()])
+        if counters != self._counted:
+            self._counted = counters
+            self._follower.report(Counted(self._follower.rank, counters))
 
 
 def _poller(wakers: Iterable[zmq.Socket[bytes] | int]) -> zmq.Poller:

@@ -17,8 +17,11 @@ from cluster.actor import WorkerActor
 from cluster.checks import gpu_share, roles
 from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
 from cluster.memory_size import parse_memory
+from protocol.errors import TandemError
 from protocol.messages import RoleName
 from protocol.topology import RoleSection, Topology
+
+_PLACE_WITHIN_S = 120  # long enough for an autoscaler to bring a machine
 
 
 @dataclass
@@ -33,10 +36,18 @@ class Rank:
     def name(self) -> str:
         return self.launch.name
 
-    def restart(self) -> None:
-        """End this process, whatever it is doing, and run its next life."""
+    def kill(self) -> None:
+        """Kill this life; Ray starts the next, and calls a run that has not ended again."""
         ray.kill(self.actor, no_restart=False)
-        self.running = self.actor.run.remote(launch.encode(self.launch))
+
+    def restart(self) -> None:
+        """After a run has ended: start from a new process, for what this one has left open is not known."""
+        self.kill()
+        self.running = self.actor.run.options(name=self.name).remote(launch.encode(self.launch))
+
+    def end(self) -> None:
+        """Kill this life and have no other."""
+        ray.kill(self.actor, no_restart=True)
 
 
 def start_ranks(topology: Topology, control: str, host: str) -> list[Rank]:
@@ -59,7 +70,7 @@ def _launch(
         role=role,
         group=group,
         rank=rank,
-        model=ModelLaunch(absolute_path(model.path), model.dtype, model.max_context),
+        model=ModelLaunch(absolute_path(model.path), model.dtype),
         role_section=section,
         kv_cache=CacheLaunch(parse_memory(cache.memory), cache.block_size, cache.prefix_caching),
         kv_transfer=topology.kv_transfer,
@@ -78,6 +89,12 @@ def absolute_path(path: str) -> str:
 def _start_group(launches: list[WorkerLaunch], cpus: float, gpus: float) -> list[Rank]:
     bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
     together = placement_group([bundle] * len(launches), strategy="PACK")
+    if not together.wait(_PLACE_WITHIN_S):
+        group = launches[0].name.rpartition("-")[0]
+        raise TandemError(
+            f"Ray found no place for {group} within {_PLACE_WITHIN_S} s: {len(launches)} ranks of {bundle}, "
+            f"where {ray.available_resources()} is free"
+        )
     return [_start_rank(each, cpus, gpus, together) for each in launches]
 
 

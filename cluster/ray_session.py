@@ -69,6 +69,9 @@ def _join(topology: Topology) -> RaySession:
 def _start(topology: Topology) -> RaySession:
     import ray
 
+    # Ray's agents outlive a killed driver for so long.
+    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
+
     ray.init(
         address="local",
         num_cpus=num_local_cpus(),
@@ -77,7 +80,6 @@ def _start(topology: Topology) -> RaySession:
         object_store_memory=_OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _system_config={"gcs_rpc_server_reconnect_timeout_s": 5},  # its agents outlive a killed driver no longer
     )
     return RaySession("127.0.0.1", is_local=True, logs=_logs())
 

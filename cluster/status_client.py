@@ -3,8 +3,10 @@
 Only the keys that are shown or waited for are named here; whatever else the router tells is passed over.
 """
 
+import socket
 import urllib.error
 import urllib.request
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
@@ -29,10 +31,16 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     blocks: BlockCounts = BlockCounts()
     running: int = 0
     waiting: int = 0
+    transports: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         return f"{self.role} {self.group}" + (f" rank {self.rank}" if self.rank else "")
+
+    @property
+    def may_be_alive(self) -> bool:
+        """False only when it ran on this machine and has ended; of other machines nothing is known."""
+        return self.node != socket.gethostname() or Path(f"/proc/{self.pid}").exists()
 
 
 class ClusterStatus(msgspec.Struct, frozen=True):

@@ -5,6 +5,7 @@ router's process, the workers' runs and the router's status, and acts on what it
 """
 
 import re
+import time
 from enum import Enum
 from typing import Any
 
@@ -13,12 +14,13 @@ import ray
 from cluster.placement import Rank
 from cluster.progress import Progress
 from cluster.router_process import RouterProcess
-from cluster.status_client import ClusterStatus, fetch_status
+from cluster.status_client import ClusterStatus, WorkerStatus, fetch_status
 from cluster.stop_signal import StopSignal
 from protocol.errors import ConfigError, TandemError
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray paints tracebacks
 _LOOK_EVERY_S = 0.25
+_DEAD_FOR_S = 5.0  # a killed worker's next life has mostly joined by then
 _MAX_LIVES_WHILE_STARTING = 3
 _PATIENCE_S = 5.0  # beyond the router's own grace, for whatever is then still there
 
@@ -40,6 +42,7 @@ class Supervisor:
         self._logs = logs
         self._phase = Phase.STARTING
         self._epochs: dict[str, set[str]] = {}
+        self._dead_since_s: dict[str, float] = {}
 
     def wait_until_ready(self, stop: StopSignal) -> bool:
         """Return True when all ranks are ready, False when asked to stop; raise TandemError when that cannot be."""
@@ -57,7 +60,9 @@ class Supervisor:
         """Return when asked to stop; raise TandemError when the router ends by itself."""
         while not stop.is_asked:
             self._look()
-            self._show_status()
+            status = self._show_status()
+            if status is not None:
+                self._end_stuck(status)
 
     def drain(self, grace_s: float) -> None:
         """Let the router finish what runs and stop the workers; whoever is then still there is killed."""
@@ -68,7 +73,7 @@ class Supervisor:
     def kill(self) -> None:
         """End every rank, at once."""
         for rank in self._ranks:
-            ray.kill(rank.actor, no_restart=True)
+            rank.end()
 
     def _look(self) -> None:
         """Wait a moment for something to end, and see to what has."""
@@ -94,6 +99,24 @@ class Supervisor:
             return None
         self._progress.show(status)
         return status
+
+    def _end_stuck(self, status: ClusterStatus) -> None:
+        """Kill whom the router has given up but who has not ended: stopped, or hung where nothing can be told to it.
+
+        Once per epoch: should it be the next life, slow to start, that is hit, then the one after that is left alone.
+        """
+        now_s = time.monotonic()
+        for worker in status.workers:
+            if worker.state != "dead" or not worker.may_be_alive:
+                continue
+            if now_s - self._dead_since_s.setdefault(worker.epoch, now_s) > _DEAD_FOR_S:
+                self._dead_since_s[worker.epoch] = float("inf")
+                self._progress.say(f"{worker.name} does not end; killing it")
+                self._rank_of(worker).kill()
+
+    def _rank_of(self, worker: WorkerStatus) -> Rank:
+        who = (worker.role, worker.group, worker.rank)
+        return next(rank for rank in self._ranks if (rank.launch.role, rank.launch.group, rank.launch.rank) == who)
 
     def _is_all_ready(self, status: ClusterStatus) -> bool:
         return sum(worker.state == "ready" for worker in status.workers) >= len(self._ranks)

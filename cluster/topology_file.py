@@ -25,7 +25,7 @@ _COMPLAINT = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<key>[^`]*)`)?", re.DOT
 _FIELD = re.compile(r"Object (?P<problem>contains unknown|missing required) field `(?P<name>[^`]*)`")
 
 
-def load_topology(path: Path, overrides: Sequence[str] = ()) -> Topology:
+def load_topology(path: Path, overrides: Sequence[str] = ()) -> tuple[Topology, Places]:
     """Read the topology at path, with overrides ("section.key=value") in place of what it says."""
     values, places = _read(path)
     for override in overrides:
@@ -36,7 +36,7 @@ def load_topology(path: Path, overrides: Sequence[str] = ()) -> Topology:
         raise _explain(str(error), values, places) from None
     _check_roles(topology, places)
     _check_memory(topology, places)
-    return topology
+    return topology, places
 
 
 def _read(path: Path) -> tuple[dict[str, Any], Places]:
@@ -111,11 +111,13 @@ def _explain(complaint: str, values: dict[str, Any], places: Places) -> ConfigEr
     what, key = (match["what"], match["key"] or "") if match else (complaint, "")
     field = _FIELD.fullmatch(what)
     if field and field["problem"] == "missing required":
-        return ConfigError(f"{_place(key, places)}: {_join(key, field['name'])} is missing")
+        return ConfigError(f"{place_of(key, places)}: {_join(key, field['name'])} is missing")
     if field:
         wrong = _join(key, field["name"])
-        return ConfigError(f"{_place(wrong, places)}: unknown key {wrong}{_nearest(field['name'], section_keys(key))}")
-    return ConfigError(f"{_place(key, places)}: {key or 'topology'}: {_value_complaint(what, key, values)}")
+        return ConfigError(
+            f"{place_of(wrong, places)}: unknown key {wrong}{_nearest(field['name'], section_keys(key))}"
+        )
+    return ConfigError(f"{place_of(key, places)}: {key or 'topology'}: {_value_complaint(what, key, values)}")
 
 
 def _value_complaint(what: str, key: str, values: dict[str, Any]) -> str:
@@ -132,8 +134,8 @@ def _join(section: str, name: str) -> str:
     return f"{section}.{name}" if section else name
 
 
-def _place(key: str, places: Places) -> str:
-    """The place of key, or of the section that it belongs to, or the file."""
+def place_of(key: str, places: Places) -> str:
+    """Return the place of key, or of the section that it belongs to, or the file's."""
     return places.get(key) or places.get(key.rpartition(".")[0]) or places[""]
 
 
@@ -184,4 +186,4 @@ def _check_memory(topology: Topology, places: Places) -> None:
     try:
         parse_memory(topology.kv_cache.memory)
     except ConfigError as error:
-        raise ConfigError(f"{_place('kv_cache.memory', places)}: kv_cache.memory: {error}") from None
+        raise ConfigError(f"{place_of('kv_cache.memory', places)}: kv_cache.memory: {error}") from None

@@ -50,6 +50,7 @@ class DecodeRole:
         self._reservations: dict[Attempt, Reservation] = {}
         self._waiting: deque[Reservation] = deque()
         self._running: list[Reservation] = []
+        self.counters: dict[str, int] = {}
 
     @property
     def num_running(self) -> int:

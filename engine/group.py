@@ -6,6 +6,8 @@ sends orders and followers report. A group is one failure unit: what goes wrong 
 """
 
 import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -17,7 +19,18 @@ from engine.rank import Rank
 from engine.tensor_parallel import TensorParallel
 from kernels.process_group import open_group, open_store
 from protocol.errors import TandemError, WireError
-from protocol.orders import AnyOrder, AnyReport, Batch, Enlist, Step, StopRank, decode_order, decode_report, encode
+from protocol.orders import (
+    AnyOrder,
+    AnyReport,
+    Batch,
+    Counted,
+    Enlist,
+    Step,
+    StopRank,
+    decode_order,
+    decode_report,
+    encode,
+)
 from protocol.sockets import bind, prepare
 
 ASSEMBLY_TIMEOUT_S = 60.0
@@ -136,6 +149,11 @@ class Follower:
         self._socket.connect(orders_address)
 
     @property
+    def rank(self) -> int:
+        """This follower's place in its group."""
+        return self._place.rank
+
+    @property
     def pollable(self) -> "zmq.Socket[bytes]":
         """Readable when the leader has sent an order."""
         return self._socket
@@ -167,6 +185,7 @@ class GroupRanks:
     def __init__(self, size: int, leader: Leader, own_rank: Rank) -> None:
         self._leader = leader
         self._own_rank = own_rank
+        self._counted: dict[int, dict[str, int]] = {}  # by follower, as last reported
         self.size = size
 
     def order(self, order: AnyOrder) -> None:
@@ -182,10 +201,20 @@ class GroupRanks:
         return logits
 
     def reports(self) -> list[AnyReport]:
-        """Return what any rank has reported since the last call."""
-        return [*self._leader.reports(), *self._own_rank.mover.poll()]
+        """Return what any rank has reported since the last call, but for counts, which counters adds up."""
+        reports = [*self._leader.reports(), *self._own_rank.mover.poll()]
+        self._counted |= {report.rank: report.counters for report in reports if isinstance(report, Counted)}
+        return [report for report in reports if not isinstance(report, Counted)]
 
     @property
     def counters(self) -> dict[str, int]:
-        """Return what the leader's own mover counted. Followers' counts stay with them until reports carry them."""
-        return self._own_rank.mover.counters()
+        """Return what all ranks' movers have counted, added up; followers' counts are a heartbeat old at most."""
+        return sums([self._own_rank.mover.counters(), *self._counted.values()])
+
+
+def sums(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Add up counters by name; those that are zero everywhere stay."""
+    total: Counter[str] = Counter()
+    for counted in counters:
+        total.update(counted)
+    return dict(total)

@@ -31,6 +31,10 @@ class Role(Protocol):
         """Let go of everything, because the worker ends."""
 
     @property
+    def counters(self) -> dict[str, int]:
+        """What this role counts, by name; it goes into the heartbeat."""
+
+    @property
     def num_running(self) -> int:
         """Requests that are being computed or decoded."""
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.plain.penalize import penalize
-from kernels.plain.sample import sample as sample_rows
+from kernels.backend import operations_for
 from protocol.messages import TokenLogprobs
 from protocol.request import SamplingParams
 
@@ -96,7 +95,9 @@ class _Changes:
         pairs = torch.tensor(self._penalties, device=logits.device)
         factors = [[p.repetition_penalty, p.frequency_penalty, p.presence_penalty] for p in params]
         repetition, frequency, presence = torch.tensor(factors, device=logits.device).unbind(dim=1)
-        penalize(logits, pairs[:, 0], pairs[:, 1], pairs[:, 2], repetition, frequency, presence)
+        operations_for(logits.device).penalize(
+            logits, pairs[:, 0], pairs[:, 1], pairs[:, 2], repetition, frequency, presence
+        )
 
 
 def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
@@ -119,7 +120,7 @@ def _draw_at_random(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
     ]
     temperature, top_p, min_p = torch.tensor(reals, device=logits.device).unbind(dim=1)
     top_k, seeds, positions = torch.tensor(integers, device=logits.device).unbind(dim=1)
-    return sample_rows(logits, temperature, top_k, top_p, min_p, seeds, positions)
+    return operations_for(logits.device).sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
 
 
 def _as_int64(seed: int) -> int:

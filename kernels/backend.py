@@ -1,24 +1,20 @@
-"""Which implementation of each operation a device gets. Called once by the engine when it is built.
+"""Which implementation of each operation a device gets. Asked by whoever runs operations, once, when it is built.
 
-Only the plain-torch set exists so far; a fused set takes its place here, device type by device type.
+Triton is imported for a CUDA device only: a worker on a CPU starts without it, and need not have it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
 
-from kernels.plain.attention_decode import attention_decode
-from kernels.plain.attention_prefill import attention_prefill
-from kernels.plain.rms_norm import add_rms_norm, rms_norm
-from kernels.plain.rope_and_write_kv import rope_and_write_kv
-from kernels.plain.silu_mul import silu_mul
-
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """One implementation of every operation of a forward pass; signatures are those of kernels/plain."""
+    """One implementation of every operation; signatures are those of kernels/plain."""
 
     attention_decode: Callable[..., Tensor]
     attention_prefill: Callable[..., Tensor]
@@ -26,11 +22,32 @@ class Operations:
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     rope_and_write_kv: Callable[..., Tensor]
     silu_mul: Callable[..., Tensor]
-
-
-PLAIN = Operations(attention_decode, attention_prefill, rms_norm, add_rms_norm, rope_and_write_kv, silu_mul)
+    gather_kv: Callable[..., Tensor]
+    scatter_kv: Callable[..., None]
+    penalize: Callable[..., None]
+    sample: Callable[..., Tensor]
 
 
 def operations_for(device: torch.device) -> Operations:
-    """Return the operations to use on device."""
-    return {"cpu": PLAIN, "cuda": PLAIN}[device.type]
+    """Return the operations to use on device: Triton's on a GPU where Triton is installed, otherwise plain torch's."""
+    if device.type == "cpu":
+        return _operations_in("kernels.plain")
+    if device.type == "cuda":
+        return _operations_in("kernels.triton" if _has_triton() else "kernels.plain")
+    raise ValueError(f"no operations for a device of type {device.type!r}; there are some for cpu and cuda")
+
+
+@cache
+def _operations_in(package: str) -> Operations:
+    """Collect the operations of a package, each from the file of its own name."""
+    files = {"add_rms_norm": "rms_norm"}
+    names = [field.name for field in fields(Operations)]
+    return Operations(**{name: getattr(import_module(f"{package}.{files.get(name, name)}"), name) for name in names})
+
+
+def _has_triton() -> bool:
+    try:
+        import_module("triton")
+    except ImportError:
+        return False
+    return True

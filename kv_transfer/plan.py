@@ -5,16 +5,23 @@ other part asks here; nobody else computes with heads, ranks or blocks. Nothing 
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from math import ceil
 from typing import Annotated
 
 import msgspec
 
-from protocol.layout import KVLayout
+from protocol.layout import UNIT_TOKENS, KVLayout
 from protocol.messages import Manifest
 
 FRAME_BYTES = 4 << 20
 """Largest payload of one frame: large enough to keep a link busy, small enough to check and copy between two steps."""
+
+MAX_UNITS = 8192
+"""Units of one frame, so that its digests fit its header: many only in models with tiny heads."""
+
+SEGMENT_TOKENS = 256
+"""How much of a large prompt leaves at once while the rest is computed: long enough for large frames."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -80,25 +87,54 @@ def frames_of(
 ) -> tuple[Piece, ...]:
     """Cut a link's part of tokens [first_position, first_position + num_tokens) into few pieces of at most frame_bytes.
 
-    Groups of whole layers come first; tokens are cut, at block boundaries, only when a single layer is too large.
+    Tokens are cut first, into segments that leave as soon as they are computed, and each segment into groups of whole
+    layers; what fits one frame stays whole. All cuts of tokens are at multiples of UNIT_TOKENS, counted from the start
+    of the prompt, unless not even one unit of one layer fits. Block sizes do not matter: layout may be either side's.
     """
-    if num_tokens == 0:
-        return ()
     token_bytes = 2 * (link.heads[1] - link.heads[0]) * layout.head_dim * DTYPE_BYTES[layout.dtype]
     if token_bytes > frame_bytes:
         raise ValueError(f"one token of one layer has {token_bytes} bytes; a frame holds at most {frame_bytes}")
-    num_layers = max(1, frame_bytes // (token_bytes * num_tokens))
+    rows = 2 * (link.heads[1] - link.heads[0])  # of one layer
+    capacity = min(frame_bytes // token_bytes, MAX_UNITS // rows * UNIT_TOKENS)  # tokens of one layer
     areas = (
         (layers, tokens)
-        for layers in _cut(0, layout.num_layers, num_layers)
-        for tokens in _cut(
-            first_position, first_position + num_tokens, _whole_blocks(frame_bytes // token_bytes, layout.block_size)
+        for segment in _cut(
+            first_position, first_position + num_tokens, _segment_tokens(capacity // layout.num_layers, num_tokens)
         )
+        for layers in _cut(0, layout.num_layers, _layers_per_frame(capacity, rows, segment[1] - segment[0]))
+        for tokens in _cut(*segment, _whole_units(capacity))
     )
     return tuple(
         Piece(index, layers, link.heads, tokens, token_bytes * (layers[1] - layers[0]) * (tokens[1] - tokens[0]))
         for index, (layers, tokens) in enumerate(areas)
     )
+
+
+def num_units(piece: Piece) -> int:
+    """Return how many units a piece has: one layer's keys or values of one head for UNIT_TOKENS tokens each."""
+    rows, tokens = _shape(piece)
+    return rows * ceil(tokens / UNIT_TOKENS)
+
+
+def row_and_unit_bytes(piece: Piece) -> tuple[int, int]:
+    """Return the bytes of a row (one layer's keys or values of one head) and of a whole unit.
+
+    Raises ValueError for a piece whose numbers contradict one another.
+    """
+    rows, tokens = _shape(piece)
+    if piece.num_bytes % (rows * tokens):
+        raise ValueError(f"{piece.num_bytes} bytes cannot be {rows} rows of {tokens} tokens")
+    return piece.num_bytes // rows, piece.num_bytes // (rows * tokens) * UNIT_TOKENS
+
+
+def unit_name(piece: Piece, index: int) -> str:
+    """Say which unit of a piece this is, in words a person reads."""
+    row, unit = divmod(index, ceil((piece.tokens[1] - piece.tokens[0]) / UNIT_TOKENS))
+    rest, head = divmod(row, piece.heads[1] - piece.heads[0])
+    first = piece.tokens[0] + unit * UNIT_TOKENS
+    last = min(first + UNIT_TOKENS, piece.tokens[1]) - 1
+    kind = ("keys", "values")[rest % 2]
+    return f"layer {piece.layers[0] + rest // 2}, {kind} of KV head {piece.heads[0] + head}, tokens {first} to {last}"
 
 
 def manifest_of(
@@ -142,11 +178,32 @@ def _overlap(one: Range, other: Range) -> Range:
     return max(one[0], other[0]), min(one[1], other[1])
 
 
+def _shape(piece: Piece) -> tuple[int, int]:
+    """Return rows and tokens of a piece. Raises ValueError when it has none."""
+    layers, heads, tokens = (stop - start for start, stop in (piece.layers, piece.heads, piece.tokens))
+    if min(layers, heads, tokens) < 1:
+        raise ValueError(f"a piece of {layers} layers, {heads} heads and {tokens} tokens")
+    return layers * 2 * heads, tokens
+
+
+def _layers_per_frame(capacity: int, rows: int, num_tokens: int) -> int:
+    return max(1, min(capacity // num_tokens, MAX_UNITS // (rows * ceil(num_tokens / UNIT_TOKENS))))
+
+
+def _segment_tokens(capacity: int, num_tokens: int) -> int:
+    """Return the length of a segment, given how many tokens of all layers fit one frame."""
+    return num_tokens if num_tokens <= capacity else max(SEGMENT_TOKENS, _whole_units(capacity))
+
+
 def _cut(start: int, stop: int, size: int) -> Iterator[Range]:
-    """Cut [start, stop) into consecutive ranges of at most size."""
-    return ((first, min(first + size, stop)) for first in range(start, stop, size))
+    """Cut [start, stop) at every multiple of size, unless it is no longer than size."""
+    if stop - start <= size:
+        cuts = [start, stop] if start < stop else []
+    else:
+        cuts = [start, *range((start // size + 1) * size, stop, size), stop]
+    return pairwise(cuts)
 
 
-def _whole_blocks(num_tokens: int, block_size: int) -> int:
-    """Round num_tokens down to whole blocks, if there is at least one."""
-    return num_tokens // block_size * block_size or num_tokens
+def _whole_units(num_tokens: int) -> int:
+    """Round num_tokens down to whole units, if there is at least one."""
+    return num_tokens // UNIT_TOKENS * UNIT_TOKENS or num_tokens

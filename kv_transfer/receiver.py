@@ -10,10 +10,10 @@ from typing import Literal
 
 import torch
 
-from kernels.plain.scatter_kv import scatter_kv
+from kernels.backend import operations_for
 from kv_transfer.frames import FrameHeader
 from kv_transfer.plan import FRAME_BYTES, Piece, check_table, frames_of, local_heads, plan_transfer
-from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingTransport
+from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault, ReceivingTransport
 from protocol.identity import Attempt, Epoch
 from protocol.layout import KVLayout
 from protocol.orders import Broken, ExpectBlocks, Received
@@ -25,6 +25,9 @@ Refusal = Literal["unknown_attempt", "wrong_piece", "duplicate_frame"]
 REFUSALS: tuple[Refusal, ...] = ("unknown_attempt", "wrong_piece", "duplicate_frame")
 COUNTERS = (*RECEIVING_FAULTS, *REFUSALS)
 """Every name that KVReceiver.counters can have."""
+
+DAMAGE: tuple[ReceivingFault, ...] = ("bad_digest", "wrong_size")
+"""What a second try of the same frame can mend."""
 
 _FrameKey = tuple[int, int]  # source rank, index
 
@@ -55,6 +58,7 @@ class KVReceiver:
         frame_bytes: int = FRAME_BYTES,
     ) -> None:
         self._cache = cache
+        self._operations = operations_for(cache.device)
         self._layout = layout
         self._rank = rank
         self._transport = transport
@@ -93,6 +97,7 @@ class KVReceiver:
         """Copy what has arrived, about max_bytes at most, and return what has become whole or failed."""
         for arrival in self._transport.arrivals.take(max_bytes):
             self._land(arrival)
+            arrival.done()
         reports, self._reports = self._reports, []
         return reports
 
@@ -130,11 +135,13 @@ class KVReceiver:
 
     def _land(self, arrival: Arrival) -> None:
         """Copy one frame into its blocks, or refuse it: frames of no live attempt and doubles are only counted."""
-        header, payload, fault = arrival
+        header, payload, fault, _ = arrival
         transfer = self._transfers.get(header.attempt)
         if transfer is None:
             self._refused["unknown_attempt"] += 1
             return
+        if fault in DAMAGE:
+            return  # refused and counted by the transport; it stays missing until its sender sends it again
         if payload is None:
             self._fail(header.attempt, f"frame {header.piece.index} from rank {header.source_rank}: {fault}")
             return
@@ -154,7 +161,9 @@ class KVReceiver:
         sizes = [stop - start for start, stop in (piece.layers, piece.heads, piece.tokens)]
         shaped = payload.view(self._cache.dtype).view(sizes[0], 2, *sizes[1:], self._layout.head_dim)
         heads = local_heads(self._layout, self._rank, piece.heads)
-        scatter_kv(shaped.to(self._cache.device), self._cache, block_table, piece.layers, heads, piece.tokens)
+        self._operations.scatter_kv(
+            shaped.to(self._cache.device), self._cache, block_table, piece.layers, heads, piece.tokens
+        )
 
     def _finish_if_whole(self, attempt: Attempt) -> None:
         if not self._transfers[attempt].missing:

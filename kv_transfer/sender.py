@@ -4,31 +4,39 @@ Owned and called by the rank's main thread, which alone reads the cache. Blocks 
 was dropped, or every destination has committed: what was gathered is a copy. Decides nothing about requests.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import msgspec
 import torch
 
-from kernels.plain.gather_kv import gather_kv
-from kv_transfer.frames import FrameHeader, digest_of
+from kernels.backend import operations_for
+from kv_transfer.frames import FrameHeader, unit_digests
 from kv_transfer.plan import FRAME_BYTES, check_table, frames_of, local_heads, plan_transfer
-from kv_transfer.transports.transport import DROPPED, Destination, OutgoingFrame, SendingTransport, Settled
+from kv_transfer.transports.transport import DROPPED, REFUSED, Destination, OutgoingFrame, SendingTransport, Settled
 from protocol.identity import Attempt, Epoch
 from protocol.layout import KVLayout
-from protocol.orders import Broken, SendBlocks
+from protocol.orders import Broken, SendBlocks, SendMore
 
 WINDOW_BYTES = 64 << 20
 """Gathered payloads per destination that the peer has not checked yet. Later pieces wait in the cache until poll()."""
 
+MAX_RESENDS = 2
+"""How often one frame that arrived damaged is gathered and sent again, before its transfer is Broken."""
+
 
 @dataclass
 class _Transfer:
-    """One attempt under way: where its blocks are, and how many of its frames are not settled yet."""
+    """One attempt under way: where its blocks are, and how many of its frames are not settled yet.
+
+    uncomputed: frames of positions that are not computed yet, which wait for nothing else.
+    """
 
     order: SendBlocks
     block_table: torch.Tensor  # [num_blocks of the prompt]
     num_unsettled: int = 0
+    uncomputed: list[tuple[Destination, FrameHeader]] = field(default_factory=list)
+    num_resends: Counter[tuple[Destination, int]] = field(default_factory=Counter)  # of each frame
 
 
 @dataclass
@@ -57,6 +65,7 @@ class KVSender:
         frame_bytes: int = FRAME_BYTES,
     ) -> None:
         self._cache = cache
+        self._operations = operations_for(cache.device)
         self._layout = layout
         self._rank = rank
         self._transport = transport
@@ -64,6 +73,12 @@ class KVSender:
         self._transfers: dict[Attempt, _Transfer] = {}
         self._lanes: dict[Destination, _Lane] = {}
         self._reports: list[Broken] = []
+        self._num_resent = 0
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Connections opened, by transport, and frames that were sent once more because they arrived damaged."""
+        return {**self._transport.counters, "resent_frames": self._num_resent}
 
     def send(self, order: SendBlocks) -> None:
         """Start this rank's part of a transfer; one that cannot work is reported as Broken by the next poll()."""
@@ -76,9 +91,21 @@ class KVSender:
             return
         if headers:
             table = torch.tensor(order.block_ids, dtype=torch.int64, device=self._cache.device)
-            self._transfers[order.attempt] = _Transfer(order, table, len(headers))
-        for destination, header in headers:
-            self._lanes.setdefault(destination, _Lane()).waiting.append(header)
+            self._transfers[order.attempt] = _Transfer(order, table, len(headers), headers)
+            end = order.first_position + order.num_tokens
+            self.send_more(SendMore(order.attempt, end if order.num_computed is None else order.num_computed))
+
+    def send_more(self, order: SendMore) -> None:
+        """Send those frames of a transfer that are computed now; one that failed or was dropped has none."""
+        transfer = self._transfers.get(order.attempt)
+        if transfer is None:
+            return
+        waiting, transfer.uncomputed = transfer.uncomputed, []
+        for destination, header in waiting:
+            if header.piece.tokens[1] <= order.num_computed:
+                self._lanes.setdefault(destination, _Lane()).waiting.append(header)
+            else:
+                transfer.uncomputed.append((destination, header))
         self._fill_lanes()
 
     def poll(self) -> list[Broken]:
@@ -127,7 +154,7 @@ class KVSender:
                 destination = Destination(order.destination.epoch, order.destination.addresses[rank])
                 pieces = frames_of(link, self._layout, order.first_position, order.num_tokens, self._frame_bytes)
                 headers += [
-                    (destination, FrameHeader(order.attempt, self._rank, rank, len(pieces), piece, payload_digest=0))
+                    (destination, FrameHeader(order.attempt, self._rank, rank, len(pieces), piece, unit_digests=b""))
                     for piece in pieces
                 ]
         return headers
@@ -144,27 +171,44 @@ class KVSender:
             header = lane.waiting[0]
             transfer = self._transfers.get(header.attempt)
             if transfer:
-                if lane.staged_bytes and lane.staged_bytes + header.piece.num_bytes > WINDOW_BYTES:
+                staging = self._staging(destination, lane, header.piece.num_bytes)
+                if staging is None:
                     return
                 lane.staged_bytes += header.piece.num_bytes
-                self._transport.send(self._gather(destination, header, transfer.block_table))
+                self._transport.send(self._gather(destination, header, transfer.block_table, staging))
             lane.waiting.popleft()
 
-    def _gather(self, destination: Destination, header: FrameHeader, block_table: torch.Tensor) -> OutgoingFrame:
+    def _staging(self, destination: Destination, lane: _Lane, num_bytes: int) -> torch.Tensor | None:
+        if lane.staged_bytes and lane.staged_bytes + num_bytes > WINDOW_BYTES:
+            return None
+        return self._transport.staging(destination, num_bytes)
+
+    def _gather(
+        self, destination: Destination, header: FrameHeader, block_table: torch.Tensor, staging: torch.Tensor
+    ) -> OutgoingFrame:
+        """Copy a piece into staging, uint8 [num_bytes] of the host, and say what it is."""
         piece = header.piece
         heads = local_heads(self._layout, self._rank, piece.heads)
-        payload = gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens)
-        flat = payload.cpu().flatten().view(torch.uint8)  # [num_bytes]
-        header = msgspec.structs.replace(header, payload_digest=digest_of(flat.numpy().data))
-        return OutgoingFrame(destination, header, flat)
+        gather, out = self._operations.gather_kv, staging.view(self._cache.dtype)
+        if self._cache.device == out.device:
+            gather(self._cache, block_table, piece.layers, heads, piece.tokens, out)
+        else:
+            out.copy_(gather(self._cache, block_table, piece.layers, heads, piece.tokens).flatten())
+        header = msgspec.structs.replace(header, unit_digests=unit_digests(piece, staging.numpy().data))
+        return OutgoingFrame(destination, header, staging)
 
     def _settle(self, settled: Settled) -> None:
         frame, fault = settled
         lane = self._lanes.get(frame.destination)
         if lane:
             lane.staged_bytes -= frame.header.piece.num_bytes
+            if fault and fault != DROPPED and not fault.startswith(REFUSED):
+                self._give_up(lane, fault)
         transfer = self._transfers.get(frame.header.attempt)
         if transfer is None or fault == DROPPED:
+            return
+        if fault and fault.startswith(REFUSED) and lane and self._may_resend(transfer, frame):
+            lane.waiting.appendleft(frame.header)
             return
         if fault:
             self._fail(frame.header.attempt, fault)
@@ -172,6 +216,20 @@ class KVSender:
         transfer.num_unsettled -= 1
         if not transfer.num_unsettled:
             del self._transfers[frame.header.attempt]
+
+    def _may_resend(self, transfer: _Transfer, frame: OutgoingFrame) -> bool:
+        """Its blocks are still held, so what arrived damaged can be gathered once more."""
+        key = frame.destination, frame.header.piece.index
+        if transfer.num_resends[key] >= MAX_RESENDS:
+            return False
+        transfer.num_resends[key] += 1
+        self._num_resent += 1
+        return True
+
+    def _give_up(self, lane: _Lane, fault: str) -> None:
+        """The connection failed: what waits for it must not wait for another one's deadline."""
+        for attempt in {header.attempt for header in lane.waiting} & self._transfers.keys():
+            self._fail(attempt, fault)
 
     def _fail(self, attempt: Attempt, reason: str) -> None:
         del self._transfers[attempt]

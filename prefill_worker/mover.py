@@ -1,7 +1,7 @@
 """What the prefill role adds to every rank of its group: the end that sends KV blocks."""
 
 from kv_transfer.sender import KVSender
-from protocol.orders import AnyOrder, AnyReport, ClosePeer, DropTransfer, SendBlocks
+from protocol.orders import AnyOrder, AnyReport, ClosePeer, DropTransfer, SendBlocks, SendMore
 
 
 class SendingMover:
@@ -16,6 +16,8 @@ class SendingMover:
         match order:
             case SendBlocks():
                 self._sender.send(order)
+            case SendMore():
+                self._sender.send_more(order)
             case DropTransfer():
                 self._sender.drop(order.attempt)
             case ClosePeer():
@@ -28,7 +30,7 @@ class SendingMover:
         return [self._sender.fileno()]
 
     def counters(self) -> dict[str, int]:
-        return {}
+        return dict(self._sender.counters)
 
     def close(self) -> None:
         self._sender.close()

@@ -15,7 +15,7 @@ from kv_transfer.transports.loopback import Loopback
 from protocol.identity import Attempt
 from protocol.layout import Endpoint, KVLayout
 from protocol.messages import Manifest
-from protocol.orders import DropTransfer, SendBlocks
+from protocol.orders import DropTransfer, SendBlocks, SendMore
 
 
 class Outbox(Protocol):
@@ -24,8 +24,14 @@ class Outbox(Protocol):
     def claim(self, attempt: Attempt, names: SequenceOf[bytes], num_blocks: int) -> Hold | None:
         """Return blocks for a prompt, or None while there are none."""
 
-    def send(self, sequence: Sequence, destination: Endpoint, first_position: int) -> Manifest:
-        """Start sending a computed prompt's KV from first_position on; return what its frames add up to."""
+    def send(self, sequence: Sequence, destination: Endpoint, first_position: int) -> None:
+        """Start sending a prompt's KV from first_position on: what is computed now, the rest as send_more says."""
+
+    def send_more(self, sequence: Sequence) -> None:
+        """More of a prompt that is being sent has been computed, perhaps all of it."""
+
+    def manifest(self, sequence: Sequence, destination: Endpoint, first_position: int) -> Manifest:
+        """Return what all frames of a prompt add up to."""
 
     def drop(self, attempt: Attempt) -> None:
         """Send nothing more of this attempt."""
@@ -42,10 +48,17 @@ class RemoteOutbox:
     def claim(self, attempt: Attempt, names: SequenceOf[bytes], num_blocks: int) -> Hold | None:
         return self._pool.acquire(names, num_blocks)
 
-    def send(self, sequence: Sequence, destination: Endpoint, first_position: int) -> Manifest:
+    def send(self, sequence: Sequence, destination: Endpoint, first_position: int) -> None:
+        num_tokens, block_ids = sequence.num_prompt_tokens - first_position, sequence.hold.block_ids
+        self._ranks.order(
+            SendBlocks(sequence.attempt, destination, block_ids, first_position, num_tokens, sequence.num_computed)
+        )
+
+    def send_more(self, sequence: Sequence) -> None:
+        self._ranks.order(SendMore(sequence.attempt, sequence.num_computed))
+
+    def manifest(self, sequence: Sequence, destination: Endpoint, first_position: int) -> Manifest:
         num_tokens = sequence.num_prompt_tokens - first_position
-        block_ids = sequence.hold.block_ids
-        self._ranks.order(SendBlocks(sequence.attempt, destination, block_ids, first_position, num_tokens))
         return manifest_of(self._layout, destination.layout, first_position, num_tokens)
 
     def drop(self, attempt: Attempt) -> None:
@@ -62,7 +75,13 @@ class LoopbackOutbox:
         hold = self._loopback.adopt(attempt)
         return hold.share() if hold else None
 
-    def send(self, sequence: Sequence, destination: Endpoint, first_position: int) -> Manifest:
+    def send(self, sequence: Sequence, destination: Endpoint, first_position: int) -> None:
+        """It is there already."""
+
+    def send_more(self, sequence: Sequence) -> None:
+        """It is there already."""
+
+    def manifest(self, sequence: Sequence, destination: Endpoint, first_position: int) -> Manifest:
         return Manifest(first_position, sequence.num_prompt_tokens - first_position, num_frames=0, num_bytes=0)
 
     def drop(self, attempt: Attempt) -> None:

@@ -1,9 +1,11 @@
 """The prefill role of a group's leader: first come, first computed, in chunks that fill the token budget.
 
 A job is waiting (no blocks yet), computing, or computed: its first token went to the client and its blocks are held
-until decode has committed to their content, or the attempt is aborted. Nothing is sent without a grant.
+until decode has committed to their content, or the attempt is aborted. Nothing is sent without a grant; with one, what
+is computed of a prompt leaves while the rest is being computed.
 """
 
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -26,7 +28,8 @@ class Job:
     prefill: Prefill
     sequence: Sequence | None = None
     grant: Grant | None = None
-    is_computed: bool = False
+    is_sending: bool = False
+    computed_at: float | None = None  # monotonic
 
 
 class PrefillRole:
@@ -41,6 +44,7 @@ class PrefillRole:
         self._jobs: dict[Attempt, Job] = {}
         self._waiting: deque[Job] = deque()
         self._computing: list[Job] = []
+        self.counters = {"handoffs": 0, "handoff_exposed_us": 0}
 
     @property
     def num_running(self) -> int:
@@ -56,8 +60,9 @@ class PrefillRole:
                 self._enqueue(message)
             case Grant() if (job := self._jobs.get(message.attempt)) and job.grant is None:
                 job.grant = message
-                self._hand_off_when_ready(job)
+                self._send_computed(job)
             case Committed():
+                self._count_handoff(message.attempt)
                 self._drop(message.attempt)
             case Abort():
                 self._outbox.drop(message.attempt)
@@ -84,8 +89,11 @@ class PrefillRole:
             self._fail(sequence.attempt, "model_output_invalid", "the model's output for this prompt is not finite")
             return
         self._pool.name_blocks(sequence.hold, sequence.block_names)
+        job = self._jobs[sequence.attempt]
         if drawn is not None:
-            self._finish_computing(self._jobs[sequence.attempt], sequence, drawn)
+            self._finish_computing(job, sequence, drawn)
+        else:
+            self._send_computed(job)
 
     def drop_all(self) -> None:
         for attempt in list(self._jobs):
@@ -120,14 +128,15 @@ class PrefillRole:
         return True
 
     def _finish_computing(self, job: Job, sequence: Sequence, drawn: Drawn) -> None:
-        job.is_computed = True
+        job.computed_at = time.monotonic()
         self._computing.remove(job)
         sequence.token_ids.append(drawn.token_id)
         self._outlet.emit(self._first_update(sequence, drawn))
         if sequence.finish_reason:
+            self._outbox.drop(sequence.attempt)
             self._drop(sequence.attempt)
         else:
-            self._hand_off_when_ready(job)
+            self._send_computed(job)
 
     def _first_update(self, sequence: Sequence, drawn: Drawn) -> TokenUpdate:
         return TokenUpdate(
@@ -139,17 +148,31 @@ class PrefillRole:
             num_cached_tokens=sequence.hold.num_cached * self._pool.block_size,
         )
 
-    def _hand_off_when_ready(self, job: Job) -> None:
-        if not job.is_computed or job.grant is None:
+    def _send_computed(self, job: Job) -> None:
+        """Send what is computed and granted; when that is the whole prompt, hand it off."""
+        sequence, grant, destination = job.sequence, job.grant, job.prefill.destination
+        if sequence is None or grant is None:
             return
-        sequence, first_position = job.sequence, job.grant.num_cached_tokens
-        assert sequence is not None
+        first_position = grant.num_cached_tokens
         if not 0 <= first_position <= sequence.num_prompt_tokens:
             text = f"decode granted from position {first_position} of {sequence.num_prompt_tokens}"
             self._fail(sequence.attempt, "transfer_failed", text)
             return
-        manifest = self._outbox.send(sequence, job.prefill.destination, first_position)
-        self._outlet.send(Handoff(sequence.attempt, sequence.token_ids[-1], manifest))
+        if job.is_sending:
+            self._outbox.send_more(sequence)
+        else:
+            self._outbox.send(sequence, destination, first_position)
+            job.is_sending = True
+        if job.computed_at is not None:
+            manifest = self._outbox.manifest(sequence, destination, first_position)
+            self._outlet.send(Handoff(sequence.attempt, sequence.token_ids[-1], manifest))
+
+    def _count_handoff(self, attempt: Attempt) -> None:
+        """What of a handoff computing did not hide: from the last token computed to decode's commitment."""
+        job = self._jobs.get(attempt)
+        if job and job.computed_at is not None:
+            self.counters["handoffs"] += 1
+            self.counters["handoff_exposed_us"] += int((time.monotonic() - job.computed_at) * 1e6)
 
     def _fail(self, attempt: Attempt, code: FailureCode, message: str) -> None:
         self._outlet.send(Failed(attempt, code, message))

@@ -7,6 +7,9 @@ import msgspec
 
 from protocol.identity import Epoch
 
+UNIT_TOKENS = 16
+"""Tokens under one digest: the smallest block size, so that digests are equal whatever the layouts of the two sides."""
+
 
 class KVLayout(msgspec.Struct, frozen=True):
     """The shape of one group's KV cache. num_kv_heads counts the whole model's heads, before any split.
@@ -24,8 +27,11 @@ class KVLayout(msgspec.Struct, frozen=True):
     tensor_parallel: int
 
     def incompatibility(self, other: "KVLayout") -> str | None:
-        """Name the first field that must be equal on both sides of a handoff but is not, with both values."""
-        for name in ("model_hash", "num_layers", "num_kv_heads", "head_dim", "dtype", "block_size"):
+        """Name the first field that must be equal on both sides of a handoff but is not, with both values.
+
+        Block size and tensor-parallel size may differ.
+        """
+        for name in ("model_hash", "num_layers", "num_kv_heads", "head_dim", "dtype"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 return f"{name} differs: {ours} and {theirs}"

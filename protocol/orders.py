@@ -52,7 +52,8 @@ class ExpectBlocks(Order, frozen=True):
 class SendBlocks(Order, frozen=True):
     """Prefill side: send KV of tokens [first_position, first_position + num_tokens) to destination.
 
-    block_ids is the block table of the whole prompt, from position 0.
+    block_ids is the block table of the whole prompt, from position 0. num_computed: positions from 0 whose KV is there
+    by now, None for all; the others are announced by SendMore.
     """
 
     attempt: Attempt
@@ -60,6 +61,14 @@ class SendBlocks(Order, frozen=True):
     block_ids: tuple[int, ...]
     first_position: int
     num_tokens: int
+    num_computed: int | None = None
+
+
+class SendMore(Order, frozen=True):
+    """Prefill side: the KV of this attempt's positions below num_computed is there now. Unknown attempts are fine."""
+
+    attempt: Attempt
+    num_computed: int
 
 
 class DropTransfer(Order, frozen=True):
@@ -110,8 +119,14 @@ class Broken(Report, frozen=True):
     reason: str
 
 
-AnyOrder = Step | ExpectBlocks | SendBlocks | DropTransfer | ClosePeer | StopRank
-AnyReport = Enlist | Expecting | Received | Broken
+class Counted(Report, frozen=True):
+    """How often something was dropped, refused or repeated on this rank since its life began, by reason."""
+
+    counters: dict[str, int]
+
+
+AnyOrder = Step | ExpectBlocks | SendBlocks | SendMore | DropTransfer | ClosePeer | StopRank
+AnyReport = Enlist | Expecting | Received | Broken | Counted
 
 _encoder = msgspec.msgpack.Encoder()
 _orders: msgspec.msgpack.Decoder[AnyOrder] = msgspec.msgpack.Decoder(AnyOrder)

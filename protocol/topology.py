@@ -12,7 +12,7 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Transport = Literal["zmq", "gloo"]
+Transport = Literal["auto", "shm", "zmq", "gloo"]
 Policy = Literal["round_robin", "least_loaded"]
 Device = Literal["cpu", "cuda"]
 
@@ -64,7 +64,10 @@ class KVCacheSection(Section, frozen=True, kw_only=True):
 
 
 class KVTransferSection(Section, frozen=True, kw_only=True):
-    """How KV bytes get from prefill to decode. timeout_s bounds every single operation."""
+    """How KV bytes get from prefill to decode. timeout_s bounds every single operation.
+
+    transport auto: shm where both ranks are on one host, zmq elsewhere.
+    """
 
     transport: Transport = "zmq"
     timeout_s: Seconds = 30.0

@@ -1,6 +1,6 @@
 """The GET endpoints: models, health, readiness, the cluster's state, metrics."""
 
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -8,14 +8,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from protocol.messages import BlockCounts
+from protocol.topology import Transport
 from router.errors import ApiError, unavailable
 from router.membership import Rank
 from router.responses import ModelCard, ModelList
 from router.serving import Serving
 
+_TRANSPORTS = get_args(Transport)
+
 
 class RankStatus(msgspec.Struct, frozen=True):
-    """One rank as /status shows it. epoch is in hex, because JSON readers round large numbers."""
+    """One rank as /status shows it. epoch is in hex, because JSON readers round large numbers.
+
+    transports: over which ones its group has sent KV so far, on a prefill leader.
+    """
 
     role: str
     group: int
@@ -28,6 +34,7 @@ class RankStatus(msgspec.Struct, frozen=True):
     running: int
     waiting: int
     doing: str
+    transports: list[str]
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -102,4 +109,5 @@ def _rank_status(rank: Rank) -> RankStatus:
         load.running,
         load.waiting,
         rank.doing,
+        [name for name in _TRANSPORTS if load.counters.get(f"connections_{name}")],
     )

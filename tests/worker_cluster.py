@@ -25,7 +25,7 @@ from router.control import ControlPlane
 from router.controller import Controller
 from router.launch import GroupSpec, RouterLaunch
 from router.lifecycle import Outcome
-from router.membership import Rank
+from router.membership import Group, Rank
 
 HOST = "127.0.0.1"
 GONE = Outcome(Stage.CANCELLED, "client_gone")
@@ -53,7 +53,10 @@ class Leave:
 
 
 class WorkerCluster:
-    """Groups of the roles named, (role, number of groups, tensor_parallel), over one transport. A context manager."""
+    """Groups of the roles named, (role, number of groups, tensor_parallel), over one transport. A context manager.
+
+    block_sizes: those of decode groups last, of all others first.
+    """
 
     def __init__(
         self,
@@ -61,12 +64,13 @@ class WorkerCluster:
         roles: list[tuple[RoleName, int, int]],
         transport: Transport = "zmq",
         memory_bytes: int = 8 << 20,
-        block_size: int = 16,
+        block_sizes: tuple[int, int] = (16, 16),
         batch_tokens: int = 256,
     ) -> None:
         self._model = model
         self._transport: Transport = transport
-        self._cache = CacheLaunch(memory_bytes, block_size, prefix_caching=True)
+        self._memory_bytes = memory_bytes
+        self._block_sizes = block_sizes
         self._batch_tokens = batch_tokens
         self._groups = tuple(GroupSpec(role, group, tp) for role, num, tp in roles for group in range(num))
         self._loop = asyncio.new_event_loop()
@@ -125,16 +129,21 @@ class WorkerCluster:
         assert all(answer.outcome and answer.outcome.code in ("stop", "length") for answer in answers), answers
         return [answer.token_ids for answer in answers]
 
+    def groups(self) -> list[Group]:
+        """Return what the router knows of every group."""
+        return list(self._controller.membership.groups.values())
+
     def leaders(self) -> list[Rank]:
         """Return what the router knows of every group's leader."""
-        return [group.ranks[0] for group in self._controller.membership.groups.values()]
+        return [group.ranks[0] for group in self.groups()]
 
     def assert_pools_whole(self) -> None:
         """Wait for the next heartbeats, then hold that nothing is held and nothing lost anywhere."""
         self.wait_until(lambda: all(self._is_idle(rank) for rank in self.leaders()), timeout_s=5)
         for rank in self.leaders():
             blocks = rank.load.blocks
-            assert blocks.free + blocks.cached == blocks.total > 0 and blocks.held == 0
+            assert blocks.free + blocks.cached == blocks.total > 0
+            assert blocks.held == 0
 
     def wait_until(self, condition: Callable[[], bool], timeout_s: float = 60) -> None:
         """Poll condition; an error of a worker ends the wait."""
@@ -161,9 +170,9 @@ class WorkerCluster:
             role=spec.role,
             group=spec.group,
             rank=rank,
-            model=ModelLaunch(str(self._model), "float32", None),
+            model=ModelLaunch(str(self._model), "float32"),
             role_section=RoleSection(tensor_parallel=spec.tensor_parallel, batch_tokens=self._batch_tokens),
-            kv_cache=self._cache,
+            kv_cache=CacheLaunch(self._memory_bytes, self._block_sizes[spec.role == "decode"], prefix_caching=True),
             kv_transfer=KVTransferSection(transport=self._transport, timeout_s=10),
             device="cpu",
             control=self._control.address,

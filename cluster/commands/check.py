@@ -4,9 +4,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from cluster.checks import check_this_machine, check_topology, roles
+from cluster.checks import MisfitError, check_this_machine, check_topology, roles
 from cluster.ray_session import uses_existing_cluster
-from cluster.topology_file import load_topology
+from cluster.topology_file import load_topology, place_of
+from protocol.errors import ConfigError
 from protocol.model_config import ModelConfig
 from protocol.topology import Topology
 
@@ -39,9 +40,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 def load_and_check(arguments: argparse.Namespace) -> tuple[Topology, ModelConfig]:
     """Return the topology and its model's facts. Raise ConfigError for what could not run here."""
-    topology = load_topology(arguments.config, arguments.set)
-    model = check_topology(topology)
-    check_this_machine(topology, has_cluster=uses_existing_cluster())
+    topology, places = load_topology(arguments.config, arguments.set)
+    try:
+        model = check_topology(topology)
+        check_this_machine(topology, has_cluster=uses_existing_cluster())
+    except MisfitError as error:
+        raise ConfigError(f"{place_of(error.key, places)}: {error}") from None
     return topology, model
 
 

@@ -6,7 +6,10 @@ from typing import Any
 
 from cluster.status_client import WorkerStatus, fetch_raw, parse_status
 
-_HEADER = ("ROLE", "GROUP", "RANK", "PID", "NODE", "STATE", "EPOCH", "BLOCKS", "FREE", "CACHED", "HELD", "RUN", "WAIT")
+_HEADER = (
+    *("ROLE", "GROUP", "RANK", "PID", "NODE", "STATE", "EPOCH", "BLOCKS", "FREE", "CACHED", "HELD", "RUN", "WAIT"),
+    "KV OVER",
+)
 
 
 def add(commands: Any) -> None:
@@ -36,9 +39,10 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _row(worker: WorkerStatus) -> tuple[str, ...]:
-    """Only a leader counts blocks and requests, for its whole group; the other ranks' cells stay blank."""
+    """Only a leader counts blocks, requests and connections, for its whole group; other ranks' cells stay blank."""
     state = f"{worker.state}: {worker.doing}" if worker.state == "starting" and worker.doing else worker.state
     who = (worker.role, worker.group, worker.rank, worker.pid, worker.node, state, worker.epoch)
     blocks = worker.blocks
-    load = (blocks.total, blocks.free, blocks.cached, blocks.held, worker.running, worker.waiting)
+    held = (blocks.total, blocks.free, blocks.cached, blocks.held)
+    load = (*held, worker.running, worker.waiting, " ".join(worker.transports))
     return tuple(str(cell) for cell in (*who, *(load if worker.rank == 0 else [""] * len(load))))

@@ -79,6 +79,6 @@ def _model_name(topology: Topology) -> str:
 
 
 def _invitation(url: str, model_name: str, logs: str) -> str:
-    body = json.dumps({"model": model_name, "prompt": "Once upon a time", "max_tokens": 32})
+    body = json.dumps({"model": model_name, "prompt": "Once upon a time", "max_tokens": 60, "temperature": 0})
     example = f"curl {url}/v1/completions -H 'Content-Type: application/json' -d '{body}'"
     return f"ready: {url}\n  {example}\n  logs: {logs}"

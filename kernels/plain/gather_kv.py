@@ -14,23 +14,25 @@ def gather_kv(
     layers: tuple[int, int],
     heads: tuple[int, int],
     tokens: tuple[int, int],
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Copy a range of layers, local heads and token positions out of the cache.
 
     cache: [num_layers, 2, num_blocks, num_local_kv_heads, block_size, head_dim]. block_table: int64 on the cache's
     device, [num_blocks of the prompt], from position 0. Ranges are half-open. Returns a contiguous
-    [num_layers, 2, num_heads, num_tokens, head_dim] on the cache's device.
+    [num_layers, 2, num_heads, num_tokens, head_dim] on the cache's device: out, viewed so, when it is given.
     """
     block_size, head_dim = cache.shape[-2:]
     source = cache[layers[0] : layers[1], :, :, heads[0] : heads[1]].transpose(2, 3)  # [layers, 2, heads, blocks, ...]
-    payload = cache.new_empty((*source.shape[:3], tokens[1] - tokens[0], head_dim))
+    shape = (*source.shape[:3], tokens[1] - tokens[0], head_dim)
+    payload = cache.new_empty(shape) if out is None else out.view(shape)
     for blocks, slots, part in block_spans(tokens, block_size):
-        shape = (blocks[1] - blocks[0], slots[1] - slots[0])
+        split = (blocks[1] - blocks[0], slots[1] - slots[0])
         torch.index_select(
             source[..., slots[0] : slots[1], :],
             3,
             block_table[blocks[0] : blocks[1]],
-            out=payload[:, :, :, part[0] : part[1]].unflatten(3, shape),
+            out=payload[:, :, :, part[0] : part[1]].unflatten(3, split),
         )
     return payload
 

@@ -13,11 +13,11 @@ from torch.nn import functional
 from kernels.plain.philox import WORD_MASK, philox_4x32
 
 _WORDS = 4  # random words per counter, so one counter serves four neighbouring token ids
-_MASS_ONE = 1 << 40  # probability 1 as an integer: sums of integers do not depend on the order of summing
+MASS_ONE = 1 << 40  # probability 1 as an integer: sums of integers do not depend on the order of summing
 _FIRST_CANDIDATES = 1024
 _LEAST_NOISE = -math.log(math.log(2.0**33))
 _MOST_NOISE = math.log(2.0**33)
-_REACH = _MOST_NOISE - _LEAST_NOISE + 1.0  # a token this far below the best one can never be drawn
+REACH = _MOST_NOISE - _LEAST_NOISE + 1.0  # a token this far below the best one can never be drawn
 
 
 def sample(
@@ -45,7 +45,7 @@ def sample(
 
 def _lowest_kept(scaled: Tensor, top_k: Tensor, min_p: Tensor) -> Tensor:
     """Return the least logit that min-p, top-k and the reach of the noise leave in each row: [num_rows]."""
-    lowest = min_p.double().log().clamp(min=-_REACH).float()
+    lowest = min_p.double().log().clamp(min=-REACH).float()
     largest_k = min(int(top_k.max()), scaled.shape[1])
     if largest_k == 0:
         return lowest
@@ -60,12 +60,12 @@ def _filter_top_p(scaled: Tensor, top_p: Tensor) -> Tensor:
     Few tokens usually do; only when some row needs more is the whole vocabulary sorted.
     """
     probabilities = scaled.softmax(dim=-1)
-    wanted = (top_p.double() * _MASS_ONE).long().unsqueeze(1)
+    wanted = (top_p.double() * MASS_ONE).long().unsqueeze(1)
     for num_candidates in (min(_FIRST_CANDIDATES, scaled.shape[1]), scaled.shape[1]):
         candidates = probabilities.topk(num_candidates, dim=-1).values
-        mass = (candidates.double() * _MASS_ONE).long()
+        mass = (candidates.double() * MASS_ONE).long()
         mass_before = mass.cumsum(dim=-1) - mass
-        if bool(((mass_before[:, -1:] + mass[:, -1:] >= wanted) | (wanted >= _MASS_ONE)).all()):
+        if bool(((mass_before[:, -1:] + mass[:, -1:] >= wanted) | (wanted >= MASS_ONE)).all()):
             break
     least = candidates.masked_fill(mass_before >= wanted, math.inf).amin(dim=-1)
     least = least.masked_fill(top_p >= 1, 0.0)

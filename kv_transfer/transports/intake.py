@@ -5,21 +5,20 @@ Used by zmq_receiver.py on its thread, and by a simulator. Knows nothing of whic
 
 import torch
 
-from kv_transfer.frames import FrameError, check_payload, decode_header
+from kv_transfer.frames import FrameError, FrameHeader, check_payload, decode_header
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports.transport import Arrival, ReceivingFault
 
 
 def accept(header_bytes: memoryview, payload: memoryview, arrivals: Mailbox[Arrival]) -> ReceivingFault | None:
     """Deliver a sound frame, and one of which only the payload is bad; return its fault."""
+    header: FrameHeader | None = None
     try:
         header = decode_header(header_bytes)
-    except FrameError as error:
-        return error.fault
-    try:
         check_payload(header, payload)
     except FrameError as error:
-        arrivals.put(Arrival(header, None, error.fault))
+        if header is not None:
+            arrivals.put(Arrival(header, None, error.fault))
         return error.fault
     arrivals.put(Arrival(header, _as_tensor(payload), None), len(payload))
     return None

@@ -1,149 +1,143 @@
 """The sending side's books on every destination: what waits, what is not answered yet, when to give up.
 
-One socket per destination, opened for the first frame to it, and closed for good when the destination's epoch ends or
-nothing was answered for timeout_s. Every frame is settled exactly once. Used by zmq_sender.py on its thread, and by a
-simulator under its own clock: here are no threads, and sockets are whatever the opener returns.
+A Peer is one destination's connection. It is opened for the first frame, and closed for good when the destination's
+epoch ends, its connection fails, or nothing was answered for timeout_s. Every frame is settled exactly once. How bytes
+travel is the Peer's business alone: see zmq_sender.py and shm_sender.py. Here are no threads: peer_loop.py calls this
+on its own, and a simulator under a clock of its own.
 """
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
-import zmq
-
-from kv_transfer.frames import encode_header
-from kv_transfer.transports.transport import DROPPED, RECEIVING_FAULTS, Destination, OutgoingFrame, Settled
+from kv_transfer.transports.transport import DROPPED, RECEIVING_FAULTS, REFUSED, Destination, OutgoingFrame, Settled
 from protocol.identity import Attempt, Epoch
 
 _log = logging.getLogger(__name__)
 
 
-class PeerSocket(Protocol):
-    """A connection to one destination. Answers are [sequence number, fault or nothing]."""
+class Peer(Protocol):
+    """One destination: its connection, what waits for it, and what it has not answered yet."""
 
-    def send(self, parts: list[bytes | memoryview]) -> bool:
-        """Send [sequence number, header, payload] without waiting; False when no more is taken for now."""
-
-    def receive(self) -> list[bytes] | None:
-        """Return the next answer, None when none has come."""
-
-    def close(self) -> None:
-        """Let go at once, of whatever is still under way too."""
-
-
-SocketT = TypeVar("SocketT", bound=PeerSocket)
-
-
-class Peer(Generic[SocketT]):
-    """One destination: its socket, what waits for it, and what it has not answered yet."""
-
-    def __init__(self, socket: SocketT, now_s: float) -> None:
-        self.socket = socket
-        self.waiting: deque[OutgoingFrame] = deque()
-        self.unanswered: dict[bytes, OutgoingFrame] = {}
-        self.progress_at = now_s
-        self._num_sent = 0
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self.waiting or self.unanswered)
-
-    def add(self, frame: OutgoingFrame, now_s: float) -> None:
-        if not self.is_busy:
-            self.progress_at = now_s
-        self.waiting.append(frame)
+    waiting: deque[OutgoingFrame]
+    is_stalled: bool  # the connection took less than there was to send
+    unanswered: dict[bytes, OutgoingFrame]
 
     def send_waiting(self) -> None:
-        """Send until the socket takes no more."""
-        while self.waiting:
-            frame = self.waiting[0]
-            sequence = self._num_sent.to_bytes(8, "little")
-            if not self.socket.send([sequence, encode_header(frame.header), frame.payload.numpy().data]):
-                return
-            self._num_sent += 1
-            self.unanswered[sequence] = self.waiting.popleft()
+        """Send until the connection takes no more. Raises OSError when it is gone."""
 
-    def answers(self, now_s: float) -> list[Settled]:
-        """Return what has been answered; answers that mean nothing are passed over."""
-        settled = []
-        while parts := self.socket.receive():
-            frame = self.unanswered.pop(parts[0], None)
-            if frame:
-                settled.append(Settled(frame, _fault_in(parts[-1])))
-        if settled:
-            self.progress_at = now_s
-        return settled
+    def answers(self) -> list[Settled]:
+        """Return what has been answered, without waiting. Raises OSError when the connection is gone."""
+
+    def let_go(self, frame: OutgoingFrame) -> None:
+        """The frame will not be sent; it is no longer in waiting."""
+
+    def close(self) -> None:
+        """Close the connection."""
 
 
-class Peers(Generic[SocketT]):
-    """All destinations. open_socket: address -> socket; it may raise zmq.ZMQError. settle: told of every frame once."""
+PeerT = TypeVar("PeerT", bound=Peer)
+
+
+class Peers(Generic[PeerT]):
+    """All destinations. open_peer may raise OSError: then the frame that wanted it is settled with that.
+
+    settle is told of every frame once; clock returns seconds.
+    """
 
     def __init__(
         self,
-        open_socket: Callable[[str], SocketT],
+        open_peer: Callable[[Destination], PeerT],
         settle: Callable[[Settled], None],
         timeout_s: float,
         clock: Callable[[], float],
     ) -> None:
-        self._open_socket = open_socket
+        self.num_opened = 0
+        self._open_peer = open_peer
         self._settle = settle
         self._timeout_s = timeout_s
         self._clock = clock
-        self.peers: dict[Destination, Peer[SocketT]] = {}
+        self._peers: dict[Destination, PeerT] = {}
+        self._progress_at: dict[Destination, float] = {}
+
+    def __iter__(self) -> Iterator[PeerT]:
+        return iter(self._peers.values())
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything waits or is unanswered."""
+        return any(peer.waiting or peer.unanswered for peer in self)
 
     def add(self, frame: OutgoingFrame) -> None:
         """Send this frame when its turn comes."""
         destination = frame.destination
-        if destination not in self.peers:
-            try:
-                self.peers[destination] = Peer(self._open_socket(destination.address), self._clock())
-            except zmq.ZMQError as error:
-                self._settle(Settled(frame, f"cannot connect to {destination.address}: {error}"))
-                return
-        self.peers[destination].add(frame, self._clock())
+        try:
+            peer = self._peers.get(destination) or self._open(destination)
+        except (OSError, ValueError) as error:
+            self._settle(Settled(frame, f"cannot connect to {destination.address}: {error}"))
+            return
+        if not (peer.waiting or peer.unanswered):
+            self._progress_at[destination] = self._clock()
+        peer.waiting.append(frame)
 
     def drop(self, attempt: Attempt) -> None:
         """Do not send those frames of this attempt that still wait."""
-        for peer in self.peers.values():
+        for peer in self:
             dropped = [frame for frame in peer.waiting if frame.header.attempt == attempt]
             peer.waiting = deque(frame for frame in peer.waiting if frame.header.attempt != attempt)
             for frame in dropped:
+                peer.let_go(frame)
                 self._settle(Settled(frame, DROPPED))
 
     def close_epoch(self, epoch: Epoch) -> None:
         """This destination group is gone."""
-        for destination in [key for key in self.peers if key.epoch == epoch]:
+        for destination in [key for key in self._peers if key.epoch == epoch]:
             self._close(destination, "the destination group is gone")
 
     def serve(self) -> None:
         """Take answers, send what can be sent, and give up whom timeout_s has passed for."""
-        for destination, peer in list(self.peers.items()):
+        for destination, peer in list(self._peers.items()):
             self._serve(destination, peer)
 
-    def _serve(self, destination: Destination, peer: Peer[SocketT]) -> None:
-        now_s = self._clock()
+    def close(self) -> None:
+        """Close every connection; what was under way is settled no more."""
+        for peer in self:
+            peer.close()
+        self._peers.clear()
+
+    def _open(self, destination: Destination) -> PeerT:
+        peer = self._peers[destination] = self._open_peer(destination)
+        self.num_opened += 1
+        return peer
+
+    def _serve(self, destination: Destination, peer: PeerT) -> None:
         try:
-            for settled in peer.answers(now_s):
+            answers = peer.answers()
+            for settled in answers:
                 self._settle(settled)
             peer.send_waiting()
         except Exception as error:
-            _log.exception("connection to %s closed after an error", destination.address)
-            self._close(destination, str(error))
+            _log.warning("connection to %s closed: %s", destination.address, error)
+            self._close(destination, f"connection to {destination.address} failed: {error}")
             return
-        if peer.is_busy and now_s - peer.progress_at > self._timeout_s:
+        now_s = self._clock()
+        if answers or not (peer.waiting or peer.unanswered):
+            self._progress_at[destination] = now_s
+        elif now_s - self._progress_at[destination] > self._timeout_s:
             self._close(destination, f"no answer from {destination.address} for {self._timeout_s:g} s")
 
     def _close(self, destination: Destination, fault: str) -> None:
-        peer = self.peers.pop(destination)
-        peer.socket.close()
+        peer = self._peers.pop(destination)
+        del self._progress_at[destination]
+        peer.close()
         for frame in (*peer.unanswered.values(), *peer.waiting):
             self._settle(Settled(frame, fault))
 
 
-def _fault_in(answer: bytes) -> str | None:
+def fault_in(answer: bytes) -> str | None:
     """Return what the peer says is wrong with a frame, in words from the closed set; None when nothing is."""
     if not answer:
         return None
     text = answer.decode(errors="replace")
-    return f"refused by the receiver: {text if text in RECEIVING_FAULTS else 'unknown fault'}"
+    return REFUSED + (text if text in RECEIVING_FAULTS else "unknown fault")

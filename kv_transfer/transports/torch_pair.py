@@ -1,13 +1,15 @@
 """One pair of ranks and its communicator: how a sending and a receiving rank open a process group of exactly two.
 
 On the wire, through ZMQ: [OPEN, pair id, Announcement] once, then [FRAME, pair id, header] before every payload, which
-goes through the process group. Used by torch_sender.py and torch_receiver.py.
+goes through the process group and is answered there. Used by torch_sender.py and torch_receiver.py.
 """
 
 import msgspec
+import torch
 import torch.distributed as dist
 
 from kernels.process_group import open_group, open_store
+from kv_transfer.transports.transport import RECEIVING_FAULTS, REFUSED, ReceivingFault
 from protocol.errors import WireError
 from protocol.identity import Epoch
 
@@ -15,6 +17,8 @@ OPEN = b"open"
 FRAME = b"frame"
 SENDER, RECEIVER = 0, 1
 """Ranks within a pair's group."""
+PAYLOAD, ANSWER = 0, 1
+"""Tags: a payload, and the single byte that answers it."""
 
 
 class Announcement(msgspec.Struct, frozen=True, array_like=True):
@@ -41,6 +45,19 @@ def decode_announcement(data: bytes | memoryview) -> Announcement:
         return _decoder.decode(data)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise WireError(f"announcement does not parse: {error}") from error
+
+
+def encode_answer(fault: ReceivingFault | None) -> torch.Tensor:
+    """Return the answer to a payload, uint8 [1]: 0, or 1 + the index of the fault."""
+    return torch.tensor([RECEIVING_FAULTS.index(fault) + 1 if fault else 0], dtype=torch.uint8)
+
+
+def decode_answer(answer: torch.Tensor) -> str | None:
+    """Return what the receiver says is wrong with a payload; None when nothing is."""
+    code = int(answer[0])
+    if not code:
+        return None
+    return REFUSED + (RECEIVING_FAULTS[code - 1] if code <= len(RECEIVING_FAULTS) else "unknown fault")
 
 
 def join_pair(announcement: Announcement, host: str, timeout_s: float) -> dist.ProcessGroup:

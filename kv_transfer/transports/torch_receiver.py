@@ -13,19 +13,29 @@ import torch
 import torch.distributed as dist
 import zmq
 
-from kv_transfer.frames import FrameError, FrameHeader, check_payload, decode_header
+from kv_transfer.frames import MAX_HEADER_BYTES, FrameError, FrameHeader, check_payload, decode_header
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.plan import FRAME_BYTES
 from kv_transfer.transports.listener import Listener
-from kv_transfer.transports.torch_pair import FRAME, OPEN, SENDER, Announcement, decode_announcement, join_pair
-from kv_transfer.transports.transport import INBOX_BYTES, RECEIVING_FAULTS, Arrival, ReceivingFault
+from kv_transfer.transports.torch_pair import (
+    ANSWER,
+    FRAME,
+    OPEN,
+    PAYLOAD,
+    SENDER,
+    Announcement,
+    decode_announcement,
+    encode_answer,
+    join_pair,
+)
+from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault
 from protocol.errors import WireError
 from protocol.identity import Epoch
 
 MAX_QUEUED_HEADERS = 16
 """A sender announces a frame, then waits until it is taken; one that is further ahead is not ours."""
 
-_MAX_MESSAGE_BYTES = 2048
+_MAX_MESSAGE_BYTES = MAX_HEADER_BYTES + 1024
 _CLOSE_S = 1.0
 _log = logging.getLogger(__name__)
 
@@ -33,8 +43,8 @@ _log = logging.getLogger(__name__)
 class TorchReceiver:
     """A ReceivingTransport. Raises zmq.ZMQError when host cannot be bound."""
 
-    def __init__(self, host: str, timeout_s: float) -> None:
-        self.arrivals: Mailbox[Arrival] = Mailbox(INBOX_BYTES)
+    def __init__(self, host: str, timeout_s: float, arrivals: Mailbox[Arrival]) -> None:
+        self.arrivals = arrivals
         self.counters: dict[str, int] = dict.fromkeys(RECEIVING_FAULTS, 0)
         self._host = host
         self._timeout_s = timeout_s
@@ -165,7 +175,7 @@ class _Pair:
         """Receive one payload, into room for the largest: gloo ends the process when a message exceeds its room."""
         staging = torch.empty(FRAME_BYTES, dtype=torch.uint8)
         try:
-            group.recv([staging], SENDER, 0).wait()
+            group.recv([staging], SENDER, PAYLOAD).wait()
         except Exception:
             self._arrivals.put(Arrival(header, None, "broken_pair"))
             raise
@@ -176,6 +186,7 @@ class _Pair:
             self._arrivals.put(Arrival(header, None, fault))
         else:
             self._arrivals.put(Arrival(header, payload, None), header.piece.num_bytes)
+        group.send([encode_answer(fault)], SENDER, ANSWER).wait()
 
 
 def _fault_of(header: FrameHeader, payload: torch.Tensor) -> ReceivingFault | None:

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from contextlib import ExitStack
 
+import torch
 import torch.distributed as dist
 import zmq
 
@@ -17,28 +18,45 @@ from kernels.process_group import open_group, open_store
 from kv_transfer.frames import encode_header
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports.kv_socket import prepare_for_kv
-from kv_transfer.transports.torch_pair import FRAME, OPEN, RECEIVER, SENDER, Announcement, encode_announcement
+from kv_transfer.transports.torch_pair import (
+    ANSWER,
+    FRAME,
+    OPEN,
+    PAYLOAD,
+    RECEIVER,
+    SENDER,
+    Announcement,
+    decode_answer,
+    encode_announcement,
+)
 from kv_transfer.transports.transport import DROPPED, Destination, OutgoingFrame, Settled
 from protocol.identity import Attempt, Epoch
 
 _CLOSE_S = 1.0
 _MAX_ANSWER_BYTES = 1024
 _QUEUED_HEADERS = 4
+_UNANSWERED_FRAMES = 2  # one is checked over there while the next is under way
 _log = logging.getLogger(__name__)
 
 
 class TorchSender:
     """A SendingTransport."""
 
-    def __init__(self, host: str, timeout_s: float) -> None:
-        self.settled: Mailbox[Settled] = Mailbox(0)
+    def __init__(self, host: str, timeout_s: float, settled: Mailbox[Settled]) -> None:
+        self.settled = settled
+        self.counters = {"connections_gloo": 0}
         self._host = host
         self._timeout_s = timeout_s
         self._pairs: dict[Destination, _Pair] = {}
 
+    def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
+        del destination
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
     def send(self, frame: OutgoingFrame) -> None:
         pair = self._pairs.get(frame.destination)
         if pair is None or not pair.add(frame):
+            self.counters["connections_gloo"] += 1
             self._pairs[frame.destination] = _Pair(frame, self._host, self._timeout_s, self.settled)
 
     def drop(self, attempt: Attempt) -> None:
@@ -76,6 +94,7 @@ class _Pair:
         self._id = secrets.token_bytes(8)
         self._waiting = deque([frame])
         self._changed = threading.Condition()
+        self._unanswered: deque[tuple[OutgoingFrame, torch.Tensor, dist.Work]] = deque()  # the thread's own
         self._fault: str | None = None
         self._thread = threading.Thread(target=self._run, name="kv-pair-sender", daemon=True)
         self._thread.start()
@@ -119,6 +138,9 @@ class _Pair:
         except Exception as error:  # whatever torch or ZMQ raise, it ends this pair and nothing else
             _log.warning("KV pair to %s given up: %s", self._address, error)
             self.close(f"pair to {self._address} failed: {error}")
+        finally:
+            for frame, _, _ in self._unanswered:
+                self._settled.put(Settled(frame, self._fault))
 
     def _open(self, resources: ExitStack) -> "tuple[zmq.Socket[bytes], dist.ProcessGroup]":
         """Wait on a store of our own for the receiver to come, after telling it where."""
@@ -135,15 +157,22 @@ class _Pair:
         return socket, group
 
     def _next(self) -> OutgoingFrame | None:
+        """Return the next frame when there is one and few are unanswered; None when this pair is over."""
+        while self._unanswered and (len(self._unanswered) == _UNANSWERED_FRAMES or not self._waiting):
+            self._take_answer()
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._fault)
             return None if self._fault else self._waiting.popleft()
 
+    def _take_answer(self) -> None:
+        frame, answer, receiving = self._unanswered[0]
+        receiving.wait()
+        self._unanswered.popleft()
+        self._settled.put(Settled(frame, decode_answer(answer)))
+
     def _send(self, frame: OutgoingFrame, socket: "zmq.Socket[bytes]", group: dist.ProcessGroup) -> None:
-        try:
-            socket.send_multipart([FRAME, self._id, encode_header(frame.header)])
-            group.send([frame.payload], RECEIVER, 0).wait()
-        except Exception as error:
-            self._settled.put(Settled(frame, f"pair to {self._address} failed: {error}"))
-            raise
-        self._settled.put(Settled(frame, None))
+        answer = torch.empty(1, dtype=torch.uint8)
+        # Asked for before the payload goes: the receiver's answer, like any send of gloo's, waits until it is wanted.
+        self._unanswered.append((frame, answer, group.recv([answer], RECEIVER, ANSWER)))
+        socket.send_multipart([FRAME, self._id, encode_header(frame.header)])
+        group.send([frame.payload], RECEIVER, PAYLOAD).wait()

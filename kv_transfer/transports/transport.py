@@ -7,6 +7,7 @@ All methods are called by the rank's main thread and return at once; the network
 each of which outlives every bad message.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -33,6 +34,9 @@ RECEIVING_FAULTS: tuple[ReceivingFault, ...] = (
 DROPPED = "dropped"
 """Why a frame was settled without being sent: its attempt was dropped."""
 
+REFUSED = "refused by the receiver: "
+"""How the fault of a frame begins that arrived, but not as it was sent; the name of what was wrong follows."""
+
 
 class Destination(NamedTuple):
     """One receiving rank in one life of its group. The same address under another epoch is another peer."""
@@ -57,17 +61,31 @@ class Settled(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """A frame whose header is sound. payload, uint8 [num_bytes], is there if and only if fault is None."""
+    """A frame whose header is sound. payload, uint8 [num_bytes], is there if and only if fault is None.
+
+    Whoever takes it calls done when the payload has been copied, or will not be: it may then be overwritten.
+    """
 
     header: FrameHeader
     payload: torch.Tensor | None
     fault: ReceivingFault | None
+    done: Callable[[], None] = lambda: None
 
 
 class SendingTransport(Protocol):
-    """The side of a prefill rank."""
+    """The side of a prefill rank. counters: connections_x, how many were opened over transport x."""
 
     settled: Mailbox[Settled]
+
+    @property
+    def counters(self) -> dict[str, int]: ...
+
+    def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
+        """Return memory for the next frame to destination, uint8 [num_bytes]; what is taken must be sent.
+
+        None while there is none: there will be some when the next frame to destination is settled.
+        """
+        ...
 
     def send(self, frame: OutgoingFrame) -> None:
         """Take the frame; frames to one destination arrive in the order in which they were taken."""
@@ -91,7 +109,9 @@ class ReceivingTransport(Protocol):
 
     address: str
     arrivals: Mailbox[Arrival]
-    counters: dict[str, int]
+
+    @property
+    def counters(self) -> dict[str, int]: ...
 
     def close_peer(self, epoch: Epoch) -> None:
         """Close every connection to the group of this epoch."""

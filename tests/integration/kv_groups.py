@@ -14,19 +14,20 @@ from kv_transfer.mailbox import Mailbox
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.opening import open_receiver, open_sender
-from kv_transfer.transports.transport import OutgoingFrame, Settled
+from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled
 from protocol.identity import Attempt, Epoch, new_attempt, new_epoch, new_request_id
 from protocol.layout import Endpoint, KVLayout
 from protocol.orders import Broken, ExpectBlocks, Received, SendBlocks
 
 HOST = "127.0.0.1"
+TRANSPORTS = ["zmq", "gloo", "shm", "auto"]
 NUM_LAYERS, NUM_BLOCKS, BLOCK_SIZE, HEAD_DIM = 3, 16, 16, 8
 SMALL_FRAME_BYTES = 4096
 """Several frames per link even for tiny caches."""
 
 
-def layout(tensor_parallel: int, num_kv_heads: int, dtype: str = "float32") -> KVLayout:
-    return KVLayout("model", NUM_LAYERS, num_kv_heads, HEAD_DIM, dtype, BLOCK_SIZE, tensor_parallel)
+def layout(tensor_parallel: int, num_kv_heads: int, dtype: str = "float32", block_size: int = BLOCK_SIZE) -> KVLayout:
+    return KVLayout("model", NUM_LAYERS, num_kv_heads, HEAD_DIM, dtype, block_size, tensor_parallel)
 
 
 def heads_of(shape: KVLayout, rank: int) -> list[int]:
@@ -45,12 +46,13 @@ def write_tokens(cache: torch.Tensor, shape: KVLayout, rank: int, block_ids: lis
     """Put tokens [first, end of kv) of a prompt into a rank's blocks, slot by slot."""
     heads = heads_of(shape, rank)
     for position in range(first, kv.shape[3]):
-        cache[:, :, block_ids[position // BLOCK_SIZE], :, position % BLOCK_SIZE] = kv[:, :, heads, position]
+        block, slot = divmod(position, shape.block_size)
+        cache[:, :, block_ids[block], :, slot] = kv[:, :, heads, position]
 
 
 def random_caches(shape: KVLayout, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     return [
-        torch.randn(NUM_LAYERS, 2, NUM_BLOCKS, len(heads_of(shape, rank)), BLOCK_SIZE, HEAD_DIM).to(dtype)
+        torch.randn(NUM_LAYERS, 2, NUM_BLOCKS, len(heads_of(shape, rank)), shape.block_size, HEAD_DIM).to(dtype)
         for rank in range(shape.tensor_parallel)
     ]
 
@@ -118,10 +120,11 @@ def connected(
     num_kv_heads: int = 2,
     dtype: str = "float32",
     timeout_s: float = 10,
+    block_sizes: tuple[int, int] = (BLOCK_SIZE, BLOCK_SIZE),
 ) -> Iterator[tuple[Source, Sink]]:
     kind = getattr(torch, dtype)
-    source = Source(name, layout(source_tp, num_kv_heads, dtype), kind, timeout_s)
-    sink = Sink(name, layout(sink_tp, num_kv_heads, dtype), kind, timeout_s)
+    source = Source(name, layout(source_tp, num_kv_heads, dtype, block_sizes[0]), kind, timeout_s)
+    sink = Sink(name, layout(sink_tp, num_kv_heads, dtype, block_sizes[1]), kind, timeout_s)
     try:
         yield source, sink
     finally:
@@ -180,8 +183,9 @@ def transfer(
     source: Source, sink: Sink, num_positions: int, first: int = 0, blocks: tuple[list[int], list[int]] | None = None
 ) -> list[Received | Broken]:
     """Send one prompt's tokens [first, num_positions) over random block tables; return what every sink rank reports."""
-    num_blocks = -(-num_positions // BLOCK_SIZE)
-    ours, theirs = blocks or (torch.randperm(NUM_BLOCKS)[:num_blocks].tolist() for _ in range(2))
+    ours, theirs = blocks or (
+        torch.randperm(NUM_BLOCKS)[: -(-num_positions // side.layout.block_size)].tolist() for side in (source, sink)
+    )
     kv = random_tokens(source.layout.num_kv_heads, num_positions, source.caches[0].dtype)
     source.fill(ours, kv)
     sink.note(theirs, first, kv)
@@ -200,6 +204,10 @@ class Recorder:
         self.settled: Mailbox[Settled] = Mailbox(0)
         self.frames: list[OutgoingFrame] = []
         self.dropped: list[Attempt] = []
+        self.counters: dict[str, int] = {}
+
+    def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def send(self, frame: OutgoingFrame) -> None:
         self.frames.append(frame)

@@ -29,8 +29,8 @@ TOPOLOGIES: dict[str, list[tuple[RoleName, int, int]]] = {
     "TP2-TP1": [("prefill", 1, 2), ("decode", 1, 1)],
     "TP2-TP4": [("prefill", 1, 2), ("decode", 1, 4)],
 }
-CASES = [(topology, transport) for topology in TOPOLOGIES for transport in ("zmq", "gloo")]
-CASES.remove(("colocated", "gloo"))  # nothing crosses there
+CASES = [(topology, transport) for topology in TOPOLOGIES for transport in ("zmq", "gloo", "shm", "auto")]
+CASES = [case for case in CASES if case[0] != "colocated" or case[1] == "zmq"]  # nothing crosses there
 
 
 class Reference:
@@ -81,7 +81,7 @@ def _sampling(seed: int) -> SamplingParams:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
-    yield Reference(request.param, tmp_path_factory.mktemp(request.param))
+    return Reference(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize(("topology", "transport"), CASES)
@@ -95,4 +95,14 @@ def test_tokens_equal_transformers(reference: Reference, topology: str, transpor
             for prompt, params in zip(reference.prompts[4:8], reference.sampling, strict=True)
         ]
         assert [future.result(60).token_ids for future in futures] == reference.sampled
+        cluster.assert_pools_whole()
+
+
+@pytest.mark.parametrize("block_sizes", [(16, 32), (32, 16), (64, 16)], ids=lambda sizes: f"{sizes[0]}to{sizes[1]}")
+def test_tokens_equal_transformers_whatever_the_block_sizes(reference: Reference, block_sizes: tuple[int, int]) -> None:
+    greedy = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0)
+    topology = TOPOLOGIES["TP2-TP1"]
+    with WorkerCluster(reference.folder, topology, memory_bytes=24 << 20, block_sizes=block_sizes) as cluster:
+        assert cluster.generate(reference.prompts, greedy) == reference.greedy
+        assert cluster.generate(reference.prompts[::-1], greedy) == reference.greedy[::-1], "from a warm prefix cache"
         cluster.assert_pools_whole()

@@ -4,12 +4,14 @@ import select
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from kv_transfer.plan import manifest_of
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
+from kv_transfer.transports.host_identity import host_identity
 from kv_transfer.transports.opening import open_receiver, open_sender
 from protocol.identity import new_attempt
 from protocol.layout import Endpoint, KVLayout
@@ -17,6 +19,7 @@ from protocol.orders import Broken, ExpectBlocks, Received, SendBlocks
 from tests.integration.kv_groups import (
     HOST,
     SMALL_FRAME_BYTES,
+    TRANSPORTS,
     attempt_between,
     connected,
     expect_order,
@@ -29,8 +32,7 @@ from tests.integration.kv_groups import (
 from tests.integration.test_process_group import LOOPBACK, listening_hosts, num_threads
 
 torch.set_num_threads(1)
-transports = pytest.mark.parametrize("name", ["zmq", "gloo"])
-RECEIVING_MODULES = {"zmq": "zmq_receiver", "gloo": "torch_receiver"}
+transports = pytest.mark.parametrize("name", TRANSPORTS)
 
 
 @pytest.fixture(autouse=True)
@@ -39,12 +41,13 @@ def _same_random_numbers_every_time() -> None:
 
 
 @transports
+@pytest.mark.parametrize("block_sizes", [(16, 16), (16, 32), (32, 16)], ids=lambda sizes: f"{sizes[0]}to{sizes[1]}")
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
 @pytest.mark.parametrize("sink_tp", [1, 2, 4])
 @pytest.mark.parametrize("source_tp", [1, 2, 4])
-def test_every_pair_of_groups_moves_exactly_the_promised_slots(name, source_tp, sink_tp, num_kv_heads):
-    with connected(name, source_tp, sink_tp, num_kv_heads) as (source, sink):
-        for num_positions, first in ((37, 0), (71, 32), (16, 0), (1, 0)):
+def test_every_pair_of_groups_moves_exactly_the_promised_slots(name, source_tp, sink_tp, num_kv_heads, block_sizes):
+    with connected(name, source_tp, sink_tp, num_kv_heads, block_sizes=block_sizes) as (source, sink):
+        for num_positions, first in ((37, 0), (71, 32), (100, block_sizes[1]), (16, 0), (1, 0)):
             reports = transfer(source, sink, num_positions, first)
             assert sorted(report.rank for report in reports) == list(range(sink_tp))
             assert {type(report) for report in reports} == {Received}
@@ -101,7 +104,7 @@ def test_frames_of_full_size_arrive(name):
 
 @transports
 def test_a_receiver_that_is_busy_for_seconds_loses_nothing(name, monkeypatch):
-    monkeypatch.setattr(f"kv_transfer.transports.{RECEIVING_MODULES[name]}.INBOX_BYTES", 8 << 20)
+    monkeypatch.setattr("kv_transfer.transports.opening.INBOX_BYTES", 8 << 20)
     shape = KVLayout("large", 20, 4, 64, "float32", 16, 1)
     source, sink = torch.ones(20, 2, 80, 4, 16, 64), torch.zeros(20, 2, 80, 4, 16, 64)
     sender = KVSender(source, shape, 0, open_sender(name, HOST, 10))
@@ -120,7 +123,7 @@ def test_a_receiver_that_is_busy_for_seconds_loses_nothing(name, monkeypatch):
 def test_nothing_listens_on_other_interfaces(name):
     with connected(name, 2, 2) as (source, sink):
         transfer(source, sink, 40)
-        assert listening_hosts() == {LOOPBACK}
+        assert listening_hosts() == (set() if name == "shm" else {LOOPBACK})
 
 
 @transports
@@ -168,3 +171,24 @@ def test_one_poll_copies_no_more_than_its_budget(name):
             reports = receiver.poll(max_bytes=1)
             polls += 1
         assert polls >= manifest_of(source.layout, sink.layout, 0, 64, SMALL_FRAME_BYTES).num_frames > 3
+
+
+def test_auto_takes_shared_memory_on_one_host_and_zmq_where_it_does_not_reach():
+    with connected("auto") as (source, sink), connected("auto") as (_, far_sink):
+        transfer(source, sink, 40)
+        (sender,), (receiver,) = source.senders, far_sink.receivers
+        assert sender.counters == {"connections_shm": 1, "connections_zmq": 0, "resent_frames": 0}
+        host = host_identity()
+        assert host in receiver.address
+        elsewhere = receiver.address.replace(host, "another-host")
+        far_sink.endpoint = msgspec.structs.replace(far_sink.endpoint, addresses=(elsewhere,))
+        assert type(transfer(source, far_sink, 40)[0]) is Received
+        assert far_sink.is_as_expected()
+        assert sender.counters == {"connections_shm": 1, "connections_zmq": 1, "resent_frames": 0}
+
+
+def test_a_sender_of_one_named_transport_reaches_a_receiver_that_offers_several():
+    for name in ("zmq", "shm"):
+        with connected(name) as (source, _), connected("auto") as (_, sink):
+            assert type(transfer(source, sink, 40)[0]) is Received
+            assert sink.is_as_expected()

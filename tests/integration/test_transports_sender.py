@@ -7,10 +7,10 @@ import torch
 import kv_transfer.sender
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.loopback import Loopback
-from kv_transfer.transports.transport import DROPPED, Settled
+from kv_transfer.transports.transport import DROPPED, REFUSED, Settled
 from protocol.identity import Attempt, new_attempt
 from protocol.layout import Endpoint
-from protocol.orders import Broken, SendBlocks
+from protocol.orders import Broken, SendBlocks, SendMore
 from tests.integration.kv_groups import Recorder, layout, random_caches
 
 FRAME_BYTES = 1024
@@ -89,6 +89,21 @@ def test_a_dropped_attempt_makes_room_for_the_next_and_is_not_gathered_any_more(
     assert counts(recorder) == {dropped.attempt: WINDOW_FRAMES, kept.attempt: WINDOW_FRAMES}
 
 
+def test_a_refused_frame_is_gathered_again_twice_and_then_breaks_its_transfer():
+    sender, recorder = new_sender()
+    refused = order(TARGETS[0], 16)
+    sender.send(refused)
+    for number in (1, 2):
+        frame = recorder.frames[0]
+        recorder.frames.clear()
+        recorder.settled.put(Settled(frame, REFUSED + "bad_digest"))
+        assert sender.poll() == []
+        assert recorder.frames[0].header.piece == frame.header.piece
+        assert sender.counters["resent_frames"] == number
+    recorder.settled.put(Settled(recorder.frames[0], REFUSED + "bad_digest"))
+    assert sender.poll() == [Broken(0, refused.attempt, "refused by the receiver: bad_digest")]
+
+
 def test_one_failed_frame_breaks_the_transfer_once_and_drops_the_rest():
     sender, recorder = new_sender()
     failing = order(TARGETS[0])
@@ -99,6 +114,16 @@ def test_one_failed_frame_breaks_the_transfer_once_and_drops_the_rest():
     assert recorder.dropped == [failing.attempt]
     assert sender.poll() == []
     assert len(recorder.frames) == WINDOW_FRAMES
+
+
+def test_a_failed_connection_breaks_all_that_waits_for_it_and_a_refused_frame_does_not():
+    sender, recorder = new_sender()
+    under_way, waiting, elsewhere = order(TARGETS[0]), order(TARGETS[0]), order(TARGETS[1])
+    for each in (under_way, waiting, elsewhere):
+        sender.send(each)
+    recorder.settled.put(Settled(recorder.frames[0], "no answer"))
+    assert {report.attempt for report in sender.poll()} == {under_way.attempt, waiting.attempt}
+    assert counts(recorder)[elsewhere.attempt] == WINDOW_FRAMES
 
 
 def test_a_lost_peer_breaks_its_transfers_only_and_late_news_of_it_is_ignored():
@@ -137,3 +162,32 @@ def test_a_loopback_offer_is_adopted_once_and_only_by_its_own_attempt():
     assert loopback.adopt(second) is None
     assert loopback.adopt(first) is blocks
     assert loopback.adopt(first) is None
+
+
+def test_what_is_computed_leaves_while_the_rest_is_computed_and_every_piece_is_sent_once(monkeypatch):
+    monkeypatch.setattr(kv_transfer.sender, "WINDOW_BYTES", 1 << 30)
+    sender, recorder = new_sender()
+    growing = msgspec.structs.replace(order(TARGETS[0]), num_computed=20)
+    sender.send(growing)
+    sent = [0]
+    for num_computed in (20, 31, 32, 63, 64, 64):
+        sender.send_more(SendMore(growing.attempt, num_computed))
+        ends = {frame.header.piece.tokens[1] for frame in recorder.frames}
+        assert max(ends) == num_computed // 8 * 8  # a frame of this test holds 8 tokens
+        sent.append(len(recorder.frames))
+    assert sent == [0, 6, 9, 12, 21, 24, 24]
+    assert sorted(frame.header.piece.index for frame in recorder.frames) == list(range(24))
+
+
+def test_a_transfer_that_failed_or_was_dropped_sends_no_more():
+    sender, recorder = new_sender()
+    failed, dropped = (msgspec.structs.replace(order(TARGETS[0]), num_computed=0) for _ in range(2))
+    sender.send(failed)
+    sender.send(dropped)
+    assert recorder.frames == []
+    sender.close_peer(TARGETS[0].epoch)
+    sender.drop(dropped.attempt)
+    for lost in (failed, dropped):
+        sender.send_more(SendMore(lost.attempt, 64))
+    assert recorder.frames == []
+    assert [report.attempt for report in sender.poll()] == [failed.attempt, dropped.attempt]

@@ -35,6 +35,9 @@ def test_gather_and_scatter_move_exactly_the_named_slots(dtype, table, tokens):
         payload = gather_kv(source, block_table, layers, heads, tokens)
         assert payload.is_contiguous()
         assert torch.equal(payload, slot_by_slot(source, table, layers, heads, tokens))
+        room = torch.empty(payload.numel(), dtype=dtype)
+        assert gather_kv(source, block_table, layers, heads, tokens, room).data_ptr() == room.data_ptr()
+        assert torch.equal(room, payload.flatten())
 
         other = torch.tensor(table[::-1])
         expected = target.clone()

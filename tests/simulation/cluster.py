@@ -55,7 +55,10 @@ class Client:
 
 
 class SimulatedCluster:
-    """Groups as specs say, in one world. Requests are submitted and cancelled at any time."""
+    """Groups as specs say, in one world. Requests are submitted and cancelled at any time.
+
+    decode_size: of decode groups, where it differs.
+    """
 
     def __init__(
         self,
@@ -64,10 +67,12 @@ class SimulatedCluster:
         size: GroupSize,
         policy: str = "least_loaded",
         restart_s: float = 0.5,
+        decode_size: GroupSize | None = None,
     ) -> None:
         self.world = world
         self.clients: dict[str, Client] = {}
         self._open: set[str] = set()
+        self._size_of = lambda spec: decode_size if decode_size and spec.role == "decode" else size
         specs = tuple(specs)
         section = RouterSection(policy=policy)  # type: ignore[arg-type]
         self.controller = Controller(RouterLaunch(
@@ -75,7 +80,7 @@ class SimulatedCluster:
             vocab_size=VOCAB_SIZE, groups=specs,
         ))  # fmt: skip
         world.hear = lambda identity, data: self._perform(self.controller.receive(identity, data))
-        self.groups = [SimulatedGroup(world, spec, size, restart_s) for spec in specs]
+        self.groups = [SimulatedGroup(world, spec, self._size_of(spec), restart_s) for spec in specs]
         world.clock.after(TICK_S, self._tick)
 
     # --- what a test does ---------------------------------------------------------------------------------------------

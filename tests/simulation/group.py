@@ -308,6 +308,7 @@ class FollowerEnd:
 
     def __init__(self, rank: SimulatedRank, report: Callable[[AnyReport], None]) -> None:
         self._rank = rank
+        self.rank = rank.number
         self.report = report
 
     def orders(self) -> list[AnyOrder]:

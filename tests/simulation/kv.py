@@ -11,9 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+import torch
+
+from kv_transfer.frames import encode_header
 from kv_transfer.transports.intake import accept
-from kv_transfer.transports.peers import Peers
-from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, OutgoingFrame, Settled
+from kv_transfer.transports.peers import Peers, fault_in
+from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, Destination, OutgoingFrame, Settled
 from protocol.identity import Attempt, Epoch
 from tests.simulation.clock import Clock
 
@@ -78,8 +81,8 @@ class KVNetwork:
     listeners: dict[str, "SimulatedReceiver"] = field(default_factory=dict)
     num_in_flight: int = 0
 
-    def carry(self, socket: "SimulatedSocket", parts: list[bytes]) -> None:
-        """Take a frame from a socket; it arrives never, once or twice, sooner or later, whole or not."""
+    def carry(self, peer: "SimulatedPeer", parts: list[bytes]) -> None:
+        """Take a frame from a peer; it arrives never, once or twice, sooner or later, whole or not."""
         if self._happens(self.faults.drop):
             return
         if self._happens(self.faults.flip):
@@ -89,17 +92,17 @@ class KVNetwork:
             if self._happens(self.faults.late):
                 delay_s += self.rng.random() * self.faults.late_s
             self.num_in_flight += 1
-            self.clock.after(delay_s, lambda: self._arrive(socket, parts))
+            self.clock.after(delay_s, lambda: self._arrive(peer, parts))
 
-    def _arrive(self, socket: "SimulatedSocket", parts: list[bytes]) -> None:
+    def _arrive(self, peer: "SimulatedPeer", parts: list[bytes]) -> None:
         self.num_in_flight -= 1
-        listener = self.listeners.get(socket.address)
+        listener = self.listeners.get(peer.address)
         if listener is None:
             return
         fault = listener.take(parts)
         if not self._happens(self.faults.lose_answer):
             answer = [parts[0], (fault or "").encode()]
-            self.clock.after(self.rng.random() * self.faults.latency_s, lambda: socket.answered(answer))
+            self.clock.after(self.rng.random() * self.faults.latency_s, lambda: peer.answered(answer))
 
     def _happens(self, probability: float) -> bool:
         return probability > 0 and self.rng.random() < probability
@@ -138,30 +141,46 @@ class SimulatedReceiver:
             del self._network.listeners[self.address]
 
 
-class SimulatedSocket:
-    """A PeerSocket."""
+class SimulatedPeer:
+    """A Peer: one connection, which takes MAX_UNANSWERED frames at a time."""
 
-    def __init__(self, network: KVNetwork, address: str, wake: Callable[[], None]) -> None:
+    def __init__(self, destination: Destination, network: KVNetwork, wake: Callable[[], None]) -> None:
+        self.waiting: deque[OutgoingFrame] = deque()
+        self.unanswered: dict[bytes, OutgoingFrame] = {}
+        self.is_stalled = False
+        self.address = destination.address
         self._network = network
         self._wake = wake
         self._answers: deque[list[bytes]] = deque()
-        self._num_unanswered = 0
+        self._num_sent = self._num_under_way = 0
         self._is_closed = False
-        self.address = address
 
-    def send(self, parts: list[bytes | memoryview]) -> bool:
-        if self._num_unanswered == MAX_UNANSWERED:
-            return False
-        self._num_unanswered += 1
-        self._network.carry(self, [bytes(part) for part in parts])
-        return True
+    def send_waiting(self) -> None:
+        while self.waiting and self._num_under_way < MAX_UNANSWERED:
+            frame = self.waiting.popleft()
+            sequence = self._num_sent.to_bytes(8, "little")
+            self._num_sent += 1
+            self._num_under_way += 1
+            self.unanswered[sequence] = frame
+            self._network.carry(self, [sequence, encode_header(frame.header), frame.payload.numpy().tobytes()])
+        self.is_stalled = bool(self.waiting)
 
-    def receive(self) -> list[bytes] | None:
-        return self._answers.popleft() if self._answers else None
+    def answers(self) -> list[Settled]:
+        settled = []
+        while self._answers:
+            sequence, fault = self._answers.popleft()
+            frame = self.unanswered.pop(sequence, None)
+            if frame:
+                settled.append(Settled(frame, fault_in(fault)))
+        return settled
+
+    def let_go(self, frame: OutgoingFrame) -> None:
+        """Its staging is its own."""
 
     def answered(self, answer: list[bytes]) -> None:
+        """Let an answer arrive, perhaps for the second time."""
         if not self._is_closed:
-            self._num_unanswered -= 1
+            self._num_under_way -= 1
             self._answers.append(answer)
             self._wake()
 
@@ -177,12 +196,19 @@ class SimulatedSender:
         self._commands: deque[Callable[[], None]] = deque()
         self._is_awake = self._is_closed = False
         self.settled: WakingMailbox[Settled] = WakingMailbox(wake)
-        self._peers: Peers[SimulatedSocket] = Peers(
-            lambda address: SimulatedSocket(network, address, self._wake_up),
+        self._peers = Peers(
+            lambda destination: SimulatedPeer(destination, network, self._wake_up),
             self.settled.put,
             TIMEOUT_S,
             network.clock.read,
         )
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return {"connections_simulated": self._peers.num_opened}
+
+    def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
+        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def send(self, frame: OutgoingFrame) -> None:
         self._command(lambda: self._peers.add(frame))
@@ -198,7 +224,7 @@ class SimulatedSender:
 
     @property
     def is_idle(self) -> bool:
-        return not self._commands and not any(peer.is_busy for peer in self._peers.peers.values())
+        return not self._commands and not self._peers.is_busy
 
     def _command(self, command: Callable[[], None]) -> None:
         self._commands.append(command)

@@ -7,7 +7,7 @@ given a short one, so a deadlock shows as an end that nothing explains.
 
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
 
@@ -95,12 +95,16 @@ class Scenario:
         specs = [GroupSpec(role, group, tp) for role, num, tp in topology for group in range(num)]
         size = GroupSize(
             num_blocks=self.rng.choice([6, 8, 12, 30]),
-            batch_tokens=self.rng.choice([6, 16, 32]),
+            batch_tokens=self.rng.choice([3, 6, 16, 32]),
             max_running=self.rng.choice([2, 8]),
             num_kv_heads=self.rng.choice([1, 2]),
         )
-        self.world.tell(lambda: f"{topology}, {size}, faults: {self.faults.name}")
-        self.cluster = SimulatedCluster(self.world, specs, size, self.rng.choice(["least_loaded", "round_robin"]))
+        block_size = self.rng.choice([size.block_size, 2, 8])
+        num_blocks = size.num_blocks * size.block_size // block_size
+        decode_size = replace(size, block_size=block_size, num_blocks=num_blocks)
+        self.world.tell(lambda: f"{topology}, {size}, decode blocks of {block_size}, faults: {self.faults.name}")
+        policy = self.rng.choice(["least_loaded", "round_robin"])
+        self.cluster = SimulatedCluster(self.world, specs, size, policy, decode_size=decode_size)
 
     def run(self) -> None:
         """Live through it. Raise AssertionError for anything that must not be."""

@@ -29,6 +29,7 @@ from protocol.orders import (
     Expecting,
     Received,
     SendBlocks,
+    SendMore,
 )
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
@@ -46,6 +47,11 @@ REQUESTS = {
     f"r{index}": Request(f"r{index}", (index,), SamplingParams(max_tokens=2, seed=0, temperature=0.0), 60.0)
     for index in range(1, 4)
 }
+LONG_REQUESTS = {
+    f"r{index}": Request(f"r{index}", (index, 10 + index), SamplingParams(max_tokens=2, seed=0, temperature=0.0), 60.0)
+    for index in range(7, 9)
+}
+"""Prompts that take a step for each of their two tokens, so that the first may leave before the second is computed."""
 
 
 class Violation(AssertionError):
@@ -64,6 +70,10 @@ def expected_tokens(request: Request) -> list[int]:
     return tokens[len(request.prompt_token_ids) :]
 
 
+def _request(name: str) -> Request:
+    return REQUESTS.get(name) or LONG_REQUESTS[name]
+
+
 def endpoint_of(epoch: Epoch, block_size: int) -> Endpoint:
     return Endpoint(epoch, KVLayout("m", 1, 1, 1, "float32", block_size, 1), "zmq", ("a",))
 
@@ -73,12 +83,13 @@ class Life:
 
     size = 1
 
-    def __init__(self, epoch: Epoch, is_prefill: bool, num_blocks: int, block_size: int) -> None:
+    def __init__(self, epoch: Epoch, is_prefill: bool, num_blocks: int, block_size: int, step_tokens: int) -> None:
         self.epoch = epoch
         self.block_size = block_size
         self.pool = BlockPool(num_blocks, block_size, is_caching=False)
         self.kv: dict[int, KV] = {}
         self.expected: dict[Attempt, tuple[ExpectBlocks, set[int]]] = {}
+        self.sending: dict[Attempt, tuple[SendBlocks, int]] = {}
         self.reports: deque[AnyReport] = deque()
         self.sent: list[AnyMessage] = []
         self.frames: list[tuple[Attempt, int, KV]] = []
@@ -87,7 +98,7 @@ class Life:
             self.role = PrefillRole(self.pool, RemoteOutbox(self.pool, self, layout), self, "m", 8)
         else:
             self.role = DecodeRole(self.pool, RemoteInbox(self, layout), self, "m", 8)
-        self.steps = StepLoop([self.role], self.forward, 16, block_size)
+        self.steps = StepLoop([self.role], self.forward, step_tokens, block_size)
 
     def send(self, message: AnyMessage) -> None:
         self.sent.append(message)
@@ -103,9 +114,20 @@ class Life:
                 self.reports.append(Expecting(0, order.attempt))
             case DropTransfer():
                 self.expected.pop(order.attempt, None)
+                self.sending.pop(order.attempt, None)
             case SendBlocks():
-                for position in range(order.first_position, order.first_position + order.num_tokens):
-                    self.frames.append((order.attempt, position, self._read(order.block_ids, position)))
+                self._send(order, order.first_position, order.num_computed)
+            case SendMore() if order.attempt in self.sending:
+                self._send(*self.sending.pop(order.attempt), order.num_computed)
+
+    def _send(self, order: SendBlocks, first: int, num_computed: int) -> None:
+        """Send what is computed from position first on; the rest waits for SendMore."""
+        stop = order.first_position + order.num_tokens
+        end = min(stop, max(first, num_computed))
+        for position in range(first, end):
+            self.frames.append((order.attempt, position, self._read(order.block_ids, position)))
+        if end < stop:
+            self.sending[order.attempt] = (order, end)
 
     def land(self, attempt: Attempt, position: int, kv: KV) -> None:
         """A frame has come: checked against what is expected, then copied."""
@@ -153,17 +175,23 @@ class SmallWorld:
     """Requests, both groups, the router between them, and everything under way. An event is (name, index)."""
 
     def __init__(
-        self, num_requests: int, num_blocks: int, block_size: int, num_crashes: tuple[int, int], num_cancels: int
+        self,
+        num_requests: int,
+        num_blocks: int,
+        block_size: int,
+        num_crashes: tuple[int, int],
+        num_cancels: int,
+        requests: dict[str, Request] = REQUESTS,
     ):
-        self.sizes = (num_blocks, block_size)
-        self.lives = [Life(10, True, num_blocks, block_size), Life(20, False, num_blocks, block_size)]
+        self.sizes = (num_blocks, block_size, 16 if requests is REQUESTS else 1)
+        self.lives = [Life(10, True, *self.sizes), Life(20, False, *self.sizes)]
         self.down: list[deque[tuple[Epoch, AnyMessage]]] = [deque(), deque()]
         self.up: list[deque[tuple[Epoch, AnyMessage]]] = [deque(), deque()]
         self.frames: list[tuple[Attempt, int, KV]] = []
         self.known = [10, 20]  # the epochs that the router believes in
         self.crashes_left = list(num_crashes)
         self.cancels_left = num_cancels
-        self.waiting = [f"r{index}" for index in range(1, num_requests + 1)]
+        self.waiting = list(requests)[:num_requests]
         self.tokens: dict[str, int] = {}
         self.ended: dict[str, str] = {}
         self.dispatcher = Dispatcher(round_robin)
@@ -201,7 +229,7 @@ class SmallWorld:
     def _start(self, _: int) -> None:
         name = self.waiting.pop(0)
         self.tokens[name] = 0
-        self._perform(self.attempts.start(REQUESTS[name], 60.0))
+        self._perform(self.attempts.start(_request(name), 60.0))
 
     def _hear(self, side: int) -> None:
         sender, message = self.up[side].popleft()
@@ -215,7 +243,7 @@ class SmallWorld:
         receiver, message = self.down[side].popleft()
         life = self.lives[side]
         if receiver != life.epoch:
-            return  # cluster/control_link.py: stale_message
+            return  # cluster/control_link.py: stale_messages
         if isinstance(message, PeerLost):
             life.close_peer(message.epoch)
         else:
@@ -252,7 +280,7 @@ class SmallWorld:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _pair_up(self) -> None:
-        num_blocks, block_size = self.sizes
+        num_blocks, block_size, _ = self.sizes
         groups = [
             ReadyGroup(0, epoch, endpoint_of(epoch, block_size), num_blocks * block_size + 1) for epoch in self.known
         ]
@@ -279,7 +307,7 @@ class SmallWorld:
 
     def _take(self, update: TokenUpdate) -> None:
         name = update.attempt.request_id
-        if update.token_id != expected_tokens(REQUESTS[name])[self.tokens[name]]:
+        if update.token_id != expected_tokens(_request(name))[self.tokens[name]]:
             raise Violation(f"{name} got token {update.token_id}: computed from KV that is not its own")
         self.tokens[name] += 1
 
@@ -292,7 +320,7 @@ class SmallWorld:
         if len(self.attempts) or any(load.prompt_tokens.values()) or any(load.reserved_tokens.values()):
             raise Violation("the router still counts something")
         for life in self.lives:
-            if life.pool.counts.held or life.role.num_running or life.role.num_waiting or life.expected:
+            if life.pool.counts.held or life.role.num_running or life.role.num_waiting or life.expected or life.sending:
                 raise Violation("a block is held for nobody")
 
     def key(self) -> tuple:
@@ -315,13 +343,14 @@ def _life_key(life: Life) -> tuple:
     jobs = role._jobs.values() if isinstance(role, PrefillRole) else role._reservations.values()
     expected = tuple((attempt, frozenset(missing)) for attempt, (_, missing) in life.expected.items())
     held = tuple(life.pool._num_holds)
-    return life.epoch, held, frozenset(life.kv.items()), tuple(map(_job_key, jobs)), tuple(life.reports), expected
+    under_way = (expected, tuple((attempt, first) for attempt, (_, first) in life.sending.items()))
+    return life.epoch, held, frozenset(life.kv.items()), tuple(map(_job_key, jobs)), tuple(life.reports), under_way
 
 
 def _job_key(job) -> tuple:
     sequence, hold = job.sequence, getattr(job, "hold", None)
     if hasattr(job, "prefill"):
-        own = (job.prefill.attempt, job.grant is not None, job.is_computed)
+        own = (job.prefill.attempt, job.grant is not None, job.is_sending, job.computed_at is not None)
     else:
         own = (job.attempt, bool(job.unready), bool(job.incomplete), job.is_granted, job.handoff is not None)
     place = sequence and (sequence.hold.block_ids, sequence.num_computed, len(sequence.token_ids))

@@ -12,10 +12,11 @@ import pytest
 import engine.step_loop
 from decode_worker.inbox import RemoteInbox
 from decode_worker.role import DecodeRole
+from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol import identity
 from tests.simulation.search import explore
-from tests.simulation.small_world import Life, SmallWorld, Violation, take_drawn
+from tests.simulation.small_world import LONG_REQUESTS, Life, SmallWorld, Violation, take_drawn
 
 MAX_STATES = 60_000
 Patch = pytest.MonkeyPatch
@@ -35,15 +36,25 @@ def small_parts(monkeypatch: Patch) -> Iterator[None]:
     [
         (2, 2, 1, (0, 0), 1, 4_000),
         (2, 2, 1, (1, 1), 0, 20_000),
-        (3, 1, 2, (1, 0), 0, 15_000),
         (3, 1, 2, (0, 1), 0, 8_000),
     ],
-    ids=["2x2, a cancel", "2x2, both sides crash", "3x1, prefill crashes", "3x1, decode crashes"],
+    ids=["2x2, a cancel", "2x2, both sides crash", "3x1, decode crashes"],
 )
 def test_no_order_of_events_leads_astray(
     requests: int, blocks: int, block_size: int, crashes: tuple[int, int], cancels: int, num_states: int
 ) -> None:
     assert explore(SmallWorld(requests, blocks, block_size, crashes, cancels), MAX_STATES) > num_states
+
+
+@pytest.mark.parametrize(
+    ("requests", "crashes", "cancels", "num_states"),
+    [(1, (1, 1), 1, 4_000), (2, (0, 0), 1, 3_000), (2, (1, 0), 0, 2_000)],
+    ids=["one, and anything goes wrong", "two, a cancel", "two, prefill crashes"],
+)
+def test_nor_when_prompts_leave_in_parts(
+    requests: int, crashes: tuple[int, int], cancels: int, num_states: int
+) -> None:
+    assert explore(SmallWorld(requests, 3, 1, crashes, cancels, LONG_REQUESTS), MAX_STATES) > num_states
 
 
 def decode_frees_on_abort_and_lets_the_transfer_live(patch: Patch) -> None:
@@ -95,6 +106,15 @@ def prefill_ignores_the_commit(patch: Patch) -> None:
     )
 
 
+def prefill_sends_what_is_not_computed_yet(patch: Patch) -> None:
+    original = Life._send
+    patch.setattr(Life, "_send", lambda self, order, first, num_computed: original(self, order, first, 9))
+
+
+def prefill_does_not_say_that_more_is_computed(patch: Patch) -> None:
+    patch.setattr(RemoteOutbox, "send_more", lambda self, sequence: None)
+
+
 PLANTS = [
     (decode_frees_on_abort_and_lets_the_transfer_live, (2, 2, 1, (0, 0), 1), "held for nobody|KV that is not its own"),
     (decode_commits_before_everything_is_there, (2, 2, 1, (0, 0), 0), "KV that is not its own"),
@@ -102,6 +122,8 @@ PLANTS = [
     (nobody_looks_at_attempts, (2, 4, 1, (0, 0), 0), "KV that is not its own"),
     (decode_takes_the_newest_first, (3, 1, 2, (0, 0), 0), "deadlock"),
     (prefill_ignores_the_commit, (2, 2, 1, (0, 0), 0), "deadlock|held for nobody"),
+    (prefill_sends_what_is_not_computed_yet, (1, 3, 1, (0, 0), 0, LONG_REQUESTS), "KV that is not its own"),
+    (prefill_does_not_say_that_more_is_computed, (1, 3, 1, (0, 0), 0, LONG_REQUESTS), "deadlock"),
 ]
 
 

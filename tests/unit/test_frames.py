@@ -1,11 +1,13 @@
 """The frame codec: whatever the bytes, the outcome is a header or a FrameError with a reason from the closed set."""
 
+import itertools
 from typing import get_args
 
 import msgspec
+import numpy as np
 import pytest
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_transfer.frames import (
@@ -16,11 +18,12 @@ from kv_transfer.frames import (
     FrameHeader,
     check_payload,
     decode_header,
-    digest_of,
     encode_header,
+    unit_digests,
 )
-from kv_transfer.plan import FRAME_BYTES, Piece
+from kv_transfer.plan import FRAME_BYTES, Link, Piece, frames_of, num_units
 from protocol.identity import Attempt, new_attempt, new_request_id
+from protocol.layout import KVLayout
 
 PAYLOAD = bytes(range(256))
 
@@ -33,13 +36,13 @@ headers = st.builds(
     counts,
     st.integers(1, 2**31),
     st.builds(Piece, counts, ranges, ranges, ranges, st.integers(1, FRAME_BYTES)),
-    st.integers(0, 2**64 - 1),
+    st.binary(max_size=64),
 )
 
 
 def some_header() -> FrameHeader:
-    piece = Piece(1, (0, 2), (0, 1), (16, 32), len(PAYLOAD))
-    return FrameHeader(new_attempt(new_request_id(), 1, 5, 6), 0, 1, 3, piece, digest_of(PAYLOAD))
+    piece = Piece(1, (0, 2), (0, 1), (16, 48), len(PAYLOAD))
+    return FrameHeader(new_attempt(new_request_id(), 1, 5, 6), 0, 1, 3, piece, unit_digests(piece, memoryview(PAYLOAD)))
 
 
 def with_digest(body: bytes, version: int = FRAME_VERSION) -> bytes:
@@ -114,9 +117,68 @@ def test_deep_nesting_and_long_headers_are_refused():
 
 def test_a_payload_is_checked_for_size_and_content():
     header = some_header()
-    check_payload(header, PAYLOAD)
+    check_payload(header, memoryview(PAYLOAD))
     with pytest.raises(FrameError) as short:
-        check_payload(header, PAYLOAD[:-1])
-    with pytest.raises(FrameError) as flipped:
-        check_payload(header, b"\x01" + PAYLOAD[1:])
+        check_payload(header, memoryview(PAYLOAD[:-1]))
+    with pytest.raises(FrameError, match="1 of 8 units .* layer 0, keys of KV head 0, tokens 16 to 31") as flipped:
+        check_payload(header, memoryview(b"\x01" + PAYLOAD[1:]))
     assert (short.value.fault, flipped.value.fault) == ("wrong_size", "bad_digest")
+
+
+@given(st.data())
+def test_one_flipped_bit_is_found_and_the_unit_it_is_in_is_named(data):
+    layers, heads, tokens = (data.draw(st.integers(1, size)) for size in (3, 3, 50))
+    first, token_bytes = 16 * data.draw(st.integers(0, 9)), 4
+    row_bytes = tokens * token_bytes
+    piece = Piece(0, (5, 5 + layers), (7, 7 + heads), (first, first + tokens), layers * 2 * heads * row_bytes)
+    payload = bytearray(data.draw(st.binary(min_size=piece.num_bytes, max_size=piece.num_bytes)))
+    header = msgspec.structs.replace(some_header(), piece=piece, unit_digests=unit_digests(piece, memoryview(payload)))
+    check_payload(header, memoryview(payload))
+    bit = data.draw(st.integers(0, 8 * len(payload) - 1))
+    payload[bit // 8] ^= 1 << bit % 8
+    row, offset = divmod(bit // 8, row_bytes)
+    start = offset // (16 * token_bytes) * 16
+    where = f"layer {5 + row // heads // 2}, {('keys', 'values')[row // heads % 2]} of KV head {7 + row % heads}"
+    with pytest.raises(FrameError) as error:
+        check_payload(header, memoryview(payload))
+    assert error.value.fault == "bad_digest"
+    assert f"{where}, tokens {first + start} to {first + min(start + 16, tokens) - 1}" in str(error.value)
+
+
+def test_a_units_digest_is_the_same_however_the_prompt_is_laid_out():
+    """One piece of two heads, and pieces of one head or cut elsewhere: equal digests, unit by unit."""
+    num_layers, num_heads, num_tokens, token_bytes = 2, 2, 70, 8
+    kv = np.random.default_rng(0).integers(0, 256, (num_layers, 2, num_heads, num_tokens, token_bytes), np.uint8)
+
+    def by_unit(heads: tuple[int, int], tokens: tuple[int, int]) -> dict[tuple[int, ...], bytes]:
+        part = np.ascontiguousarray(kv[:, :, slice(*heads), slice(*tokens)])
+        piece = Piece(0, (0, num_layers), heads, tokens, part.nbytes)
+        digests = unit_digests(piece, memoryview(part.reshape(-1)))
+        units = itertools.product(
+            range(num_layers), range(2), range(*heads), range(tokens[0] // 16, -(-tokens[1] // 16))
+        )
+        return {unit: digests[8 * index : 8 * index + 8] for index, unit in enumerate(units)}
+
+    whole = by_unit((0, 2), (0, 70))
+    assert whole == by_unit((0, 1), (0, 48)) | by_unit((1, 2), (0, 48)) | by_unit((0, 2), (48, 70))
+    assert len(set(whole.values())) == len(whole) == num_layers * 2 * num_heads * 5
+
+
+@pytest.mark.parametrize(
+    "change", [{"tokens": (16, 16)}, {"layers": (0, 2**31)}, {"heads": (3, 1)}, {"tokens": (0, 3)}]
+)
+def test_a_header_that_contradicts_itself_is_refused_before_anything_is_computed(change):
+    header = some_header()
+    header = msgspec.structs.replace(header, piece=msgspec.structs.replace(header.piece, **change))
+    with pytest.raises(FrameError) as error:
+        check_payload(header, memoryview(PAYLOAD))
+    assert error.value.fault == "bad_header"
+
+
+@settings(deadline=None)
+@given(st.integers(1, 128), st.integers(1, 100), st.integers(1, 2000), st.integers(2, 256))
+def test_every_header_of_a_plan_fits(num_heads, num_layers, num_tokens, head_dim):
+    shape = KVLayout("m", num_layers, num_heads, head_dim, "bfloat16", 16, 1)
+    for piece in frames_of(Link(0, 0, (0, num_heads)), shape, 0, num_tokens):
+        header = msgspec.structs.replace(some_header(), piece=piece, unit_digests=bytes(8 * num_units(piece)))
+        assert len(encode_header(header)) <= MAX_HEADER_BYTES

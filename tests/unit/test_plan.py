@@ -7,11 +7,22 @@ from collections import Counter
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kv_transfer.plan import FRAME_BYTES, check_table, frames_of, heads_of_rank, local_heads, manifest_of, plan_transfer
-from protocol.layout import KVLayout
+from kv_transfer.plan import (
+    FRAME_BYTES,
+    MAX_UNITS,
+    SEGMENT_TOKENS,
+    check_table,
+    frames_of,
+    heads_of_rank,
+    local_heads,
+    manifest_of,
+    num_units,
+    plan_transfer,
+)
+from protocol.layout import UNIT_TOKENS, KVLayout
 
 SIZES = (1, 2, 4, 8)
 PAIRS = list(itertools.product(SIZES, SIZES, SIZES))
@@ -72,6 +83,7 @@ def test_those_that_want_a_head_are_dealt_out_evenly_over_those_that_hold_it(sou
         assert max(loads) - min(loads) <= 1
 
 
+@settings(deadline=None)
 @given(
     sizes,
     st.integers(0, 300),
@@ -99,8 +111,31 @@ def test_pieces_are_few_fit_the_frame_and_cover_the_tokens_in_order(
     covered = [(layer, token) for piece in pieces for layer in range(*piece.layers) for token in range(*piece.tokens)]
     if len(covered) < 20_000:
         assert sorted(covered) == list(itertools.product(range(num_layers), range(first, first + num_tokens)))
-    ideal = -(-token_bytes * num_tokens * num_layers // frame_bytes)
-    assert len(pieces) <= max(2 * ideal, num_layers * (1 + 2 * num_tokens * token_bytes // frame_bytes))
+    units = num_layers * 2 * num_heads * -(-num_tokens // UNIT_TOKENS)
+    if num_tokens * token_bytes * num_layers <= frame_bytes and units <= MAX_UNITS:
+        assert len(pieces) == min(1, num_tokens)
+    elif units <= MAX_UNITS:  # at least half full, but for the layers and tokens left over at the end of each segment
+        num_segments = 2 + num_tokens // SEGMENT_TOKENS
+        assert len(pieces) <= 2 * (token_bytes * num_tokens * num_layers // frame_bytes + 1) + num_segments * num_layers
+    assert all(num_units(piece) <= MAX_UNITS for piece in pieces)
+    if token_bytes * UNIT_TOKENS <= frame_bytes:
+        cuts = {piece.tokens[0] for piece in pieces} - {first}
+        assert not any(cut % UNIT_TOKENS for cut in cuts)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 20), sizes, st.integers(14, 22))
+def test_a_large_prompts_pieces_come_segment_by_segment(num_tokens, first_unit, num_heads, log_frame):
+    first = first_unit * UNIT_TOKENS
+    shape = layout(1, num_heads, num_layers=40)
+    (link,) = plan_transfer(shape, shape)
+    pieces = frames_of(link, shape, first, num_tokens, 1 << log_frame)
+    if len(pieces) == 1:
+        return
+    computed = list(itertools.accumulate((piece.tokens[1] for piece in pieces), max))
+    needed_later = list(itertools.accumulate((piece.tokens[0] for piece in reversed(pieces)), min))[::-1]
+    longest = max(SEGMENT_TOKENS, (1 << log_frame) // (2 * num_heads * 8 * 4 * 40))
+    assert all(end - start <= longest for end, start in zip(computed, needed_later, strict=True))
 
 
 def test_a_prompt_of_no_tokens_has_no_pieces():
@@ -128,10 +163,18 @@ def test_local_heads_count_from_the_ranks_own_first_head():
     assert local_heads(layout(8, 2), 5, (1, 2)) == (0, 1)
 
 
-@pytest.mark.parametrize("change", [{"num_layers": 4}, {"dtype": "bfloat16"}, {"model_hash": "n"}, {"block_size": 32}])
+@pytest.mark.parametrize("change", [{"num_layers": 4}, {"dtype": "bfloat16"}, {"model_hash": "n"}, {"head_dim": 16}])
 def test_layouts_that_do_not_match_are_refused_by_name(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         plan_transfer(layout(1, 2), layout(1, 2, **change))
+
+
+def test_block_sizes_may_differ_and_change_nothing_about_what_is_sent():
+    for one, other in itertools.permutations([16, 32, 64, 128], 2):
+        source, destination = layout(2, 4, block_size=one), layout(4, 4, block_size=other)
+        assert plan_transfer(source, destination) == plan_transfer(layout(2, 4), layout(4, 4))
+        for link in plan_transfer(source, destination):
+            assert frames_of(link, source, 32, 900, 8192) == frames_of(link, destination, 32, 900, 8192)
 
 
 def test_heads_that_cannot_be_split_over_the_ranks_are_refused():

@@ -59,10 +59,10 @@ def test_what_has_ended_no_longer_counts() -> None:
 
 def test_groups_that_do_not_fit_are_never_paired_and_the_reason_names_both_values() -> None:
     dispatcher = Dispatcher(least_loaded)
-    dispatcher.pair_up([group(1)], [group(11, block_size=32), group(12)])
+    dispatcher.pair_up([group(1)], [group(11, head_dim=32), group(12)])
     assert {dispatch(dispatcher, request(), number).decode.epoch for number in range(10)} == {12}
-    dispatcher.pair_up([group(1)], [group(11, block_size=32)])
-    with pytest.raises(NoPair, match="block_size differs: 16 and 32"):
+    dispatcher.pair_up([group(1)], [group(11, head_dim=32)])
+    with pytest.raises(NoPair, match="head_dim differs: 8 and 32"):
         dispatcher.choose(request())
     dispatcher.pair_up([group(1)], [group(11, transport="gloo")])
     assert "transport differs: zmq and gloo" in str(dispatcher.why_none)

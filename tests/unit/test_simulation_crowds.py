@@ -7,9 +7,11 @@ from unittest import mock
 import pytest
 
 from decode_worker.role import DecodeRole
+from prefill_worker.mover import SendingMover
 from prefill_worker.role import PrefillRole
 from protocol import identity
 from protocol.messages import RoleName
+from protocol.orders import AnyOrder, SendBlocks, SendMore
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
 from router.launch import GroupSpec
@@ -115,7 +117,7 @@ def _between_chunks(cluster: SimulatedCluster) -> list[str]:
 
 def _computed_without_a_grant(cluster: SimulatedCluster) -> list[str]:
     jobs = [job for role in _roles(cluster, PrefillRole) for job in role._jobs.values()]
-    return [job.prefill.request.request_id for job in jobs if job.is_computed and job.grant is None]
+    return [job.prefill.request.request_id for job in jobs if job.computed_at is not None and job.grant is None]
 
 
 def _transferring(cluster: SimulatedCluster) -> list[str]:
@@ -170,6 +172,23 @@ def test_three_hundred_clients_leave_in_one_phase_and_nothing_stays_behind(phase
         clients = crowd(cluster, NUM_LEAVING, f"round-{round_number}", num_tokens=40)
         assert leave_in(phase, cluster, clients) > 30
         assert_serves(cluster)
+
+
+def test_parts_of_a_long_prompt_leave_before_its_first_token_is_known(cluster_of, monkeypatch) -> None:
+    cluster = cluster_of(3, "1P1D", GroupSize(num_blocks=80, batch_tokens=4))
+    parts: list[tuple[int, bool]] = []
+    execute = SendingMover.execute
+
+    def noting(mover: SendingMover, order: AnyOrder) -> None:
+        if isinstance(order, SendBlocks | SendMore):
+            parts.append((order.num_computed, bool(client.token_ids)))
+        execute(mover, order)
+
+    monkeypatch.setattr(SendingMover, "execute", noting)
+    client = cluster.submit(Request("long", tuple(range(64)) + tuple(range(36)), SamplingParams(3, 0, 0.0), LONG_S))
+    assert cluster.world.clock.run_until(lambda: client.is_complete, 5)
+    assert [num_computed for num_computed, _ in parts][-3:] == [92, 96, 100]
+    assert not any(is_known for _, is_known in parts)
 
 
 def is_everywhere(cluster: SimulatedCluster) -> bool:

@@ -7,6 +7,7 @@ one fails; that none does within MAX_SEEDS means that the simulation is blind to
 import re
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from cluster.control_link import ControlLink
@@ -15,13 +16,14 @@ from decode_worker.mover import ReceivingMover
 from decode_worker.role import DecodeRole, Reservation
 from engine.block_pool import Hold
 from kv_transfer.receiver import KVReceiver
+from kv_transfer.sender import KVSender
 from kv_transfer.transports import intake
 from kv_transfer.transports.transport import Arrival
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import Job, PrefillRole
 from protocol.codec import decode
 from protocol.messages import Abort, AnyMessage, Failed, Handoff
-from protocol.orders import AnyReport
+from protocol.orders import AnyReport, SendBlocks
 from router.lifecycle import Lifecycle, Side
 from tests.simulation.scenario import faults_of, run_seed
 
@@ -102,7 +104,7 @@ def nobody_looks_at_attempts(patch: Patch) -> None:
     patch.setattr(KVReceiver, "_land", land)
 
 
-_REST = ("source_rank", "destination_rank", "num_frames", "piece", "payload_digest")
+_REST = ("source_rank", "destination_rank", "num_frames", "piece", "unit_digests")
 
 
 def decode_grants_before_its_ranks_expect(patch: Patch) -> None:
@@ -231,6 +233,19 @@ def prefill_names_blocks_before_they_are_computed(patch: Patch) -> None:
     patch.setattr(PrefillRole, "_start", start)
 
 
+def prefill_sends_what_is_not_computed_yet(patch: Patch) -> None:
+    original = KVSender.send
+
+    def send(self: KVSender, order: SendBlocks) -> None:
+        original(self, msgspec.structs.replace(order, num_computed=None))
+
+    patch.setattr(KVSender, "send", send)
+
+
+def prefill_does_not_say_that_more_is_computed(patch: Patch) -> None:
+    patch.setattr(RemoteOutbox, "send_more", lambda self, sequence: None)
+
+
 PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (decode_frees_on_abort_and_lets_the_transfer_live, WRONG, "slow frames"),
     (prefill_frees_what_was_not_fetched_in_time, WRONG, ""),
@@ -250,6 +265,8 @@ PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (the_router_forgets_that_prefill_holds_something, LEAK, ""),
     (a_leader_sleeps_over_its_own_report, "slept although", ""),
     (prefill_names_blocks_before_they_are_computed, WRONG, ""),
+    (prefill_sends_what_is_not_computed_yet, WRONG, ""),
+    (prefill_does_not_say_that_more_is_computed, STUCK, ""),
 ]
 """plant, what the simulation must say, and the faults without which it would only take longer to find."""
 

@@ -41,7 +41,7 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def topology(model: Path):
     def load(*overrides: str) -> Topology:
-        return load_topology(ROOT / "configs/cpu_1p1d.yaml", [f"model.path={model}", "router.port=0", *overrides])
+        return load_topology(ROOT / "configs/cpu_1p1d.yaml", [f"model.path={model}", "router.port=0", *overrides])[0]
 
     return load
 
@@ -107,7 +107,7 @@ def test_more_ranks_than_the_machine_carries_are_refused(topology):
 
 def test_every_cpu_topology_fits_on_two_cores():
     for path in sorted((ROOT / "configs").glob("cpu_*.yaml")):
-        checks.check_resources(load_topology(path), num_cpus=2, num_gpus=0, where="this machine")
+        checks.check_resources(load_topology(path)[0], num_cpus=2, num_gpus=0, where="this machine")
 
 
 def test_hugging_face_kernels_beside_ours_is_refused(topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -143,10 +143,19 @@ def test_a_refusal_exits_with_2_within_two_seconds_and_without_torch_or_ray(comm
     path.write_text("model: {path: configs/nowhere/at/all}\nprefill: {}\ndecode: {}\n")
     done, took_s = run_command(command, str(path))
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "tandem: model.path configs/nowhere/at/all: no such folder"
+    assert done.stderr.splitlines()[-1] == f"tandem: {path}:1: model.path configs/nowhere/at/all: no such folder"
     assert took_s < 2
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert not imported & {"torch", "ray", "transformers"}
+
+
+def test_a_value_that_cannot_work_is_named_with_the_place_where_it_stands(model: Path, tmp_path: Path):
+    path = tmp_path / "x.yaml"
+    path.write_text(f"model: {{path: {model}}}\nprefill: {{}}\ndecode:\n  groups: 1\n  tensor_parallel: 3\n")
+    done, _ = run_command("check", str(path))
+    assert done.stderr.splitlines()[-1].startswith(f"tandem: {path}:5: decode.tensor_parallel: 4 attention heads")
+    done, _ = run_command("check", str(path), "--set", "decode.tensor_parallel=1", "--set", "model.max_context=900")
+    assert done.stderr.splitlines()[-1].startswith("tandem: --set model.max_context=900: model.max_context is 900")
 
 
 def test_status_says_when_no_router_answers():

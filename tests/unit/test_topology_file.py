@@ -45,7 +45,7 @@ def test_every_shipped_topology_is_well_formed_and_says_what_it_shows(path: Path
 def test_all_keys_but_the_model_and_the_roles_have_defaults(tmp_path: Path):
     path = tmp_path / "x.yaml"
     path.write_text("model: {path: a/b}\nprefill: {}\ndecode: {}\n")
-    topology = load_topology(path)
+    topology, _ = load_topology(path)
     assert topology.router.port == 8000
     assert topology.prefill is not None
     assert topology.prefill.groups == 1
@@ -61,7 +61,11 @@ def test_all_keys_but_the_model_and_the_roles_have_defaults(tmp_path: Path):
         ("  groups: 2", "  groups: two", "x.yaml:5: decode.groups: expected int, got str; it says 'two'"),
         ("  groups: 2", "  groups: 0", "x.yaml:5: decode.groups: expected int >= 1; it says 0"),
         ("8000", "80000", "x.yaml:2: router.port: expected int <= 65535; it says 80000"),
-        ("zmq", "zmqq", "x.yaml:8: kv_transfer.transport: 'zmqq' is not one of gloo, zmq; did you mean zmq?"),
+        (
+            "zmq",
+            "zmqq",
+            "x.yaml:8: kv_transfer.transport: 'zmqq' is not one of auto, gloo, shm, zmq; did you mean zmq?",
+        ),
         ("block_size: 16", "block_size: 17", "x.yaml:7: kv_cache.block_size: 17 is not one of 16, 32, 64, 128"),
         ("path: configs/demo_model, ", "", "x.yaml:1: model.path is missing"),
         ("model: {path: configs/demo_model, dtype: float32}\n", "", "x.yaml:1: model is missing"),
@@ -97,7 +101,7 @@ def test_a_key_that_refers_to_itself_is_refused(complaint_about):
 def test_overrides_take_the_place_of_what_the_file_says(tmp_path: Path):
     path = tmp_path / "x.yaml"
     path.write_text(GOOD)
-    topology = load_topology(
+    topology, _ = load_topology(
         path, ["router.port=0", "device=cuda", "kv_cache.prefix_caching=false", "router.grace_s=2"]
     )
     assert topology.router.port == 0
@@ -109,7 +113,7 @@ def test_overrides_take_the_place_of_what_the_file_says(tmp_path: Path):
 def test_an_override_can_exchange_the_roles(tmp_path: Path):
     path = tmp_path / "x.yaml"
     path.write_text(GOOD)
-    topology = load_topology(path, ["prefill=null", "decode=null", "colocated.groups=2"])
+    topology, _ = load_topology(path, ["prefill=null", "decode=null", "colocated.groups=2"])
     assert topology.colocated is not None
     assert topology.colocated.groups == 2
 

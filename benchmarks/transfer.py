@@ -1,0 +1,303 @@
+"""How fast KV goes from one process to another, per transport, beside what the machine can do at all.
+
+    python -m benchmarks.transfer [--layers 8] [--tokens 512 2048 8192] [--transports shm zmq gloo] [--rounds 5]
+
+An 8B-like layout (8 KV heads of 128, bfloat16) with fewer layers, so that two caches fit a small machine. Sender and
+receiver are processes of their own; a transfer is timed from the order to send until every block is in the receiver's
+cache: gathered from scattered blocks, digested, moved, checked, scattered. Rounds interleave all rows, and medians are
+shown. Anchors, in the same rounds: memcpy (one copy of as many bytes), paged (gather and scatter in one process), tcp
+(a plain socket stream of as many bytes between two processes).
+
+exposed: the prompt is "computed" in chunks of a quarter, by matrix products that take about as long as its transfer
+did, and each chunk is sent when it is done, while the next is computed. Shown is what is left after the last chunk, in
+milliseconds and as a share of the transfer's time alone: 1.00 would be no overlap at all.
+"""
+
+import argparse
+import select
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import msgspec
+import torch
+
+from kernels.plain.gather_kv import gather_kv
+from kernels.plain.scatter_kv import scatter_kv
+from kv_transfer.plan import manifest_of
+from kv_transfer.receiver import KVReceiver
+from kv_transfer.sender import KVSender
+from kv_transfer.transports.opening import open_receiver, open_sender
+from protocol.identity import Attempt, new_attempt, new_epoch, new_request_id
+from protocol.layout import Endpoint, KVLayout
+from protocol.orders import ExpectBlocks, Received, SendBlocks, SendMore
+
+HOST = "127.0.0.1"
+TIMEOUT_S = 30.0
+TCP_BYTES = 4 << 20
+NUM_CHUNKS = 4
+Run = Callable[[int], float]
+"""Moves the KV of so many tokens once; returns seconds."""
+
+
+def layout(num_layers: int) -> KVLayout:
+    return KVLayout("benchmark", num_layers, 8, 128, "bfloat16", 16, 1)
+
+
+def new_cache(shape: KVLayout, num_tokens: int) -> torch.Tensor:
+    """Return a cache of random bits with every page touched."""
+    size = (shape.num_layers, 2, num_tokens // shape.block_size, shape.num_kv_heads, shape.block_size, shape.head_dim)
+    return torch.randint(-(2**15), 2**15, size, dtype=torch.int16).view(torch.bfloat16)
+
+
+def block_table(num_tokens: int, num_blocks: int, seed: int) -> torch.Tensor:
+    """Return scattered blocks, as a pool gives them out after a while."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(num_blocks, generator=generator)[: num_tokens // 16]
+
+
+class Receiving:
+    """The receiving process: what it is told comes on stdin, one line per transfer."""
+
+    def __init__(self, name: str, num_layers: int, num_tokens: int) -> None:
+        self._layout = layout(num_layers)
+        self._cache = new_cache(self._layout, num_tokens)
+        self._receiver = KVReceiver(self._cache, self._layout, 0, open_receiver(name, HOST, TIMEOUT_S))  # type: ignore[arg-type]
+        self._name = name
+
+    def run(self) -> None:
+        print(self._receiver.address, flush=True)
+        for line in sys.stdin:
+            request_id, source, destination, transfer_id, num_tokens = line.split()
+            attempt = Attempt(request_id, 0, int(source), int(destination), int(transfer_id))
+            table = tuple(block_table(int(num_tokens), self._cache.shape[2], 2).tolist())
+            endpoint = Endpoint(attempt.prefill_epoch, self._layout, self._name, ("",))
+            self._receiver.expect(ExpectBlocks(attempt, endpoint, table, 0, int(num_tokens)))
+            print("expecting", flush=True)
+            while Received(0, attempt) not in self._receiver.poll():
+                select.select([self._receiver], [], [], 1)
+            print("received", flush=True)
+
+
+@contextmanager
+def child(*arguments: object) -> Iterator["subprocess.Popen[str]"]:
+    """Run this module again, in the part that arguments name."""
+    command = [sys.executable, "-m", "benchmarks.transfer", *map(str, arguments)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def said(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+@contextmanager
+def transport(name: str, cache: torch.Tensor, shape: KVLayout) -> Iterator["Transport"]:
+    """Yield one transport to a process of its own."""
+    num_tokens = cache.shape[2] * shape.block_size
+    sender = KVSender(cache, shape, 0, open_sender(name, HOST, TIMEOUT_S))  # type: ignore[arg-type]
+    with child("--receive", name, "--layers", shape.num_layers, "--tokens", num_tokens) as process:
+        endpoint = Endpoint(new_epoch(), shape, name, (said(process),))
+        yield Transport(sender, process, endpoint, cache)
+        sender.close()
+
+
+class Transport:
+    """The sending end of one transport; a Run when called."""
+
+    def __init__(
+        self, sender: KVSender, process: "subprocess.Popen[str]", endpoint: Endpoint, cache: torch.Tensor
+    ) -> None:
+        self._sender = sender
+        self._process = process
+        self._endpoint = endpoint
+        self._num_blocks = cache.shape[2]
+
+    def __call__(self, num_tokens: int) -> float:
+        order = self._announce(num_tokens)
+        began = time.perf_counter()
+        self._sender.send(order)
+        self._await_received()
+        return time.perf_counter() - began
+
+    def exposed(self, num_tokens: int, compute_s: float) -> float:
+        """Return the seconds from the last chunk computed to the whole prompt received."""
+        order = msgspec.structs.replace(self._announce(num_tokens), num_computed=0)
+        self._sender.send(order)
+        for chunk in range(1, NUM_CHUNKS + 1):
+            compute(compute_s / NUM_CHUNKS)
+            computed_at = time.perf_counter()
+            self._sender.poll()
+            self._sender.send_more(SendMore(order.attempt, num_tokens * chunk // NUM_CHUNKS))
+        self._await_received()
+        return time.perf_counter() - computed_at
+
+    def _announce(self, num_tokens: int) -> SendBlocks:
+        attempt = new_attempt(new_request_id(), 0, 1, self._endpoint.epoch)
+        words = (attempt.request_id, 1, self._endpoint.epoch, attempt.transfer_id, num_tokens)
+        print(*words, file=self._process.stdin, flush=True)
+        assert said(self._process) == "expecting"
+        table = tuple(block_table(num_tokens, self._num_blocks, 1).tolist())
+        return SendBlocks(attempt, self._endpoint, table, 0, num_tokens)
+
+    def _await_received(self) -> None:
+        assert self._process.stdout
+        while True:
+            ready, _, _ = select.select([self._sender, self._process.stdout], [], [], TIMEOUT_S)
+            reports = self._sender.poll()
+            if reports or not ready:
+                raise SystemExit(f"the transfer broke: {reports or 'nothing came'}")
+            if self._process.stdout in ready:
+                assert said(self._process) == "received"
+                return
+
+
+def compute(seconds: float) -> None:
+    """Keep one core busy, as a forward pass does."""
+    matrix = torch.ones(256, 256)
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        torch.mm(matrix, matrix)
+
+
+@contextmanager
+def memcpy(cache: torch.Tensor) -> Iterator[Run]:
+    flat = cache.flatten()
+    target = torch.zeros_like(flat)
+
+    def run(num_tokens: int) -> float:
+        size = flat.numel() // (cache.shape[2] * cache.shape[4]) * num_tokens
+        began = time.perf_counter()
+        target[:size].copy_(flat[:size])
+        return time.perf_counter() - began
+
+    yield run
+
+
+@contextmanager
+def paged(cache: torch.Tensor) -> Iterator[Run]:
+    """What a transfer does to memory anyway, in pieces of 256 tokens and without processes, digests, or a wire."""
+    target = torch.zeros_like(cache)
+    num_layers, _, num_blocks, num_heads = cache.shape[:4]
+
+    def run(num_tokens: int) -> float:
+        ours, theirs = block_table(num_tokens, num_blocks, 1), block_table(num_tokens, num_blocks, 2)
+        began = time.perf_counter()
+        for start in range(0, num_tokens, 256):
+            for layer in range(0, num_layers, 4):
+                area = (layer, min(layer + 4, num_layers)), (0, num_heads), (start, min(start + 256, num_tokens))
+                scatter_kv(gather_kv(cache, ours, *area), target, theirs, *area)
+        return time.perf_counter() - began
+
+    yield run
+
+
+@contextmanager
+def tcp(token_bytes: int) -> Iterator[Run]:
+    """A plain stream: one process sends a buffer over and over, the other reads into one."""
+    with socket.create_server((HOST, 0)) as server, child("--drain", server.getsockname()[1]) as process:
+        stream, _ = server.accept()
+        buffer = memoryview(torch.randint(0, 255, (TCP_BYTES,), dtype=torch.uint8).numpy()).cast("B")
+
+        def run(num_tokens: int) -> float:
+            left = num_tokens * token_bytes
+            print(left, file=process.stdin, flush=True)
+            assert said(process) == "ready"
+            began = time.perf_counter()
+            while left:
+                left -= stream.send(buffer[: min(left, TCP_BYTES)])
+            assert said(process) == "received"
+            return time.perf_counter() - began
+
+        yield run
+        stream.close()
+
+
+def drain(port: int) -> None:
+    buffer = memoryview(bytearray(TCP_BYTES))
+    with socket.create_connection((HOST, port)) as stream:
+        for line in sys.stdin:
+            left = int(line)
+            print("ready", flush=True)
+            while left:
+                left -= stream.recv_into(buffer[: min(left, TCP_BYTES)])
+            print("received", flush=True)
+
+
+Seconds = dict[str, dict[int, list[float]]]
+"""By row and number of tokens, one per round."""
+
+
+def measure(names: list[str], num_layers: int, lengths: list[int], rounds: int) -> tuple[Seconds, Seconds]:
+    """Return seconds of whole transfers and of exposed tails; the first round warms up and is not counted."""
+    shape = layout(num_layers)
+    cache = new_cache(shape, max(lengths))
+    token_bytes = manifest_of(shape, shape, 0, 1).num_bytes
+    with ExitStack() as stack:
+        rows: dict[str, Run] = {"memcpy": stack.enter_context(memcpy(cache))}
+        rows["paged"] = stack.enter_context(paged(cache))
+        rows["tcp"] = stack.enter_context(tcp(token_bytes))
+        rows |= {name: stack.enter_context(transport(name, cache, shape)) for name in names}
+        seconds: Seconds = {name: {length: [] for length in lengths} for name in rows}
+        tails: Seconds = {name: {length: [] for length in lengths} for name in names}
+        for number in range(rounds + 1):
+            for length in lengths:
+                for name, run in rows.items():
+                    elapsed = run(length)
+                    tail = run.exposed(length, elapsed) if isinstance(run, Transport) else None
+                    if number:
+                        seconds[name][length].append(elapsed)
+                        if tail is not None:
+                            tails[name][length].append(tail)
+    return seconds, tails
+
+
+def show(seconds: Seconds, tails: Seconds, token_bytes: int) -> None:
+    """Ratios are medians over rounds of ratios within a round, for the machine may be busy with other things."""
+    titles = f"{'ms':>9}{'GB/s':>7}{'x memcpy':>10}{'x paged':>9}{'x tcp':>7}{'exposed ms, share':>20}"
+    print(f"{'':8}{'tokens':>8}{'MB':>6}{titles}")
+    for name, of in seconds.items():
+        for length, elapsed in of.items():
+            num_bytes, median = length * token_bytes, statistics.median(elapsed)
+            against = [ratio(seconds[anchor][length], elapsed) for anchor in ("memcpy", "paged", "tcp")]
+            figures = f"{num_bytes / 1e6:6.0f}{median * 1e3:9.2f}{num_bytes / median / 1e9:7.2f}"
+            tail = ""
+            if name in tails:
+                tail = f"{statistics.median(tails[name][length]) * 1e3:12.2f}{ratio(tails[name][length], elapsed):8.2f}"
+            print(f"{name:8}{length:8}{figures}{against[0]:10.2f}{against[1]:9.2f}{against[2]:7.2f}{tail}")
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--transports", nargs="+", default=["shm", "zmq", "gloo"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--receive", help=argparse.SUPPRESS)
+    parser.add_argument("--drain", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.receive:
+        Receiving(options.receive, options.layers, options.tokens[0]).run()
+    elif options.drain:
+        drain(options.drain)
+    else:
+        shape = layout(options.layers)
+        seconds, tails = measure(options.transports, options.layers, options.tokens, options.rounds)
+        show(seconds, tails, manifest_of(shape, shape, 0, 1).num_bytes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The sending side of the shm transport: payloads are gathered straight into memory that the receiver reads.
+
+One slab and one Unix socket per destination. A slab that was given up is never written again, so a receiver that is
+still reading it reads what was sent. The thread is peer_loop.py's, queues and deadlines are peers.py's; the wire is
+shm_wire.py's.
+"""
+
+import socket
+import threading
+from collections import deque
+from functools import partial
+
+import torch
+
+from kv_transfer.frames import encode_header
+from kv_transfer.mailbox import Mailbox
+from kv_transfer.transports import shm_wire
+from kv_transfer.transports.offers import offered
+from kv_transfer.transports.peer_loop import PeerLoop
+from kv_transfer.transports.peers import fault_in
+from kv_transfer.transports.slab import OwnSlab
+from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled
+
+
+class Slabs:
+    """One slab per destination: the main thread gathers into it, the sending thread sends from it."""
+
+    def __init__(self) -> None:
+        self._slabs: dict[Destination, OwnSlab] = {}
+        self._lock = threading.Lock()
+
+    def of(self, destination: Destination) -> OwnSlab:
+        with self._lock:
+            if destination not in self._slabs:
+                self._slabs[destination] = OwnSlab()
+            return self._slabs[destination]
+
+    def drop(self, destination: Destination) -> None:
+        with self._lock:
+            slab = self._slabs.pop(destination, None)
+        if slab:
+            slab.close()
+
+    def close(self) -> None:
+        for destination in list(self._slabs):
+            self.drop(destination)
+
+
+class ShmPeer:
+    """See peers.Peer. Raises OSError or ValueError when nobody listens at the destination."""
+
+    def __init__(self, destination: Destination, slabs: Slabs) -> None:
+        self.waiting: deque[OutgoingFrame] = deque()
+        self.unanswered: dict[bytes, OutgoingFrame] = {}
+        self.is_stalled = False
+        self._destination = destination
+        self._slabs = slabs
+        self._slab = slabs.of(destination)
+        self._num_sent = 0
+        self._socket = shm_wire.new_socket()
+        try:
+            self._socket.connect(shm_wire.name_at(offered(destination.address, "shm")))
+            socket.send_fds(self._socket, [shm_wire.HELLO], [self._slab.fd])
+        except (OSError, ValueError):
+            self.close()
+            raise
+
+    @property
+    def pollable(self) -> int:
+        return self._socket.fileno()
+
+    def send_waiting(self) -> None:
+        self.is_stalled = False
+        try:
+            while self.waiting and (frame := self._in_slab(self.waiting[0])):
+                self.waiting[0] = frame
+                self._send(frame)
+                self.waiting.popleft()
+        except BlockingIOError:
+            self.is_stalled = True
+
+    def answers(self) -> list[Settled]:
+        """Answers that mean nothing are passed over."""
+        settled = []
+        while (data := self._receive()) is not None:
+            if not data:
+                raise ConnectionResetError("the receiver has closed the connection")
+            sequence, fault = shm_wire.decode_answer(data)
+            frame = self.unanswered.pop(sequence, None)
+            if frame:
+                self._slab.give_back(frame.payload)
+                settled.append(Settled(frame, fault_in(fault)))
+        return settled
+
+    def let_go(self, frame: OutgoingFrame) -> None:
+        self._slab.give_back(frame.payload)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._slabs.drop(self._destination)
+
+    def _receive(self) -> bytes | None:
+        try:
+            return self._socket.recv(shm_wire.MAX_PACKET_BYTES)
+        except BlockingIOError:
+            return None
+
+    def _in_slab(self, frame: OutgoingFrame) -> OutgoingFrame | None:
+        """Return the frame with its payload in the slab; None while a payload from elsewhere finds no free slot."""
+        if self._slab.index_of(frame.payload) is not None:
+            return frame
+        room = self._slab.take(len(frame.payload))
+        return None if room is None else frame._replace(payload=room.copy_(frame.payload))
+
+    def _send(self, frame: OutgoingFrame) -> None:
+        sequence, slot = self._num_sent, self._slab.index_of(frame.payload)
+        assert slot is not None
+        packet = shm_wire.FramePacket(sequence, slot, len(frame.payload), encode_header(frame.header))
+        self._socket.send(shm_wire.encode_frame(packet))
+        self._num_sent += 1
+        self.unanswered[shm_wire.encode_answer(sequence, "")] = frame
+
+
+class ShmSender(PeerLoop):
+    """A SendingTransport whose staging is shared with the receiver."""
+
+    def __init__(self, timeout_s: float, settled: Mailbox[Settled]) -> None:
+        self._slabs = Slabs()
+        super().__init__("shm", partial(ShmPeer, slabs=self._slabs), timeout_s, settled)
+
+    def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
+        return self._slabs.of(destination).take(num_bytes)
+
+    def close(self) -> None:
+        super().close()
+        self._slabs.close()
+
+
+def open_shm_sender(host: str, timeout_s: float, settled: Mailbox[Settled]) -> ShmSender:
+    """Return a SendingTransport through shared memory; it reaches receivers on this host only."""
+    del host
+    return ShmSender(timeout_s, settled)

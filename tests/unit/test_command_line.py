@@ -1,0 +1,69 @@
+"""What the command line shows: the table of workers, and the way to ready line by line."""
+
+import io
+
+import msgspec
+import pytest
+
+from cluster.commands.status import format_table
+from cluster.progress import Progress
+from cluster.status_client import ClusterStatus, WorkerStatus, parse_status
+from protocol.errors import TandemError
+from protocol.messages import RoleName, WorkerState
+
+
+def worker(role: RoleName, state: WorkerState, doing: str = "", epoch: str = "a") -> WorkerStatus:
+    return WorkerStatus(role=role, group=0, rank=0, pid=1, node="here", state=state, epoch=epoch, doing=doing)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def show(progress: Progress, *workers: WorkerStatus) -> None:
+    progress.show(ClusterStatus(workers))
+
+
+def test_a_log_gets_one_line_for_every_change_and_none_for_none():
+    out = io.StringIO()
+    progress = Progress(2, out)
+    show(progress, worker("prefill", "starting", "weights 3 of 9"))
+    show(progress, worker("prefill", "starting", "weights 3 of 9"))
+    show(progress, worker("prefill", "ready"), worker("decode", "ready"))
+    show(progress, worker("prefill", "dead"), worker("decode", "ready"))
+    assert out.getvalue().splitlines() == [
+        "prefill 0: weights 3 of 9",
+        "workers ready 0 of 2",
+        "prefill 0: ready",
+        "decode 0: ready",
+        "workers ready 2 of 2",
+        "prefill 0: lost; Ray starts it again",
+        "workers ready 1 of 2",
+    ]
+
+
+def test_a_terminal_shows_the_latest_line_only_until_one_that_stays():
+    out = Terminal()
+    progress = Progress(1, out)
+    show(progress, worker("prefill", "ready"))
+    progress.say("ready: http://127.0.0.1:8000")
+    shown = [line.rpartition("\x1b[2K")[2] for line in out.getvalue().split("\n")]
+    assert shown == ["ready: http://127.0.0.1:8000", ""]
+
+
+def test_a_table_is_as_wide_as_its_cells():
+    assert format_table([("ROLE", "PID"), ("prefill", "7")]) == "ROLE     PID\nprefill  7"
+
+
+def test_a_status_with_more_than_is_shown_still_reads():
+    body = msgspec.json.encode(
+        {"workers": [msgspec.to_builtins(worker("decode", "ready")) | {"new": 1}], "requests": 3}
+    )
+    assert parse_status(body, "http://x").workers == (worker("decode", "ready"),)
+
+
+@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"workers": [{}]}'])
+def test_a_status_of_someone_else_is_refused(body: bytes):
+    with pytest.raises(TandemError, match="http://x/status is not a Tandem router's"):
+        parse_status(body, "http://x")
