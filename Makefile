@@ -32,7 +32,8 @@ serve: setup           ## start the cluster of CONFIG (default: one prefill and 
 	$(BIN)/python -m cluster up $(CONFIG)
 
 test: setup            ## run the tests; those that need a GPU skip themselves elsewhere
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/kernels tests/integration
+	$(BIN)/python -m pytest tests/e2e
 
 check: setup           ## formatting, lint and types
 	$(BIN)/ruff check .

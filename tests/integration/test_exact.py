@@ -29,8 +29,9 @@ TOPOLOGIES: dict[str, list[tuple[RoleName, int, int]]] = {
     "TP2-TP1": [("prefill", 1, 2), ("decode", 1, 1)],
     "TP2-TP4": [("prefill", 1, 2), ("decode", 1, 4)],
 }
-CASES = [(topology, transport) for topology in TOPOLOGIES for transport in ("zmq", "gloo", "shm", "auto")]
-CASES = [case for case in CASES if case[0] != "colocated" or case[1] == "zmq"]  # nothing crosses there
+CASES = [("colocated", "zmq")]  # nothing crosses there
+CASES += [(topology, transport) for topology in TOPOLOGIES if topology != "colocated" for transport in ("zmq", "gloo")]
+ONE_HOST_CASES = [(topology, transport) for topology in ("2P2D", "TP2-TP4") for transport in ("shm", "auto")]
 
 
 class Reference:
@@ -86,6 +87,18 @@ def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.mark.parametrize(("topology", "transport"), CASES)
 def test_tokens_equal_transformers(reference: Reference, topology: str, transport: Transport) -> None:
+    _hold_against(reference, topology, transport)
+
+
+@pytest.mark.parametrize("reference", ["llama"], indirect=True)
+@pytest.mark.parametrize(("topology", "transport"), ONE_HOST_CASES)
+def test_transports_within_one_host_carry_the_same_tokens(
+    reference: Reference, topology: str, transport: Transport
+) -> None:
+    _hold_against(reference, topology, transport)
+
+
+def _hold_against(reference: Reference, topology: str, transport: Transport) -> None:
     greedy = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0)
     with WorkerCluster(reference.folder, TOPOLOGIES[topology], transport, memory_bytes=24 << 20) as cluster:
         assert cluster.generate(reference.prompts, greedy) == reference.greedy
@@ -98,6 +111,7 @@ def test_tokens_equal_transformers(reference: Reference, topology: str, transpor
         cluster.assert_pools_whole()
 
 
+@pytest.mark.parametrize("reference", ["llama"], indirect=True)
 @pytest.mark.parametrize("block_sizes", [(16, 32), (32, 16), (64, 16)], ids=lambda sizes: f"{sizes[0]}to{sizes[1]}")
 def test_tokens_equal_transformers_whatever_the_block_sizes(reference: Reference, block_sizes: tuple[int, int]) -> None:
     greedy = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0)

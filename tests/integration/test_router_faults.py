@@ -104,7 +104,7 @@ def test_a_worker_that_dies_ends_its_streams_at_once_and_comes_back_under_a_new_
     error = json.loads(frames[-1].removeprefix("data: "))["error"]
     assert error["code"] == "worker_lost"
     assert all("error" not in json.loads(frame.removeprefix("data: ")) for frame in frames[:-1])
-    assert prefill.messages(PeerLost) == [PeerLost(decode.epoch)]
+    wait_until(lambda: prefill.messages(PeerLost) == [PeerLost(decode.epoch)], 2)
     states = {worker["epoch"]: worker["state"] for worker in router.status()["workers"]}
     assert states == {f"{decode.epoch:x}": "dead", f"{prefill.epoch:x}": "ready"}
     assert "no decode worker is ready" in router.client.get("/ready").text
@@ -161,13 +161,13 @@ def test_losing_one_rank_fences_its_group(folder: Path) -> None:
 
 
 def test_groups_that_do_not_fit_together_are_named_with_both_values(router, prefill) -> None:
-    other = msgspec.structs.replace(LAYOUT, block_size=32)
+    other = msgspec.structs.replace(LAYOUT, head_dim=LAYOUT.head_dim * 2)
     with FakeWorker(router.control, "decode", layout=other):
-        wait_until(lambda: "block_size differs: 16 and 32" in router.client.get("/ready").text)
+        wait_until(lambda: f"head_dim differs: {LAYOUT.head_dim} and {other.head_dim}" in router.client.get("/ready").text)
         answer = router.client.post("/v1/completions", json=LONG)
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
-        assert "block_size differs: 16 and 32" in answer.json()["error"]["message"]
+        assert f"head_dim differs: {LAYOUT.head_dim} and {other.head_dim}" in answer.json()["error"]["message"]
 
 
 def test_a_prompt_that_no_group_can_hold_is_refused_and_output_is_cut_to_what_fits(router, prefill) -> None:
