@@ -42,10 +42,13 @@ def cluster_of(request: pytest.FixtureRequest) -> Iterator[Callable[..., Simulat
     """Return a function that builds a ready cluster."""
     draws = random.Random(7)
 
-    def build(seed: int, shape: str, size: GroupSize, faults: KVFaults | None = None) -> SimulatedCluster:
+    def build(
+        seed: int, shape: str, size: GroupSize, faults: KVFaults | None = None, restart_s: float = 0.5
+    ) -> SimulatedCluster:
         world = World(random.Random(seed), faults or KVFaults())
         specs = [GroupSpec(role, group, tp) for role, num, tp in SHAPES[shape] for group in range(num)]
-        cluster = SimulatedCluster(world, specs, size, world.rng.choice(["least_loaded", "round_robin"]))
+        policy = world.rng.choice(["least_loaded", "round_robin"])
+        cluster = SimulatedCluster(world, specs, size, policy, restart_s)
         assert world.clock.run_until(lambda: cluster.is_ready, 5)
         return cluster
 
@@ -86,7 +89,7 @@ def test_many_prompts_and_pools_for_one_request_each_cannot_deadlock(shape: str,
 @pytest.mark.parametrize("shape", SHAPES)
 def test_groups_that_come_and_go_under_a_crowd_leave_nobody_waiting(shape: str, seed: int, cluster_of) -> None:
     """Requests keep coming while ranks die, so that groups of different ages serve requests of one order."""
-    cluster = cluster_of(seed, shape, SMALLEST_POOL, KVFaults(late=0.2))
+    cluster = cluster_of(seed, shape, SMALLEST_POOL, KVFaults(late=0.2), restart_s=0.05)
     world, clients = cluster.world, []
     for index in range(12):
         clients += crowd(cluster, 4, f"wave-{index}")
