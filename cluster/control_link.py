@@ -1,10 +1,11 @@
 """A worker's line to the router: one DEALER socket for this life of the process, messages in, messages out.
 
 Used by every rank. What does not parse, or is meant for an earlier life, is dropped and counted; nothing that arrives
-can end the loop that reads here.
+can end the loop that reads here. The socket is a ControlSocket, or whatever a simulator gives instead.
 """
 
 import time
+from typing import Protocol
 
 import zmq
 
@@ -12,9 +13,12 @@ from protocol.codec import decode, encode
 from protocol.errors import TandemError, WireError
 from protocol.identity import Epoch
 from protocol.messages import AnyMessage, Fence, Stop, Tokens, TokenUpdate, Welcome, WorkerInfo
-from protocol.sockets import prepare
+from protocol.sockets import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, prepare
 
 WELCOME_TIMEOUT_S = 60.0
+RECONNECT_MS = HEARTBEAT_TIMEOUT_MS + 2 * HEARTBEAT_MS
+"""The router needs at most a heartbeat's timeout and one of its ticks to find out that a connection is gone."""
+
 _MAX_MESSAGES = 100_000
 
 
@@ -26,16 +30,58 @@ class Stopped(TandemError):
     """The router said that nothing more will come: the process ends cleanly."""
 
 
+class Wire(Protocol):
+    """Bytes to the router and back, in order."""
+
+    def send(self, data: bytes) -> None:
+        """Send without waiting. Raise Fenced when the router takes nothing any more."""
+
+    def receive(self) -> bytes | None:
+        """Return the next message, None when none has come."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Return when a message has come, or after timeout_s."""
+
+
+class ControlSocket:
+    """The Wire of a real worker. Its identity carries the epoch: what was queued for another life stays there.
+
+    What was under way when a connection is lost is lost with it, and nobody could say what it was. So this end waits
+    with connecting again until the router has found out: by then this life is over there, and hears so.
+    """
+
+    def __init__(self, address: str, worker: WorkerInfo) -> None:
+        self._context = zmq.Context()
+        self.pollable = prepare(self._context.socket(zmq.DEALER), queue=_MAX_MESSAGES)
+        identity = f"{worker.role}-{worker.group}-{worker.rank}-{worker.epoch:x}"
+        self.pollable.setsockopt(zmq.IDENTITY, identity.encode())
+        self.pollable.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        self.pollable.connect(address)
+
+    def send(self, data: bytes) -> None:
+        try:
+            self.pollable.send(data, zmq.NOBLOCK)
+        except zmq.Again:
+            raise Fenced("the router takes no more messages") from None
+
+    def receive(self) -> bytes | None:
+        return self.pollable.recv() if self.pollable.poll(0) else None
+
+    def wait(self, timeout_s: float) -> None:
+        self.pollable.poll(int(timeout_s * 1000))
+
+    def close(self) -> None:
+        """Send what is queued and let go; at most a second goes by."""
+        self.pollable.close(linger=1000)
+        self._context.term()
+
+
 class ControlLink:
     """engine.role.Outlet towards the router, and the way back."""
 
-    def __init__(self, address: str, worker: WorkerInfo) -> None:
-        self._epoch: Epoch = worker.epoch
-        self._context = zmq.Context()
-        self.socket = prepare(self._context.socket(zmq.DEALER), queue=_MAX_MESSAGES)
-        identity = f"{worker.role}-{worker.group}-{worker.rank}-{worker.epoch:x}"
-        self.socket.setsockopt(zmq.IDENTITY, identity.encode())
-        self.socket.connect(address)
+    def __init__(self, wire: Wire, epoch: Epoch) -> None:
+        self._wire = wire
+        self._epoch = epoch
         self._outgoing: list[AnyMessage] = []
         self._updates: list[TokenUpdate] = []
         self.counters: dict[str, int] = {"unparsed_messages": 0, "stale_messages": 0}
@@ -54,16 +100,13 @@ class ControlLink:
         self._close_updates()
         outgoing, self._outgoing = self._outgoing, []
         for message in outgoing:
-            try:
-                self.socket.send(encode(message, self._epoch), zmq.NOBLOCK)
-            except zmq.Again:
-                raise Fenced("the router takes no more messages") from None
+            self._wire.send(encode(message, self._epoch))
 
     def receive(self) -> list[AnyMessage]:
         """Return what has come since the last call, without waiting. Raise Fenced or Stopped when told to end."""
         messages: list[AnyMessage] = []
-        while self.socket.poll(0):
-            message = self._parse(self.socket.recv())
+        while (data := self._wire.receive()) is not None:
+            message = self._parse(data)
             if isinstance(message, Fence):
                 raise Fenced(message.reason)
             if isinstance(message, Stop):
@@ -76,16 +119,11 @@ class ControlLink:
         """Return the router's answer to Join. Raise Fenced when none comes in time."""
         deadline = time.monotonic() + WELCOME_TIMEOUT_S
         while (left := deadline - time.monotonic()) > 0:
-            self.socket.poll(int(left * 1000))
+            self._wire.wait(left)
             for message in self.receive():
                 if isinstance(message, Welcome):
                     return message
         raise Fenced(f"no welcome from the router within {WELCOME_TIMEOUT_S:g} s")
-
-    def close(self) -> None:
-        """Send what is queued and let go; at most a second goes by."""
-        self.socket.close(linger=1000)
-        self._context.term()
 
     def _close_updates(self) -> None:
         if self._updates:

@@ -1,11 +1,12 @@
 """What a worker does over and over until it is told to end: the leader's loop and the followers'.
 
 The leader takes messages and reports, runs a step, and says what came of it. A follower carries out orders. Both sleep
-only when there is nothing to do, and never longer than a heartbeat.
+only when there is nothing to do, and never longer than a heartbeat. One turn of either never waits, so that a simulator
+can take turns under a clock of its own.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 
 import zmq
@@ -16,7 +17,7 @@ from engine.group import Follower, GroupRanks, sums
 from engine.rank import Rank
 from engine.role import Role
 from engine.step_loop import StepLoop
-from protocol.messages import AnyMessage, Heartbeat, PeerLost
+from protocol.messages import AnyMessage, Heartbeat, PeerLost, Progress
 from protocol.orders import ClosePeer, Counted, StopRank
 
 HEARTBEAT_S = 0.25
@@ -26,13 +27,21 @@ class LeaderLoop:
     """The leader's loop: requests in, tokens out."""
 
     def __init__(
-        self, link: ControlLink, ranks: GroupRanks, roles: SequenceOf[Role], steps: StepLoop, pool: BlockPool
+        self,
+        link: ControlLink,
+        ranks: GroupRanks,
+        roles: SequenceOf[Role],
+        steps: StepLoop,
+        pool: BlockPool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._link = link
         self._ranks = ranks
         self._roles = roles
         self._steps = steps
         self._pool = pool
+        self._clock = clock
+        self._is_busy = True
         self._heartbeat_at = 0.0
 
     def run(self, wakers: Iterable[zmq.Socket[bytes] | int]) -> None:
@@ -42,15 +51,19 @@ class LeaderLoop:
         try:
             while True:
                 poller.poll(0 if is_busy else int(HEARTBEAT_S * 1000))
-                was_busy, is_busy = is_busy, self._turn()
-                if was_busy and not is_busy:
-                    self._heartbeat()  # what the router knows last before a silence should be true
+                is_busy = self.turn()
         finally:
             for role in self._roles:
                 role.drop_all()
 
-    def _turn(self) -> bool:
-        """Do everything that can be done now; return whether anything was."""
+    def turn(self) -> bool:
+        """Do everything that can be done now; return whether anything was, so that there may be more at once."""
+        was_busy, self._is_busy = self._is_busy, self._work()
+        if was_busy and not self._is_busy:
+            self._heartbeat()  # what the router knows last before a silence should be true
+        return self._is_busy
+
+    def _work(self) -> bool:
         messages, reports = self._link.receive(), self._ranks.reports()
         for message in messages:
             self._take(message)
@@ -58,7 +71,7 @@ class LeaderLoop:
             for role in self._roles:
                 role.heed(report)
         has_stepped = self._steps.step()
-        if time.monotonic() >= self._heartbeat_at:
+        if self._clock() >= self._heartbeat_at:
             self._heartbeat()
         self._link.flush()
         return bool(messages or reports or has_stepped)
@@ -71,7 +84,7 @@ class LeaderLoop:
             role.receive(message)
 
     def _heartbeat(self) -> None:
-        self._heartbeat_at = time.monotonic() + HEARTBEAT_S
+        self._heartbeat_at = self._clock() + HEARTBEAT_S
         self._link.send(
             Heartbeat(
                 blocks=self._pool.counts,
@@ -87,31 +100,44 @@ class LeaderLoop:
 class FollowerLoop:
     """A follower's loop: orders in, reports out."""
 
-    def __init__(self, link: ControlLink, follower: Follower, rank: Rank) -> None:
+    def __init__(
+        self, link: ControlLink, follower: Follower, rank: Rank, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._link = link
         self._follower = follower
         self._rank = rank
+        self._clock = clock
+        self._speak_at = 0.0
         self._counted: dict[str, int] = {}
-        self._count_at = 0.0
 
-    def run(self) -> None:
-        """Serve until Stopped or Fenced is raised."""
-        poller = _poller([self._link.socket, self._follower.pollable, *self._rank.mover.filenos()])
+    def run(self, wakers: Iterable[zmq.Socket[bytes] | int]) -> None:
+        """Serve until Stopped or Fenced is raised. wakers: what becomes readable when there is something to do."""
+        poller = _poller(wakers)
         while True:
             poller.poll(int(HEARTBEAT_S * 1000))
-            self._link.receive()
-            for order in self._follower.orders():
-                if isinstance(order, StopRank):
-                    raise Stopped("the leader said stop")
-                self._rank.execute(order)
-            for report in self._rank.mover.poll():
-                self._follower.report(report)
-            if time.monotonic() >= self._count_at:
-                self._report_counts()
+            self.turn()
 
-    def _report_counts(self) -> None:
-        """The leader's heartbeat speaks for the whole group, so it must know what was dropped here."""
-        self._count_at = time.monotonic() + HEARTBEAT_S
+    def turn(self) -> None:
+        """Carry out the orders that have come, and report."""
+        self._link.receive()
+        for order in self._follower.orders():
+            if isinstance(order, StopRank):
+                raise Stopped("the leader said stop")
+            self._rank.execute(order)
+        for report in self._rank.mover.poll():
+            self._follower.report(report)
+        if self._clock() >= self._speak_at:
+            self._speak()
+
+    def _speak(self) -> None:
+        """Say to the router that this rank serves, and to the leader what was counted here.
+
+        Who never speaks to the router never learns that nobody there hears it any more. The leader's heartbeat speaks
+        for the whole group, so it must know what was dropped here.
+        """
+        self._speak_at = self._clock() + HEARTBEAT_S
+        self._link.send(Progress("serving"))
+        self._link.flush()
         counters = sums([self._link.counters, self._rank.mover.counters()])
         if counters != self._counted:
             self._counted = counters

@@ -14,7 +14,7 @@ import torch
 import zmq
 
 from cluster.assembly import ASSEMBLIES, LeaderParts
-from cluster.control_link import ControlLink, Stopped
+from cluster.control_link import ControlLink, ControlSocket, Stopped
 from cluster.launch import WorkerLaunch
 from cluster.loading import LoadedRank, load_rank
 from cluster.loops import FollowerLoop, LeaderLoop
@@ -48,8 +48,9 @@ class WorkerLife:
         self._cleanup = cleanup
         self._info = _describe(launch)
         self._place = Place(launch.rank, self._info.tensor_parallel, launch.host, launch.device)
-        self._link = ControlLink(launch.control, self._info)
-        cleanup.callback(self._link.close)
+        self._socket = ControlSocket(launch.control, self._info)
+        cleanup.callback(self._socket.close)
+        self._link = ControlLink(self._socket, self._info.epoch)
 
     def lead(self) -> None:
         """Be rank 0: assemble the group, then serve requests."""
@@ -66,7 +67,8 @@ class WorkerLife:
         self._cleanup.callback(follower.close)
         loaded = self._load(follower.connect())
         follower.report(Enlist(self._launch.rank, self._info.epoch, loaded.rank.mover.address))
-        FollowerLoop(self._link, follower, loaded.rank).run()
+        wakers: list[zmq.Socket[bytes] | int] = [self._socket.pollable, follower.pollable, *loaded.rank.mover.filenos()]
+        FollowerLoop(self._link, follower, loaded.rank).run(wakers)
 
     def _join(self, rendezvous: str | None) -> Welcome:
         self._link.send(Join(self._info, rendezvous))
@@ -91,7 +93,7 @@ class WorkerLife:
         steps = StepLoop(roles, ranks.forward, section.batch_tokens, cache.block_size)
         endpoint = Endpoint(self._info.epoch, loaded.layout, assembly.transport(self._launch), addresses)
         self._link.send(Ready(endpoint, pool.num_blocks * cache.block_size))
-        wakers: list[zmq.Socket[bytes] | int] = [self._link.socket, leader.pollable, *loaded.rank.mover.filenos()]
+        wakers: list[zmq.Socket[bytes] | int] = [self._socket.pollable, leader.pollable, *loaded.rank.mover.filenos()]
         LeaderLoop(self._link, ranks, roles, steps, pool).run(wakers)
 
 

@@ -78,19 +78,20 @@ class KVReceiver:
         return self._transport.counters | self._refused
 
     def expect(self, order: ExpectBlocks) -> None:
-        """From now on take frames of this attempt; one that cannot work is reported as Broken by the next poll()."""
+        """From now on take frames of this attempt; one that cannot work is reported as Broken by the next poll().
+
+        There is always a reason to poll after this: the leader waits to hear that frames may come.
+        """
         assert order.attempt not in self._transfers, "an attempt is expected once"
+        self._transport.arrivals.ring()
         try:
             frames = self._plan(order)
         except ValueError as error:
             self._reports.append(Broken(self._rank, order.attempt, str(error)))
-            self._transport.arrivals.ring()
             return
         table = torch.tensor(order.block_ids, dtype=torch.int64, device=self._cache.device)
         self._transfers[order.attempt] = _Transfer(order, table, frames, set(frames))
         self._finish_if_whole(order.attempt)
-        if self._reports:
-            self._transport.arrivals.ring()
 
     def poll(self, max_bytes: int = POLL_BYTES) -> list[Received | Broken]:
         """Copy what has arrived, about max_bytes at most, and return what has become whole or failed."""

@@ -72,7 +72,7 @@ class Welcome(Message, frozen=True):
 
 
 class Progress(Message, frozen=True):
-    """A rank -> router while starting: what it is doing, in words a person reads ("weights 3 of 9")."""
+    """A rank -> router: what it is doing, in words a person reads ("weights 3 of 9"). Followers go on saying so."""
 
     doing: str
 

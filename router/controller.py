@@ -65,7 +65,7 @@ class Controller:
         except WireError:
             self.drops["malformed"] += 1
             return []
-        return self._resolve(self._route(identity, envelope), identity)
+        return self._resolve(self._route(identity, envelope), identity, envelope.sender_epoch)
 
     def unreachable(self, epoch: Epoch, reason: str) -> list[Effect]:
         """A message for this rank could not be handed to its connection: the connection is gone."""
@@ -123,8 +123,13 @@ class Controller:
             case _:
                 return [Drop("not_for_a_router")]
 
-    def _resolve(self, actions: Iterable[Action | MemberAction], identity: bytes = b"") -> list[Effect]:
-        """Carry out what concerns the router's own state, and address the rest."""
+    def _resolve(
+        self, actions: Iterable[Action | MemberAction], identity: bytes = b"", sender: Epoch = 0
+    ) -> list[Effect]:
+        """Carry out what concerns the router's own state, and address the rest.
+
+        A rejection names the life that it is meant for, like everything else: the next one is not to hear it.
+        """
         effects: list[Effect] = []
         waiting = deque(actions)
         while waiting:
@@ -137,7 +142,7 @@ class Controller:
                 case Send(receiver, message):
                     effects += self._address(receiver, message)
                 case Reject(reason):
-                    effects.append(Transmit(identity, 0, codec.encode(Fence(reason), self._epoch)))
+                    effects.append(Transmit(identity, 0, codec.encode(Fence(reason), self._epoch, sender)))
                 case Deliver() | End() as effect:
                     effects.append(effect)
         return effects

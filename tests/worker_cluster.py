@@ -19,6 +19,7 @@ from protocol.identity import new_request_id
 from protocol.messages import RoleName, TokenUpdate
 from protocol.model_config import load_model_config
 from protocol.request import Request, SamplingParams
+from protocol.stages import Stage
 from protocol.topology import KVTransferSection, RoleSection, RouterSection, Transport
 from router.control import ControlPlane
 from router.controller import Controller
@@ -27,6 +28,7 @@ from router.lifecycle import Outcome
 from router.membership import Group, Rank
 
 HOST = "127.0.0.1"
+GONE = Outcome(Stage.CANCELLED, "client_gone")
 DEADLINE_S = 60.0
 
 
@@ -40,6 +42,14 @@ class Answer:
     @property
     def token_ids(self) -> list[int]:
         return [update.token_id for update in self.updates]
+
+
+@dataclass(frozen=True)
+class Leave:
+    """When a client goes away: after so many tokens, or so many seconds."""
+
+    after_tokens: int | None = None
+    after_s: float | None = None
 
 
 class WorkerCluster:
@@ -88,8 +98,10 @@ class WorkerCluster:
         if error is None:
             assert not self.errors, self.errors
 
-    def submit(self, prompt: list[int], sampling: SamplingParams, salt: str = "") -> "Future[Answer]":
-        """Start a request; the future holds its answer when it is over."""
+    def submit(
+        self, prompt: list[int], sampling: SamplingParams, salt: str = "", leave: "Leave | None" = None
+    ) -> "Future[Answer]":
+        """Start a request; the future holds its answer when it is over. leave: when its client goes away."""
         request = Request(new_request_id(), tuple(prompt), sampling, DEADLINE_S, salt)
         future: Future[Answer] = Future()
         answer = Answer()
@@ -97,12 +109,16 @@ class WorkerCluster:
         def client(event: TokenUpdate | Outcome) -> None:
             if isinstance(event, TokenUpdate):
                 answer.updates.append(event)
+                if leave and leave.after_tokens == len(answer.updates):
+                    self._loop.call_soon(self._control.cancel, request.request_id, GONE)
                 return
             answer.outcome = event
             future.set_result(answer)
 
         async def submit() -> None:
             self._control.submit(request, time.monotonic() + DEADLINE_S, client)
+            if leave and leave.after_s is not None:
+                self._loop.call_later(leave.after_s, self._control.cancel, request.request_id, GONE)
 
         self._on_loop(submit())
         return future

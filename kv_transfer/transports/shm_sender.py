@@ -1,7 +1,8 @@
 """The sending side of the shm transport: payloads are gathered straight into memory that the receiver reads.
 
 One slab and one Unix socket per destination. A slab that was given up is never written again, so a receiver that is
-still reading it reads what was sent. Threads, queues and deadlines are peer_loop.py's; the wire is shm_wire.py's.
+still reading it reads what was sent. The thread is peer_loop.py's, queues and deadlines are peers.py's; the wire is
+shm_wire.py's.
 """
 
 import socket
@@ -15,7 +16,8 @@ from kv_transfer.frames import encode_header
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports import shm_wire
 from kv_transfer.transports.offers import offered
-from kv_transfer.transports.peer_loop import PeerLoop, fault_in
+from kv_transfer.transports.peer_loop import PeerLoop
+from kv_transfer.transports.peers import fault_in
 from kv_transfer.transports.slab import OwnSlab
 from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled
 
@@ -45,7 +47,7 @@ class Slabs:
 
 
 class ShmPeer:
-    """See peer_loop.Peer. Raises OSError or ValueError when nobody listens at the destination."""
+    """See peers.Peer. Raises OSError or ValueError when nobody listens at the destination."""
 
     def __init__(self, destination: Destination, slabs: Slabs) -> None:
         self.waiting: deque[OutgoingFrame] = deque()

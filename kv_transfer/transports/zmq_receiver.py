@@ -5,12 +5,11 @@ nothing] back. An answer without a fault means that the payload was checked and 
 thread's business. Knows nothing of which transfers are live.
 """
 
-import torch
 import zmq
 
-from kv_transfer.frames import FrameError, FrameHeader, check_payload, decode_header
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.plan import FRAME_BYTES
+from kv_transfer.transports.intake import accept
 from kv_transfer.transports.listener import Listener
 from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault
 from protocol.identity import Epoch
@@ -43,24 +42,7 @@ class ZmqReceiver:
         if len(message) != 3:
             self.counters["bad_message"] += 1
             return "bad_message"
-        _, header_bytes, payload = message
-        header: FrameHeader | None = None
-        try:
-            header = decode_header(header_bytes)
-            check_payload(header, payload)
-        except FrameError as error:
-            self.counters[error.fault] += 1
-            if header is not None:
-                self.arrivals.put(Arrival(header, None, error.fault))
-            return error.fault
-        self.arrivals.put(Arrival(header, _as_tensor(payload), None), len(payload))
-        return None
-
-
-def _as_tensor(payload: memoryview) -> torch.Tensor:
-    """Return payload as uint8 [num_bytes].
-
-    Small messages lie anywhere in ZMQ's buffer; they are moved to where every element type may be read.
-    """
-    flat = torch.frombuffer(payload, dtype=torch.uint8)
-    return flat if flat.data_ptr() % 16 == 0 else flat.clone()
+        fault = accept(message[1], message[2], self.arrivals)
+        if fault:
+            self.counters[fault] += 1
+        return fault

@@ -1,6 +1,7 @@
 """The sending side of the zmq transport: one DEALER per destination.
 
-Payloads are sent from where they lie. Threads, queues and deadlines are peer_loop.py's; answers: see zmq_receiver.py.
+Payloads are sent from where they lie. The thread is peer_loop.py's, queues and deadlines are peers.py's; answers: see
+zmq_receiver.py.
 """
 
 from collections import deque
@@ -11,7 +12,8 @@ from kv_transfer.frames import encode_header
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports.kv_socket import prepare_for_kv
 from kv_transfer.transports.offers import offered
-from kv_transfer.transports.peer_loop import PeerLoop, fault_in
+from kv_transfer.transports.peer_loop import PeerLoop
+from kv_transfer.transports.peers import fault_in
 from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled
 
 QUEUED_FRAMES = 8
@@ -21,7 +23,7 @@ _MAX_ANSWER_BYTES = 1024
 
 
 class ZmqPeer:
-    """See peer_loop.Peer."""
+    """See peers.Peer."""
 
     def __init__(self, destination: Destination) -> None:
         self.waiting: deque[OutgoingFrame] = deque()

@@ -163,7 +163,9 @@ def test_losing_one_rank_fences_its_group(folder: Path) -> None:
 def test_groups_that_do_not_fit_together_are_named_with_both_values(router, prefill) -> None:
     other = msgspec.structs.replace(LAYOUT, head_dim=LAYOUT.head_dim * 2)
     with FakeWorker(router.control, "decode", layout=other):
-        wait_until(lambda: f"head_dim differs: {LAYOUT.head_dim} and {other.head_dim}" in router.client.get("/ready").text)
+        wait_until(
+            lambda: f"head_dim differs: {LAYOUT.head_dim} and {other.head_dim}" in router.client.get("/ready").text
+        )
         answer = router.client.post("/v1/completions", json=LONG)
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"

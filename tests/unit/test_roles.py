@@ -1,127 +1,103 @@
-"""The roles in a simulated cluster: right answers, no leak, no deadlock, whatever the order of events."""
+"""One role at a time, by hand: what it says to which message. How roles work together is the simulation's business."""
 
-import random
-
-import pytest
+from dataclasses import dataclass, field
 
 from decode_worker.inbox import RemoteInbox
-from protocol.orders import SendBlocks
+from decode_worker.mover import ReceivingMover
+from decode_worker.role import DecodeRole
+from engine.block_pool import BlockPool
+from kv_transfer.receiver import KVReceiver
+from prefill_worker.outbox import RemoteOutbox
+from prefill_worker.role import PrefillRole
+from protocol.identity import Attempt
+from protocol.layout import Endpoint, KVLayout
+from protocol.messages import AnyMessage, Failed, Grant, Handoff, Manifest, Prefill, Reserve, TokenUpdate
+from protocol.orders import AnyOrder, ExpectBlocks, Expecting
 from protocol.request import Request, SamplingParams
-from tests.simulated_cluster import VOCAB_SIZE, Client, SimulatedCluster, Worker, oracle_answer
+from tests.simulation.clock import Clock
+from tests.simulation.kv import KVNetwork, SimulatedReceiver
+from tests.simulation.oracle import RankCache
 
-TOPOLOGIES = {
-    "1P1D": (["prefill"], ["decode"]),
-    "2P2D": (["prefill", "prefill"], ["decode", "decode"]),
-    "3P1D": (["prefill"] * 3, ["decode"]),
-    "colocated": (["colocated"] * 2, []),
-}
+LAYOUT = KVLayout("model", 1, 1, 1, "float32", 4, 1)
+PEER = Endpoint(9, LAYOUT, "zmq", ("peer",))
 
 
-def build(seed: int, topology: str, num_blocks: int) -> tuple[SimulatedCluster, list[tuple[int, int]]]:
-    """Return a cluster and the pairs of groups that can serve a request."""
-    cluster = SimulatedCluster(seed, num_blocks)
-    first, second = TOPOLOGIES[topology]
-    firsts = [cluster.add(index + 1, kind) for index, kind in enumerate(first)]
-    seconds = [cluster.add(index + 100, kind) for index, kind in enumerate(second)]
-    return cluster, [(p, d) for p in firsts for d in seconds] or [(c, c) for c in firsts]
+@dataclass
+class Surroundings:
+    """Outlet and Ranks of a role: everything it says and orders."""
+
+    sent: list[AnyMessage] = field(default_factory=list)
+    orders: list[AnyOrder] = field(default_factory=list)
+    size: int = 2
+
+    def send(self, message: AnyMessage) -> None:
+        self.sent.append(message)
+
+    def emit(self, update: TokenUpdate) -> None:
+        raise AssertionError("nothing is computed here")
+
+    def order(self, order: AnyOrder) -> None:
+        self.orders.append(order)
 
 
-def random_request(generator: random.Random, index: int) -> Request:
-    """A prompt that often shares a prefix with others, and an answer of 1 to 12 tokens."""
-    shared = [1, 2, 3, 4, 5, 6, 7, 8, 9][: generator.randrange(10)]
-    own = [generator.randrange(VOCAB_SIZE) for _ in range(generator.randrange(1, 30))]
-    sampling = SamplingParams(max_tokens=generator.randrange(1, 13), seed=0, temperature=0.0)
-    return Request(f"request-{index}", (*shared, *own), sampling, timeout_s=60.0)
+def request_of(num_tokens: int, max_tokens: int) -> Request:
+    return Request("r", tuple(range(num_tokens)), SamplingParams(max_tokens, seed=0), 60.0)
 
 
-def run_to_the_end(cluster: SimulatedCluster, clients: list[Client], abort_share: float) -> None:
-    generator = cluster.random
-    leavers = [client for client in clients if generator.random() < abort_share]
-    while cluster.happen():
-        if leavers and generator.random() < 0.05:
-            leaver = leavers.pop()
-            if not leaver.is_over:
-                cluster.abort(leaver)
-    for leaver in leavers:
-        assert leaver.is_over or leaver.tokens == oracle_answer(leaver.request)
+def attempt_of(number: int) -> Attempt:
+    return Attempt("r", number, 1, 2, number)
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-@pytest.mark.parametrize("seed", range(40))
-def test_every_answer_is_right_and_every_pool_is_whole(topology: str, seed: int) -> None:
-    generator = random.Random(seed)
-    cluster, pairs = build(seed, topology, num_blocks=generator.choice([14, 20, 60]))
-    clients = [cluster.start(random_request(generator, index), *generator.choice(pairs)) for index in range(20)]
-    run_to_the_end(cluster, clients, abort_share=generator.choice([0.0, 0.3]))
-    for client in clients:
-        assert client.is_over, f"{client.request.request_id} never ended: deadlock"
-        answer = oracle_answer(client.request)
-        assert client.failure is None
-        assert client.tokens == answer[: len(client.tokens)], "an answer was computed from somebody else's KV"
-    for worker in cluster.workers.values():
-        worker.pool.check()
-        assert worker.pool.counts.held == 0, "a block leaked"
-        assert sum(role.num_running + role.num_waiting for role in worker.roles) == 0
+def decode_role(num_blocks: int) -> tuple[DecodeRole, Surroundings, BlockPool]:
+    pool, around = BlockPool(num_blocks, 4), Surroundings()
+    return DecodeRole(pool, RemoteInbox(around, LAYOUT), around, "model", 8), around, pool
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_without_cancels_every_answer_is_complete(topology: str) -> None:
-    cluster, pairs = build(7, topology, num_blocks=20)
-    generator = random.Random(7)
-    clients = [cluster.start(random_request(generator, index), *generator.choice(pairs)) for index in range(30)]
-    run_to_the_end(cluster, clients, abort_share=0.0)
-    assert [client.tokens for client in clients] == [oracle_answer(client.request) for client in clients]
+def test_decode_refuses_at_once_what_can_never_fit_and_serves_the_next() -> None:
+    role, around, pool = decode_role(num_blocks=4)
+    role.receive(Reserve(attempt_of(1), request_of(15, 3), PEER))
+    (failed,) = around.sent
+    assert isinstance(failed, Failed)
+    assert (failed.code, pool.counts.held) == ("kv_cache_too_small", 0)
+    role.receive(Reserve(attempt_of(2), request_of(15, 2), PEER))
+    assert pool.counts.held == 4
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES)
-def test_a_request_that_can_never_fit_fails_and_the_next_is_served(topology: str) -> None:
-    cluster, pairs = build(1, topology, num_blocks=8)
-    too_large = Request("large", tuple(range(30)), SamplingParams(max_tokens=10, seed=0, temperature=0.0), 60.0)
-    small = Request("small", (1, 2, 3), SamplingParams(max_tokens=4, seed=0, temperature=0.0), 60.0)
-    large_client, small_client = cluster.start(too_large, *pairs[0]), cluster.start(small, *pairs[0])
-    run_to_the_end(cluster, [large_client, small_client], abort_share=0.0)
-    assert large_client.failure is not None
-    assert large_client.failure.code == "kv_cache_too_small"
-    assert small_client.tokens == oracle_answer(small)
+def test_prefill_refuses_at_once_what_can_never_fit() -> None:
+    pool, around = BlockPool(4, 4), Surroundings()
+    role = PrefillRole(pool, RemoteOutbox(pool, around, LAYOUT), around, "model", 8)
+    role.receive(Prefill(attempt_of(1), request_of(17, 1), PEER))
+    (failed,) = around.sent
+    assert isinstance(failed, Failed)
+    assert failed.code == "kv_cache_too_small"
+    assert role.num_waiting == 0
 
 
-def _answers_are_wrong(seed: int) -> bool:
-    """Run one crowded 2P2D simulation with many cancels; return whether an answer came from foreign KV."""
-    generator = random.Random(seed)
-    cluster, pairs = build(seed, "2P2D", num_blocks=14)
-    clients = [cluster.start(random_request(generator, index), *generator.choice(pairs)) for index in range(20)]
-    try:
-        run_to_the_end(cluster, clients, abort_share=0.5)
-    except KeyError:
-        return True  # the oracle met a slot that nobody ever wrote
-    return any(client.tokens != oracle_answer(client.request)[: len(client.tokens)] for client in clients)
+def test_decode_grants_only_when_every_rank_expects() -> None:
+    role, around, _ = decode_role(num_blocks=4)
+    role.receive(Reserve(attempt_of(1), request_of(5, 2), PEER))
+    role.heed(Expecting(1, attempt_of(1)))
+    role.heed(Expecting(1, attempt_of(1)))
+    assert around.sent == []
+    role.heed(Expecting(0, attempt_of(1)))
+    assert around.sent == [Grant(attempt_of(1), 0)]
 
 
-def test_the_simulation_finds_a_decode_side_that_forgets_to_drop_a_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RemoteInbox, "drop", lambda self, attempt: None)
-    assert any(_answers_are_wrong(seed) for seed in range(40))
+def test_decode_fails_a_handoff_that_is_not_what_was_planned() -> None:
+    role, around, pool = decode_role(num_blocks=4)
+    role.receive(Reserve(attempt_of(1), request_of(5, 2), PEER))
+    role.receive(Handoff(attempt_of(1), 3, Manifest(0, 4, 1, 32)))
+    assert isinstance(around.sent[-1], Failed)
+    assert pool.counts.held == 0
 
 
-def test_the_simulation_finds_a_decode_side_that_commits_before_its_ranks_have_checked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(RemoteInbox, "num_reporting", 0)
-    assert any(_answers_are_wrong(seed) for seed in range(40))
-
-
-def test_parts_of_a_long_prompt_leave_before_its_first_token_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    cluster, pairs = build(3, "1P1D", num_blocks=60)
-    request = Request("long", tuple(range(100)), SamplingParams(max_tokens=3, seed=0, temperature=0.0), 60.0)
-    parts: list[tuple[int, bool]] = []
-    send_part = Worker.send_part
-
-    def noting(worker: Worker, order: SendBlocks, first: int, num_computed: int) -> None:
-        parts.append((num_computed, bool(client.tokens)))
-        send_part(worker, order, first, num_computed)
-
-    monkeypatch.setattr(Worker, "send_part", noting)
-    client = cluster.start(request, *pairs[0])
-    run_to_the_end(cluster, [client], abort_share=0.0)
-    assert client.tokens == oracle_answer(request)
-    assert [num_computed for num_computed, _ in parts][-3:] == [72, 96, 100]
-    assert not any(is_known for _, is_known in parts)
+def test_a_rank_that_expects_frames_wakes_whoever_waits_to_say_so() -> None:
+    """Otherwise a leader that admits a waiting reservation sleeps until its next heartbeat before it grants."""
+    wakes: list[bool] = []
+    transport = SimulatedReceiver(KVNetwork(Clock(), None), "here", lambda: wakes.append(True))
+    receiver = KVReceiver(RankCache.empty(LAYOUT, 0, 4).blocks, LAYOUT, 0, transport)
+    mover = ReceivingMover(receiver, 0)
+    mover.execute(ExpectBlocks(attempt_of(1), PEER, (0, 1), 0, 5))
+    assert wakes
+    assert transport.arrivals.is_readable
+    assert mover.poll() == [Expecting(0, attempt_of(1))]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from protocol.codec import encode
+from protocol.codec import decode, encode
 from protocol.identity import new_attempt
 from protocol.layout import Endpoint, KVLayout
 from protocol.messages import (
@@ -147,6 +147,7 @@ def test_a_life_that_is_over_is_fenced_when_it_speaks_again(controller: Controll
     controller.unreachable(5, "gone")
     effects = controller.receive(b"colocated-0-0-5", encode(Tokens((TokenUpdate(new_attempt("r", 0, 5, 5), 0, 1),)), 5))
     assert [effect.identity for effect in effects if isinstance(effect, Transmit)] == [b"colocated-0-0-5"]
+    assert decode(effects[0].data).receiver_epoch == 5, "the rank's next life must not take it for itself"
     assert controller.drops == {"dead_epoch": 1}
 
 

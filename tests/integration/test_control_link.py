@@ -1,0 +1,134 @@
+"""A cut between a worker and the router, by a proxy between real sockets: both ends find out, and neither forgets."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import pytest
+import zmq
+
+from cluster.control_link import RECONNECT_MS, ControlLink, ControlSocket, Stopped
+from protocol.codec import encode
+from protocol.identity import new_attempt, new_epoch
+from protocol.messages import Abort, Progress, Stop, WorkerInfo
+from protocol.sockets import bind, prepare
+from router.membership import identity_of
+
+HOST = "127.0.0.1"
+
+
+class Proxy:
+    """Passes bytes on to a port, both ways, until it is cut; afterwards it lets new connections through again."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._listener = socket.create_server((HOST, 0))
+        self._ends: list[socket.socket] = []
+        self.num_connections = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    @property
+    def address(self) -> str:
+        return f"tcp://{HOST}:{self._listener.getsockname()[1]}"
+
+    def cut(self) -> None:
+        for end in self._ends:
+            _shut(end)
+
+    def close(self) -> None:
+        _shut(self._listener)
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection((HOST, self._port))
+            self.num_connections += 1
+            self._ends += [near, far]
+            for source, sink in ((near, far), (far, near)):
+                threading.Thread(target=_pump, args=(source, sink), daemon=True).start()
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65536):
+            sink.sendall(data)
+    source.close()
+    _shut(sink)
+
+
+def _shut(end: socket.socket) -> None:
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def router() -> Iterator[tuple["zmq.Socket[bytes]", Proxy]]:
+    with zmq.Context() as context:
+        router = prepare(context.socket(zmq.ROUTER))
+        proxy = Proxy(int(bind(router, HOST).rpartition(":")[2]))
+        yield router, proxy
+        router.close()
+        proxy.close()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_after_a_cut_the_worker_stays_away_until_the_router_has_found_out(router) -> None:
+    """Were it back at once, an Abort that was lost with the connection would leave its blocks held for ever."""
+    router, proxy = router
+    info = WorkerInfo("decode", 0, 0, 1, new_epoch(), 1, "node")
+    wire = ControlSocket(proxy.address, info)
+    link = ControlLink(wire, info.epoch)
+    link.send(Progress("here"))
+    link.flush()
+    assert router.recv_multipart()[0] == identity_of(info)
+    proxy.cut()
+    abort = encode(Abort(new_attempt("r", 0, 1, info.epoch)), 1, info.epoch)
+
+    def is_unreachable() -> bool:
+        try:
+            router.send_multipart([identity_of(info), abort], zmq.NOBLOCK)
+        except zmq.ZMQError:
+            return True
+        return False
+
+    wait_until(is_unreachable, 2)
+    deadline_s = time.monotonic() + RECONNECT_MS / 1000 - 0.5
+    while time.monotonic() < deadline_s:
+        assert is_unreachable(), "the worker is back before the router's next ping must have missed it"
+        time.sleep(0.05)
+    link.send(Progress("still here"))
+    link.flush()
+    assert router.poll(10_000), "the worker did not come back to hear that it is over"
+    wire.close()
+
+
+def test_a_router_that_says_stop_and_closes_at_once_is_understood() -> None:
+    info = WorkerInfo("decode", 0, 0, 1, new_epoch(), 1, "node")
+    with zmq.Context() as context:
+        router = prepare(context.socket(zmq.ROUTER))
+        wire = ControlSocket(bind(router, HOST), info)
+        link = ControlLink(wire, info.epoch)
+        link.send(Progress("here"))
+        link.flush()
+        router.recv_multipart()
+        router.send_multipart([identity_of(info), encode(Stop(), 1, info.epoch)])
+        router.close(linger=1000)
+    time.sleep(0.1)
+    link.send(Progress("still here"))
+    link.flush()
+    with pytest.raises(Stopped):
+        link.receive()
+    wire.close()

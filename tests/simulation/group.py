@@ -1,0 +1,327 @@
+"""One group of ranks in one life after another: it joins, serves, loses a rank, is fenced, and comes back as strangers.
+
+The ranks' turns are production code (cluster/loops.py) over production roles, pools, movers and links. A rank takes a
+turn when something wakes it; turns that it takes for want of anything else must find nothing to do.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from cluster.assembly import ASSEMBLIES, LeaderParts
+from cluster.control_link import ControlLink, Fenced, Stopped
+from cluster.loops import FollowerLoop, LeaderLoop
+from decode_worker.mover import ReceivingMover
+from engine.block_pool import BlockPool
+from engine.group import GroupError, GroupRanks
+from engine.rank import Mover, Rank, Stationary
+from engine.role import Role
+from engine.step_loop import StepLoop
+from kv_transfer.receiver import KVReceiver
+from kv_transfer.sender import KVSender
+from prefill_worker.mover import SendingMover
+from protocol.identity import new_epoch
+from protocol.layout import Endpoint, KVLayout
+from protocol.messages import Join, Ready, Welcome, WorkerInfo
+from protocol.orders import AnyOrder, AnyReport, Batch, Step, StopRank
+from router.launch import GroupSpec
+from tests.simulation.control import SimulatedWire
+from tests.simulation.kv import SimulatedReceiver, SimulatedSender
+from tests.simulation.oracle import OracleModel, RankCache
+from tests.simulation.world import World
+
+IDLE_S = 1.0
+STEP_S = 0.003
+MAX_ORDER_S = 0.02
+
+
+@dataclass(frozen=True)
+class GroupSize:
+    """What a group is given. frame_bytes is small, so that short prompts have many frames."""
+
+    num_blocks: int
+    block_size: int = 4
+    batch_tokens: int = 16
+    max_running: int = 8
+    num_kv_heads: int = 2
+    frame_bytes: int = 64
+
+
+class OracleEngine:
+    """A rank's engine: the leader's runs the batch over all caches, once every follower has got as far."""
+
+    def __init__(self, model: OracleModel | None) -> None:
+        self._model = model
+
+    def forward(self, batch: Batch) -> torch.Tensor | None:
+        return self._model.forward(batch) if self._model else None
+
+
+class SimulatedRank:
+    """One rank in one life: a process, but for its threads."""
+
+    def __init__(self, world: World, group: "SimulatedGroup", number: int) -> None:
+        self._world = world
+        self._group = group
+        self.number = number
+        self.epoch = new_epoch()
+        spec = group.spec
+        info = WorkerInfo(spec.role, spec.group, number, spec.tensor_parallel, self.epoch, 1, "node")
+        self.name = f"{spec.role}-{spec.group}-{number}"
+        self.wire: SimulatedWire = world.connect(info, self.wake)
+        self.link = ControlLink(self.wire, self.epoch)
+        self.is_alive = True
+        self.leader_epoch = 0
+        self.loop: LeaderLoop | FollowerLoop | None = None
+        self._has_plan = False
+        self._paused_until_s = 0.0
+        self._ordered: deque[AnyOrder] = deque()  # under way
+        self.orders: deque[AnyOrder] = deque()
+        self.transport: SimulatedReceiver | SimulatedSender | None = None
+        self.cache = RankCache.empty(group.layout, number, group.size.num_blocks)
+        self.mover = self._make_mover()
+        self.link.send(Join(info, self.name if number == 0 else None))
+        self.link.flush()
+        world.clock.after(IDLE_S, self._idle)
+
+    def wake(self) -> None:
+        if self.is_alive and not self._has_plan:
+            self._has_plan = True
+            delay_s = max(self._world.rng.random() * STEP_S, self._paused_until_s - self._world.clock.now_s)
+            self._world.clock.after(delay_s, self._planned_turn)
+
+    def order(self, order: AnyOrder) -> None:
+        """Let the leader's order arrive, in order, sooner or later; a step brings everything with it at once."""
+        self._ordered.append(order)
+        if isinstance(order, Step):
+            self.orders.extend(self._ordered)
+            self._ordered.clear()
+        else:
+            self._world.clock.after(self._world.rng.random() ** 3 * MAX_ORDER_S, self._take_order)
+
+    def _take_order(self) -> None:
+        if self._ordered:
+            self.orders.append(self._ordered.popleft())
+            self.wake()
+
+    def pause(self, pause_s: float) -> None:
+        """Take no turn for a while, as a stopped process."""
+        self._paused_until_s = self._world.clock.now_s + pause_s
+
+    def die(self, reason: str) -> None:
+        """The process is gone, without a word; another one starts in its place some time later."""
+        if not self.is_alive:
+            return
+        self._world.tell(lambda: f"{self.name} dies: {reason}")
+        self.is_alive = False
+        self._group.bury(self)
+        if self.transport:
+            self.transport.close()
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether something a poller watches would wake this rank."""
+        transport = self.transport
+        mailbox = transport and (transport.arrivals if isinstance(transport, SimulatedReceiver) else transport.settled)
+        is_heard = bool(self.orders) if self.number else bool(self._group.reports)
+        return bool(self.wire.inbox or is_heard or (mailbox and mailbox.is_readable))
+
+    def turn(self) -> bool:
+        """Do what can be done; return whether there may be more at once. Whatever ends the life ends it here."""
+        try:
+            if self.loop is None:
+                return self._join_in()
+            return bool(self.loop.turn())
+        except (Fenced, Stopped, GroupError) as end:
+            self._group.close_channel(self)
+            self.die(str(end))
+            return False
+
+    def _planned_turn(self) -> None:
+        self._has_plan = False
+        if (self.is_alive and self._paused_until_s > self._world.clock.now_s) or (
+            self.is_alive and (self.turn() or self.is_readable)
+        ):
+            self.wake()
+
+    def _idle(self) -> None:
+        """A poller's timeout: everything there is to do should have woken the rank, so there is nothing to do."""
+        if not self.is_alive:
+            return
+        if self.loop is None and self.wire.is_cut:
+            self.die("no welcome from the router in time")
+            return
+        is_asleep = not self._has_plan
+        if is_asleep and self._paused_until_s <= self._world.clock.now_s:
+            assert not self.is_readable, "the simulation forgot to wake a rank"
+            assert not self.turn(), f"{self.name} slept although there was something to do"
+        self._world.clock.after(IDLE_S, self._idle)
+
+    def _join_in(self) -> bool:
+        for message in self.link.receive():
+            if isinstance(message, Welcome):
+                self.leader_epoch = message.leader_epoch
+                self._group.assemble()
+        return False
+
+    def _make_mover(self) -> Mover:
+        world, group = self._world, self._group
+        size = group.size
+        match group.spec.role:
+            case "prefill":
+                sender = self.transport = SimulatedSender(world.kv, self.wake)
+                kv_sender = KVSender(self.cache.blocks, group.layout, self.number, sender, size.frame_bytes)  # type: ignore[arg-type]
+                return SendingMover(kv_sender)
+            case "decode":
+                receiver = self.transport = SimulatedReceiver(world.kv, self.name, self.wake)
+                kv_receiver = KVReceiver(self.cache.blocks, group.layout, self.number, receiver, size.frame_bytes)  # type: ignore[arg-type]
+                return ReceivingMover(kv_receiver, self.number)
+            case _:
+                return Stationary()
+
+
+class SimulatedGroup:
+    """All lives of all ranks of one group. While it serves, this is the leader's channel to its followers too."""
+
+    def __init__(self, world: World, spec: GroupSpec, size: GroupSize, restart_s: float) -> None:
+        self._world = world
+        self._restart_s = restart_s
+        self.spec = spec
+        self.size = size
+        self.layout = KVLayout("model", 1, size.num_kv_heads, 1, "float32", size.block_size, spec.tensor_parallel)
+        self.reports: deque[AnyReport] = deque()
+        self._past_messages: dict[int, list[bytes]] = {}
+        self.pool: BlockPool | None = None
+        self.roles: list[Role] = []
+        self.ranks: dict[int, SimulatedRank] = {}
+        for number in range(spec.tensor_parallel):
+            self.ranks[number] = SimulatedRank(world, self, number)
+
+    @property
+    def is_serving(self) -> bool:
+        return all(rank.is_alive and rank.loop is not None for rank in self.ranks.values())
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether a rank has lost the router, known or not."""
+        return any(rank.wire.is_cut for rank in self.ranks.values())
+
+    @property
+    def num_jobs(self) -> int:
+        return sum(role.num_running + role.num_waiting for role in self.roles)
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Serving, with a whole pool, no request, and no transfer on any rank."""
+        if not self.is_serving or self.pool is None:
+            return False
+        return self.pool.counts.held == 0 and self.num_jobs == 0 and not any(map(_has_transfers, self.ranks.values()))
+
+    def _restart(self, number: int) -> None:
+        rank = self.ranks[number] = SimulatedRank(self._world, self, number)
+        for data in self._past_messages.pop(number, ()):  # what was queued for an earlier life
+            self._world.clock.after(self._world.rng.random() * 0.1, partial(rank.wire.take, data))
+
+    def bury(self, rank: SimulatedRank) -> None:
+        """A rank has died: another one starts in its place some time later, and may hear what was meant for it."""
+        rank.wire.end()
+        self._past_messages[rank.number] = rank.wire.recent[-self._world.rng.randint(1, 8) :]
+        delay_s = self._restart_s * (0.5 + self._world.rng.random())
+        self._world.clock.after(delay_s, lambda: self._restart(rank.number))
+
+    def close_channel(self, rank: SimulatedRank) -> None:
+        """A leader that ends in good order tells its followers, and lets go of everything."""
+        if not isinstance(rank.loop, LeaderLoop):
+            return
+        with suppress(GroupError):
+            for role in self.roles:
+                role.drop_all()
+        for follower in list(self.ranks.values())[1:]:
+            if follower.leader_epoch == rank.epoch:
+                follower.order(StopRank())
+
+    def assemble(self) -> None:
+        """Begin to serve once all ranks live and were led to the same leader."""
+        leader, *followers = self.ranks.values()
+        if all(
+            rank.is_alive and rank.loop is None and rank.leader_epoch == leader.epoch for rank in self.ranks.values()
+        ):
+            self._serve(leader, followers)
+
+    def _serve(self, leader: SimulatedRank, followers: list[SimulatedRank]) -> None:
+        size = self.size
+        self.reports.clear()
+        self.pool = BlockPool(size.num_blocks, size.block_size)
+        model = OracleModel([rank.cache for rank in self.ranks.values()], size.block_size)
+        for follower in followers:
+            end = FollowerEnd(follower, self._report)
+            rank = Rank(OracleEngine(None), follower.mover)  # type: ignore[arg-type]
+            follower.loop = FollowerLoop(follower.link, end, rank, self._world.clock.read)  # type: ignore[arg-type]
+        channel = LeaderEnd(followers, self.reports)
+        ranks = GroupRanks(self.spec.tensor_parallel, channel, Rank(OracleEngine(model), leader.mover))  # type: ignore[arg-type]
+        parts = LeaderParts(self.pool, ranks, leader.link, self.layout, size.max_running)
+        self.roles = ASSEMBLIES[self.spec.role].roles(parts)
+        steps = StepLoop(self.roles, ranks.forward, size.batch_tokens, size.block_size)
+        leader.loop = LeaderLoop(leader.link, ranks, self.roles, steps, self.pool, self._world.clock.read)
+        leader.link.send(Ready(self._endpoint(leader), size.num_blocks * size.block_size))
+        leader.wake()
+
+    def _endpoint(self, leader: SimulatedRank) -> Endpoint:
+        transport = "loopback" if self.spec.role == "colocated" else "zmq"
+        return Endpoint(leader.epoch, self.layout, transport, tuple(rank.name for rank in self.ranks.values()))
+
+    def _report(self, report: AnyReport) -> None:
+        self.reports.append(report)
+        self.ranks[0].wake()
+
+
+class LeaderEnd:
+    """What engine.group.Leader is to GroupRanks: orders go to all followers, reports come back."""
+
+    def __init__(self, followers: list[SimulatedRank], reports: deque[AnyReport]) -> None:
+        self._followers = followers
+        self._reports = reports
+
+    def send(self, order: AnyOrder) -> None:
+        for follower in self._followers:
+            if not follower.is_alive:
+                raise GroupError("a follower is gone")
+            follower.order(order)
+        for follower in self._followers:
+            if isinstance(order, Step):
+                follower.turn()  # ranks meet in the collectives of every step
+                if not follower.is_alive:
+                    raise GroupError("a follower was lost during a step")
+
+    def reports(self) -> list[AnyReport]:
+        reports = list(self._reports)
+        self._reports.clear()
+        return reports
+
+
+class FollowerEnd:
+    """What engine.group.Follower is to FollowerLoop."""
+
+    def __init__(self, rank: SimulatedRank, report: Callable[[AnyReport], None]) -> None:
+        self._rank = rank
+        self.rank = rank.number
+        self.report = report
+
+    def orders(self) -> list[AnyOrder]:
+        orders = list(self._rank.orders)
+        self._rank.orders.clear()
+        return orders
+
+
+def _has_transfers(rank: SimulatedRank) -> bool:
+    match rank.mover:
+        case SendingMover() as mover:
+            assert isinstance(rank.transport, SimulatedSender)
+            return bool(mover._sender._transfers) or not rank.transport.is_idle
+        case ReceivingMover() as mover:
+            return bool(mover._receiver._transfers)
+    return False

@@ -1,0 +1,103 @@
+"""The oracle model: KV of a token is a hash of all KV before it, and the next token a hash of all KV it reads.
+
+What is read comes from the ranks' real caches, through the block table, from every head of every rank. One block that
+is foreign, stale, misplaced or not yet there changes the next token, and everything after it.
+"""
+
+import zlib
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from kv_transfer.plan import heads_of_rank
+from protocol.layout import KVLayout
+from protocol.orders import Batch
+from protocol.request import Request
+
+VOCAB_SIZE = 64
+_KV_BITS = (1 << 24) - 1  # room above for a mark of head and plane; never the pattern of an infinity or a NaN
+
+
+def _kv_of(token_id: int, digest: int) -> int:
+    return zlib.crc32(token_id.to_bytes(2, "little"), digest) & _KV_BITS
+
+
+def _digest(kv: int, digest: int) -> int:
+    return zlib.crc32(kv.to_bytes(4, "little"), digest)
+
+
+def oracle_answer(request: Request) -> list[int]:
+    """Return what an undisturbed greedy run of request draws."""
+    digest, output = 0, []
+    sampling = request.sampling
+    for token_id in request.prompt_token_ids:
+        digest = _digest(_kv_of(token_id, digest), digest)
+    while len(output) < sampling.max_tokens:
+        output.append(digest % VOCAB_SIZE)
+        if output[-1] in sampling.ending_token_ids and len(output) >= sampling.min_tokens:
+            break
+        digest = _digest(_kv_of(output[-1], digest), digest)
+    return output
+
+
+@dataclass
+class RankCache:
+    """One rank's cache as movers see it, and the same bytes as the oracle reads them."""
+
+    blocks: torch.Tensor  # [1 layer, 2, num_blocks, own KV heads, block_size, 1]
+    slots: np.ndarray  # int32 [2, own KV heads, num_blocks, block_size]
+    marks: np.ndarray  # int32 [2, own KV heads, 1]: what tells planes and heads apart
+
+    @staticmethod
+    def empty(layout: KVLayout, rank: int, num_blocks: int) -> "RankCache":
+        first, stop = heads_of_rank(layout, rank)
+        blocks = torch.zeros(1, 2, num_blocks, stop - first, layout.block_size, 1)
+        slots = blocks.numpy().view(np.int32)[0, ..., 0].transpose(0, 2, 1, 3)
+        marks = np.array([[[(2 * head + plane) << 24] for head in range(first, stop)] for plane in (0, 1)], np.int32)
+        return RankCache(blocks, slots, marks)
+
+
+class OracleModel:
+    """The engines of all ranks of one group."""
+
+    def __init__(self, caches: SequenceOf[RankCache], block_size: int) -> None:
+        self._caches = caches
+        self._block_size = block_size
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Run a batch over the caches of all ranks; return logits [num_sampled, VOCAB_SIZE]."""
+        tokens = iter(batch.token_ids)
+        digests = [
+            self._run(table, context_len - query_len, [next(tokens) for _ in range(query_len)])
+            for query_len, context_len, table in zip(
+                batch.query_lens, batch.context_lens, batch.block_tables, strict=True
+            )
+        ]
+        logits = np.zeros((len(batch.sampled), VOCAB_SIZE), np.float32)
+        logits[range(len(batch.sampled)), [digests[index] % VOCAB_SIZE for index in batch.sampled]] = 1
+        return torch.from_numpy(logits)
+
+    def _run(self, table: tuple[int, ...], start: int, token_ids: list[int]) -> int:
+        """Read the KV of positions [0, start), write that of token_ids, and return the digest of all of it."""
+        positions = np.arange(start + len(token_ids))
+        blocks, offsets = np.array(table)[positions // self._block_size], positions % self._block_size
+        digest = self._read(blocks[:start], offsets[:start])
+        fresh = np.empty(len(token_ids), np.int32)
+        for index, token_id in enumerate(token_ids):
+            fresh[index] = kv = _kv_of(token_id, digest)
+            digest = _digest(kv, digest)
+        for cache in self._caches:
+            cache.slots[:, :, blocks[start:], offsets[start:]] = fresh | cache.marks
+        return digest
+
+    def _read(self, blocks: np.ndarray, offsets: np.ndarray) -> int:
+        """Return the digest of what the slots hold; of all heads on all ranks, when they do not agree."""
+        if not len(blocks):
+            return 0
+        read = [cache.slots[:, :, blocks, offsets] ^ cache.marks for cache in self._caches]
+        plain = read[0][0, 0]
+        if all((heads == plain).all() for heads in read):
+            return zlib.crc32(plain.tobytes())
+        return zlib.crc32(b"".join(heads.tobytes() for heads in read))

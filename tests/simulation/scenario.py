@@ -1,0 +1,222 @@
+"""One seed: a topology, requests, faults at random times, and what must hold whatever happens.
+
+Every client gets the oracle's tokens or a clear error that one of the faults explains; afterwards every pool is whole,
+nobody holds or counts anything, and the next request is served at once. Deadlines are far away unless a request was
+given a short one, so a deadlock shows as an end that nothing explains.
+"""
+
+import random
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from unittest import mock
+
+from cluster.control_link import RECONNECT_MS
+from kv_transfer import sender
+from protocol import identity
+from protocol.messages import RoleName
+from protocol.request import Request, SamplingParams
+from router.launch import GroupSpec
+from tests.simulation.cluster import Client, SimulatedCluster
+from tests.simulation.group import GroupSize
+from tests.simulation.kv import TIMEOUT_S, KVFaults
+from tests.simulation.oracle import VOCAB_SIZE
+from tests.simulation.world import World
+
+LONG_S = 120.0
+BACK_AFTER_S = RECONNECT_MS / 1000
+AT_REST_WITHIN_S = 3 * TIMEOUT_S + 2 * BACK_AFTER_S
+SERVED_WITHIN_S = 1.5
+FAULT_TIME_S = 0.25
+"""Requests and faults fall into the first quarter of a second, in which an undisturbed run would be over."""
+
+Topology = list[tuple[RoleName, int, int]]
+TOPOLOGIES: list[Topology] = [
+    [("prefill", 1, 1), ("decode", 1, 1)],
+    [("prefill", 1, 1), ("decode", 1, 1)],
+    [("prefill", 2, 1), ("decode", 2, 1)],
+    [("prefill", 3, 1), ("decode", 1, 1)],
+    [("prefill", 1, 1), ("decode", 2, 1)],
+    [("prefill", 1, 2), ("decode", 1, 1)],
+    [("prefill", 1, 1), ("decode", 1, 2)],
+    [("prefill", 1, 2), ("decode", 1, 2)],
+    [("colocated", 1, 1)],
+    [("colocated", 2, 1)],
+]
+
+
+@dataclass(frozen=True)
+class Faults:
+    """How often what goes wrong. explained: the codes of errors that clients may see for it."""
+
+    name: str
+    kv: KVFaults
+    num_crashes: int = 0
+    num_cuts: int = 0
+    num_pauses: int = 0
+    cancels: float = 0.0
+    short_deadlines: float = 0.0
+
+    @property
+    def explained(self) -> set[str]:
+        kv = self.kv
+        is_lossy = kv.drop or kv.flip or kv.lose_answer
+        codes = {"transfer_failed"} if is_lossy else set()
+        return codes | ({"worker_lost", "transfer_failed"} if self.num_crashes or self.num_cuts else set())
+
+
+FAULTS = [
+    Faults("none", KVFaults()),
+    Faults("slow frames and cancels", KVFaults(latency_s=0.05), cancels=0.5),
+    Faults("doubled and reordered frames", KVFaults(double=0.3, late=0.3), cancels=0.2),
+    Faults("lost and damaged frames", KVFaults(drop=0.05, flip=0.05, lose_answer=0.05, late=0.1), cancels=0.2),
+    Faults("a crash", KVFaults(late=0.2), num_crashes=1),
+    Faults("crashes and cancels", KVFaults(late=0.3, double=0.2), num_crashes=3, cancels=0.3),
+    Faults("a cut connection", KVFaults(latency_s=0.05), num_cuts=1),
+    Faults("deadlines and pauses", KVFaults(late=0.2), num_pauses=3, short_deadlines=0.4),
+    Faults("everything", KVFaults(0.02, 0.1, 0.02, 0.2, 0.02), 2, 1, 1, cancels=0.2, short_deadlines=0.1),
+]
+
+
+def faults_of(seed: int) -> Faults:
+    """Return what goes wrong under this seed."""
+    return random.Random(seed).choice(FAULTS)
+
+
+class Scenario:
+    """Everything that follows from one seed."""
+
+    def __init__(self, seed: int, is_told: bool = False) -> None:
+        self.seed = seed
+        self.rng = random.Random(seed)
+        self.faults = self.rng.choice(FAULTS)
+        self.world = World(self.rng, self.faults.kv, is_told)
+        topology = self.rng.choice(TOPOLOGIES)
+        specs = [GroupSpec(role, group, tp) for role, num, tp in topology for group in range(num)]
+        size = GroupSize(
+            num_blocks=self.rng.choice([6, 8, 12, 30]),
+            batch_tokens=self.rng.choice([3, 6, 16, 32]),
+            max_running=self.rng.choice([2, 8]),
+            num_kv_heads=self.rng.choice([1, 2]),
+        )
+        block_size = self.rng.choice([size.block_size, 2, 8])
+        num_blocks = size.num_blocks * size.block_size // block_size
+        decode_size = replace(size, block_size=block_size, num_blocks=num_blocks)
+        self.world.tell(lambda: f"{topology}, {size}, decode blocks of {block_size}, faults: {self.faults.name}")
+        policy = self.rng.choice(["least_loaded", "round_robin"])
+        self.cluster = SimulatedCluster(self.world, specs, size, policy, decode_size=decode_size)
+
+    def run(self) -> None:
+        """Live through it. Raise AssertionError for anything that must not be."""
+        clock, cluster = self.world.clock, self.cluster
+        assert clock.run_until(lambda: cluster.is_ready, 5), "the groups never became ready"
+        clients = self._plan_requests(self.rng.choice([2, 3, 4, 5, 8]))
+        self._plan_faults()
+        clock.run_until(lambda: False, FAULT_TIME_S)
+        assert clock.run_until(lambda: cluster.has_ended, LONG_S + 1), "a request never ended"
+        for client in cluster.clients.values():
+            self._check(client, clients[client.request.request_id])
+        assert clock.run_until(lambda: cluster.is_at_rest, AT_REST_WITHIN_S), self._unrest()
+        self._check_next_request()
+
+    # --- what happens -------------------------------------------------------------------------------------------------
+
+    def _plan_requests(self, num_requests: int) -> dict[str, set[str]]:
+        """Submit requests at random times; return, by id, which ends besides the faults' own would be no surprise."""
+        may_end: dict[str, set[str]] = {}
+        within_s = self.rng.choice([FAULT_TIME_S / 4, FAULT_TIME_S / 40])
+        for index in range(num_requests):
+            request = self._request(f"request-{index}")
+            leaves = self.rng.random() < self.faults.cancels
+            may_end[request.request_id] = {"client_gone"} if leaves else set()
+            if request.timeout_s < LONG_S:
+                may_end[request.request_id].add("deadline_exceeded")
+            self.world.clock.after(self.rng.random() * within_s, partial(self._submit, request, leaves))
+        return may_end
+
+    def _submit(self, request: Request, leaves: bool) -> None:
+        client = self.cluster.submit(request)
+        if leaves:
+            self.world.clock.after(self._moment() / 4, lambda: self.cluster.cancel(client))
+
+    def _request(self, request_id: str) -> Request:
+        """A prompt that often shares a prefix with others; its answer may end by itself."""
+        rng = self.rng
+        prompt = [*range(1, 10)][: rng.choice((0, 4, 9))] + [
+            rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 9))
+        ]
+        ends = tuple(rng.sample(range(VOCAB_SIZE), 6))
+        sampling = SamplingParams(max_tokens=rng.randint(1, 6), seed=0, temperature=0.0, eos_token_ids=ends)
+        is_short = rng.random() < self.faults.short_deadlines
+        return Request(request_id, tuple(prompt), sampling, rng.random() * 0.1 if is_short else LONG_S)
+
+    def _plan_faults(self) -> None:
+        clock = self.world.clock
+        for _ in range(self.faults.num_crashes):
+            clock.after(self._moment(), self._crash)
+        for _ in range(self.faults.num_cuts):
+            clock.after(self._moment(), self._cut)
+        for _ in range(self.faults.num_pauses):
+            clock.after(self._moment(), self._pause)
+
+    def _crash(self) -> None:
+        self._any_rank().die("killed")
+
+    def _cut(self) -> None:
+        """The network breaks; the router's socket may find out only when heartbeats stay out."""
+        rank = self._any_rank()
+        self.world.tell(lambda: f"the wire of {rank.name} is cut")
+        rank.wire.cut(noticed_after_s=self.rng.choice((0.0, 2.0)), back_after_s=BACK_AFTER_S * (1 + self.rng.random()))
+
+    def _pause(self) -> None:
+        self._any_rank().pause(self.rng.random() * 0.5)
+
+    def _any_rank(self):
+        return self.rng.choice([rank for group in self.cluster.groups for rank in group.ranks.values()])
+
+    def _moment(self) -> float:
+        return self.rng.random() * FAULT_TIME_S
+
+    # --- what must hold -----------------------------------------------------------------------------------------------
+
+    def _check(self, client: Client, may_end: set[str]) -> None:
+        assert client.outcome is not None
+        if not client.is_complete:
+            code = client.outcome.code
+            assert code in may_end | self.faults.explained, (
+                f"{client.request.request_id}: unexplained end {client.outcome}"
+            )
+        else:
+            assert client.token_ids == client.answer
+
+    def _check_next_request(self) -> None:
+        for group in self.cluster.groups:
+            assert group.pool is not None
+            group.pool.check()
+        self.world.kv.faults = KVFaults()
+        client = self.cluster.submit(Request("next", tuple(range(1, 11)), SamplingParams(3, 0, 0.0), LONG_S))
+        self.world.clock.run_until(lambda: client.outcome is not None, SERVED_WITHIN_S)
+        assert client.is_complete, f"the next request was not served at once: {client.outcome}"
+
+    def _unrest(self) -> str:
+        held = {
+            f"{g.spec.role}-{g.spec.group}": (g.is_serving, g.pool and g.pool.counts, g.num_jobs)
+            for g in self.cluster.groups
+        }
+        controller = self.cluster.controller
+        return f"not at rest: {held}, {len(controller.attempts)} attempts, {controller.dispatcher.load}"
+
+
+def run_seed(seed: int, is_told: bool = False) -> None:
+    """Run one seed; the identities that production draws from the system's randomness come from the seed as well."""
+    draws = random.Random(~seed)
+    window_bytes = draws.choice((64, 128, sender.WINDOW_BYTES))  # a small one leaves pieces in the cache for later
+    with (
+        mock.patch.object(identity.secrets, "randbits", draws.getrandbits),
+        mock.patch.object(sender, "WINDOW_BYTES", window_bytes),
+    ):
+        Scenario(seed, is_told).run()
+
+
+if __name__ == "__main__":
+    run_seed(int(sys.argv[1]), is_told=True)

@@ -1,0 +1,362 @@
+"""A cluster so small that everything that can happen to it can be tried: one prefill and one decode group of a rank.
+
+Production code: both roles, pools, step loops, the inbox and outbox, the router's attempts, lifecycles and dispatcher.
+Abstracted, so that a state can be copied and compared: caches are dictionaries from slot to (token, position), a
+transfer is one frame per token, and of membership only this much is left: which epoch lives, and which the router has
+yet to find out about. What was queued for one life is delivered to the next one and refused there by its epoch.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+
+from decode_worker.inbox import RemoteInbox
+from decode_worker.role import DecodeRole
+from engine.block_pool import BlockPool
+from engine.sampler import Drawn
+from engine.step_loop import StepLoop
+from prefill_worker.outbox import RemoteOutbox
+from prefill_worker.role import PrefillRole
+from protocol.identity import Attempt, Epoch
+from protocol.layout import Endpoint, KVLayout
+from protocol.messages import AnyMessage, PeerLost, Prefill, Reserve, Tokens, TokenUpdate
+from protocol.orders import (
+    AnyOrder,
+    AnyReport,
+    Batch,
+    Broken,
+    DropTransfer,
+    ExpectBlocks,
+    Expecting,
+    Received,
+    SendBlocks,
+    SendMore,
+)
+from protocol.request import Request, SamplingParams
+from protocol.stages import Stage
+from router.attempts import Attempts
+from router.dispatch import Dispatcher
+from router.lifecycle import Action, Deliver, End, Outcome, Send
+from router.policies import ReadyGroup, round_robin
+
+GONE = Outcome(Stage.CANCELLED, "client_gone")
+VOCAB_SIZE = 100
+KV = tuple[int, int]  # token, position
+Event = tuple[str, int]
+
+REQUESTS = {
+    f"r{index}": Request(f"r{index}", (index,), SamplingParams(max_tokens=2, seed=0, temperature=0.0), 60.0)
+    for index in range(1, 4)
+}
+LONG_REQUESTS = {
+    f"r{index}": Request(f"r{index}", (index, 10 + index), SamplingParams(max_tokens=2, seed=0, temperature=0.0), 60.0)
+    for index in range(7, 9)
+}
+"""Prompts that take a step for each of their two tokens, so that the first may leave before the second is computed."""
+
+
+class Violation(AssertionError):
+    """What must never happen; the message says what."""
+
+
+def oracle_token(context: Iterable[KV]) -> int:
+    """Return the model's next token: different for every different context of these small worlds."""
+    return sum((token + 7) * (position + 3) for token, position in context) % VOCAB_SIZE
+
+
+def expected_tokens(request: Request) -> list[int]:
+    tokens = list(request.prompt_token_ids)
+    for _ in range(request.sampling.max_tokens):
+        tokens.append(oracle_token((token, position) for position, token in enumerate(tokens)))
+    return tokens[len(request.prompt_token_ids) :]
+
+
+def _request(name: str) -> Request:
+    return REQUESTS.get(name) or LONG_REQUESTS[name]
+
+
+def endpoint_of(epoch: Epoch, block_size: int) -> Endpoint:
+    return Endpoint(epoch, KVLayout("m", 1, 1, 1, "float32", block_size, 1), "zmq", ("a",))
+
+
+class Life:
+    """One life of one group: what engine.role calls Outlet and Ranks, and the step loop's forward."""
+
+    size = 1
+
+    def __init__(self, epoch: Epoch, is_prefill: bool, num_blocks: int, block_size: int, step_tokens: int) -> None:
+        self.epoch = epoch
+        self.block_size = block_size
+        self.pool = BlockPool(num_blocks, block_size, is_caching=False)
+        self.kv: dict[int, KV] = {}
+        self.expected: dict[Attempt, tuple[ExpectBlocks, set[int]]] = {}
+        self.sending: dict[Attempt, tuple[SendBlocks, int]] = {}
+        self.reports: deque[AnyReport] = deque()
+        self.sent: list[AnyMessage] = []
+        self.frames: list[tuple[Attempt, int, KV]] = []
+        layout = endpoint_of(epoch, block_size).layout
+        if is_prefill:
+            self.role = PrefillRole(self.pool, RemoteOutbox(self.pool, self, layout), self, "m", 8)
+        else:
+            self.role = DecodeRole(self.pool, RemoteInbox(self, layout), self, "m", 8)
+        self.steps = StepLoop([self.role], self.forward, step_tokens, block_size)
+
+    def send(self, message: AnyMessage) -> None:
+        self.sent.append(message)
+
+    def emit(self, update: TokenUpdate) -> None:
+        self.sent.append(Tokens((update,)))
+
+    def order(self, order: AnyOrder) -> None:
+        match order:
+            case ExpectBlocks():
+                positions = set(range(order.first_position, order.first_position + order.num_tokens))
+                self.expected[order.attempt] = (order, positions)
+                self.reports.append(Expecting(0, order.attempt))
+            case DropTransfer():
+                self.expected.pop(order.attempt, None)
+                self.sending.pop(order.attempt, None)
+            case SendBlocks():
+                self._send(order, order.first_position, order.num_computed)
+            case SendMore() if order.attempt in self.sending:
+                self._send(*self.sending.pop(order.attempt), order.num_computed)
+
+    def _send(self, order: SendBlocks, first: int, num_computed: int) -> None:
+        """Send what is computed from position first on; the rest waits for SendMore."""
+        stop = order.first_position + order.num_tokens
+        end = min(stop, max(first, num_computed))
+        for position in range(first, end):
+            self.frames.append((order.attempt, position, self._read(order.block_ids, position)))
+        if end < stop:
+            self.sending[order.attempt] = (order, end)
+
+    def land(self, attempt: Attempt, position: int, kv: KV) -> None:
+        """A frame has come: checked against what is expected, then copied."""
+        order, missing = self.expected.get(attempt, (None, set()))
+        if order is None or position not in missing:
+            return
+        self.kv[self._slot(order.block_ids, position)] = kv
+        missing.discard(position)
+        if not missing:
+            del self.expected[attempt]
+            self.reports.append(Received(0, attempt))
+
+    def close_peer(self, epoch: Epoch) -> None:
+        for attempt in [a for a, (order, _) in self.expected.items() if order.source.epoch == epoch]:
+            del self.expected[attempt]
+            self.reports.append(Broken(0, attempt, "the source group is gone"))
+
+    def forward(self, batch: Batch) -> list[int]:
+        tokens, drawn = iter(batch.token_ids), []
+        for query_len, context_len, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
+            for position in range(context_len - query_len, context_len):
+                self.kv[self._slot(table, position)] = (next(tokens), position)
+            drawn.append(oracle_token(self._read(table, position) for position in range(context_len)))
+        return [drawn[index] for index in batch.sampled]
+
+    def forget_free_blocks(self) -> None:
+        """What lies in free blocks may not matter; and it does not matter which of them is taken next."""
+        self.pool._free.sort(reverse=True)
+        free = set(self.pool._free)
+        self.kv = {slot: kv for slot, kv in self.kv.items() if slot // self.block_size not in free}
+
+    def _slot(self, table: tuple[int, ...], position: int) -> int:
+        return table[position // self.block_size] * self.block_size + position % self.block_size
+
+    def _read(self, table: tuple[int, ...], position: int) -> KV:
+        return self.kv.get(self._slot(table, position), (-1, -1))
+
+
+def take_drawn(tokens: list[int], rows: object) -> list[Drawn]:
+    """Stand in for engine.sampler.sample: forward has drawn already."""
+    return [Drawn(token, None, True) for token in tokens]
+
+
+class SmallWorld:
+    """Requests, both groups, the router between them, and everything under way. An event is (name, index)."""
+
+    def __init__(
+        self,
+        num_requests: int,
+        num_blocks: int,
+        block_size: int,
+        num_crashes: tuple[int, int],
+        num_cancels: int,
+        requests: dict[str, Request] = REQUESTS,
+    ):
+        self.sizes = (num_blocks, block_size, 16 if requests is REQUESTS else 1)
+        self.lives = [Life(10, True, *self.sizes), Life(20, False, *self.sizes)]
+        self.down: list[deque[tuple[Epoch, AnyMessage]]] = [deque(), deque()]
+        self.up: list[deque[tuple[Epoch, AnyMessage]]] = [deque(), deque()]
+        self.frames: list[tuple[Attempt, int, KV]] = []
+        self.known = [10, 20]  # the epochs that the router believes in
+        self.crashes_left = list(num_crashes)
+        self.cancels_left = num_cancels
+        self.waiting = list(requests)[:num_requests]
+        self.tokens: dict[str, int] = {}
+        self.ended: dict[str, str] = {}
+        self.dispatcher = Dispatcher(round_robin)
+        self.attempts = Attempts(self.dispatcher, VOCAB_SIZE)
+        self._pair_up()
+        self.num_attempts = 0
+
+    # --- what can happen ----------------------------------------------------------------------------------------------
+
+    def events(self) -> list[Event]:
+        """Return what can happen of itself, and what goes wrong."""
+        possible: list[Event] = [("start", 0)] if self.waiting else []
+        for side in (0, 1):
+            possible += [("hear", side)] if self.up[side] else []
+            possible += [("deliver", side)] if self.down[side] else []
+            possible += [("report", side)] if self.lives[side].reports else []
+            possible += [("notice", side)] if self.known[side] != self.lives[side].epoch else []
+            role = self.lives[side].role
+            possible += [("step", side)] if role.num_running or role._waiting else []
+        possible += [("land", index) for index in range(len(self.frames))]
+        return possible
+
+    def faults(self) -> list[Event]:
+        crashes = [("crash", side) for side in (0, 1) if self.crashes_left[side]]
+        running = [int(name[1:]) for name in self.tokens if name not in self.ended]
+        return crashes + ([("cancel", index) for index in running] if self.cancels_left else [])
+
+    def happen(self, event: Event) -> None:
+        name, index = event
+        getattr(self, f"_{name}")(index)
+        for life in self.lives:
+            life.forget_free_blocks()
+            life.pool.check()
+
+    def _start(self, _: int) -> None:
+        name = self.waiting.pop(0)
+        self.tokens[name] = 0
+        self._perform(self.attempts.start(_request(name), 60.0))
+
+    def _hear(self, side: int) -> None:
+        sender, message = self.up[side].popleft()
+        if sender != self.known[side]:
+            return  # router/controller.py: dead_epoch
+        updates = message.updates if isinstance(message, Tokens) else [message]
+        for update in updates:
+            self._perform(self.attempts.receive(sender, update))
+
+    def _deliver(self, side: int) -> None:
+        receiver, message = self.down[side].popleft()
+        life = self.lives[side]
+        if receiver != life.epoch:
+            return  # cluster/control_link.py: stale_messages
+        if isinstance(message, PeerLost):
+            life.close_peer(message.epoch)
+        else:
+            life.role.receive(message)
+        self._collect(side)
+
+    def _report(self, side: int) -> None:
+        self.lives[side].role.heed(self.lives[side].reports.popleft())
+        self._collect(side)
+
+    def _step(self, side: int) -> None:
+        self.lives[side].steps.step()
+        self._collect(side)
+
+    def _land(self, index: int) -> None:
+        self.lives[1].land(*self.frames.pop(index))
+
+    def _crash(self, side: int) -> None:
+        self.crashes_left[side] -= 1
+        self.lives[side] = Life(self.lives[side].epoch + 1, side == 0, *self.sizes)
+
+    def _notice(self, side: int) -> None:
+        """The router loses the old life and meets the new one; see router/membership.py and controller.py."""
+        lost, self.known[side] = self.known[side], self.lives[side].epoch
+        other = 1 - side
+        self.down[other].append((self.known[other], PeerLost(lost)))
+        self._perform(self.attempts.lose(lost))
+        self._pair_up()
+
+    def _cancel(self, index: int) -> None:
+        self.cancels_left -= 1
+        self._perform(self.attempts.cancel(f"r{index}", GONE))
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _pair_up(self) -> None:
+        num_blocks, block_size, _ = self.sizes
+        groups = [
+            ReadyGroup(0, epoch, endpoint_of(epoch, block_size), num_blocks * block_size + 1) for epoch in self.known
+        ]
+        self.dispatcher.pair_up(groups[:1], groups[1:])
+
+    def _collect(self, side: int) -> None:
+        life = self.lives[side]
+        self.up[side].extend((life.epoch, message) for message in life.sent)
+        self.frames.extend(life.frames)
+        life.sent.clear()
+        life.frames.clear()
+
+    def _perform(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send(receiver, message):
+                    self.down[receiver // 10 - 1].append((receiver, message))
+                case Deliver(update):
+                    self._take(update)
+                case End(attempt, outcome):
+                    if attempt.request_id in self.ended:
+                        raise Violation(f"{attempt.request_id} ended twice")
+                    self.ended[attempt.request_id] = outcome.code
+
+    def _take(self, update: TokenUpdate) -> None:
+        name = update.attempt.request_id
+        if update.token_id != expected_tokens(_request(name))[self.tokens[name]]:
+            raise Violation(f"{name} got token {update.token_id}: computed from KV that is not its own")
+        self.tokens[name] += 1
+
+    # --- what must hold when nothing can happen any more --------------------------------------------------------------
+
+    def check_end(self) -> None:
+        if len(self.ended) < len(self.tokens) or self.waiting:
+            raise Violation(f"deadlock: of {sorted(self.tokens)} only {sorted(self.ended)} ended")
+        load = self.dispatcher.load
+        if len(self.attempts) or any(load.prompt_tokens.values()) or any(load.reserved_tokens.values()):
+            raise Violation("the router still counts something")
+        for life in self.lives:
+            if life.pool.counts.held or life.role.num_running or life.role.num_waiting or life.expected or life.sending:
+                raise Violation("a block is held for nobody")
+
+    def key(self) -> tuple:
+        """Return what tells this state from others."""
+        lives = tuple(_life_key(life) for life in self.lives)
+        routes = tuple(_lifecycle_key(life) for life in self.attempts._lives.values())
+        under_way = tuple(tuple(map(_message_key, channel)) for channel in (*self.down, *self.up))
+        frames = frozenset(self.frames)
+        counts = (tuple(self.crashes_left), self.cancels_left, tuple(self.known), tuple(self.waiting))
+        return lives, routes, under_way, frames, counts, tuple(self.tokens.items()), tuple(sorted(self.ended.items()))
+
+
+def _message_key(item: tuple[Epoch, AnyMessage]) -> tuple:
+    epoch, message = item
+    return epoch, type(message), message.attempt if isinstance(message, Prefill | Reserve) else message
+
+
+def _life_key(life: Life) -> tuple:
+    role = life.role
+    jobs = role._jobs.values() if isinstance(role, PrefillRole) else role._reservations.values()
+    expected = tuple((attempt, frozenset(missing)) for attempt, (_, missing) in life.expected.items())
+    held = tuple(life.pool._num_holds)
+    under_way = (expected, tuple((attempt, first) for attempt, (_, first) in life.sending.items()))
+    return life.epoch, held, frozenset(life.kv.items()), tuple(map(_job_key, jobs)), tuple(life.reports), under_way
+
+
+def _job_key(job) -> tuple:
+    sequence, hold = job.sequence, getattr(job, "hold", None)
+    if hasattr(job, "prefill"):
+        own = (job.prefill.attempt, job.grant is not None, job.is_sending, job.computed_at is not None)
+    else:
+        own = (job.attempt, bool(job.unready), bool(job.incomplete), job.is_granted, job.handoff is not None)
+    place = sequence and (sequence.hold.block_ids, sequence.num_computed, len(sequence.token_ids))
+    return own, hold and hold.block_ids, place
+
+
+def _lifecycle_key(life) -> tuple:
+    holders = tuple(sorted(side.value for side in life.holders))
+    return life.attempt, life.stage, holders, life.num_tokens, life._is_granted, life._is_handed_off

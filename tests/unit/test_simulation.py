@@ -1,0 +1,26 @@
+"""Five thousand simulated clusters, each with its own faults: right tokens or clear errors, and nothing left behind."""
+
+import pytest
+
+from tests.simulation.scenario import run_seed
+
+NUM_SEEDS = 5_000
+SEEDS_PER_TEST = 500
+
+
+@pytest.mark.parametrize("first", range(0, NUM_SEEDS, SEEDS_PER_TEST))
+def test_whatever_happens_answers_are_right_and_pools_end_whole(first: int) -> None:
+    for seed in range(first, first + SEEDS_PER_TEST):
+        try:
+            run_seed(seed)
+        except Exception as error:
+            raise AssertionError(f"{error}\nreplay: python -m tests.simulation.scenario {seed}") from error
+
+
+def test_a_seed_always_tells_the_same_story(capsys: pytest.CaptureFixture[str]) -> None:
+    stories = []
+    for _ in range(2):
+        run_seed(13, is_told=True)
+        stories.append(capsys.readouterr().out)
+    assert stories[0] == stories[1]
+    assert "token" in stories[0]

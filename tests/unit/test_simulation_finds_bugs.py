@@ -1,0 +1,289 @@
+"""Mistakes that others made, planted into production code: the simulation must find every one of them.
+
+A plant is a monkeypatch of production code, and a pattern of what the simulation says about it. Seeds are tried until
+one fails; that none does within MAX_SEEDS means that the simulation is blind to that mistake.
+"""
+
+import re
+from collections.abc import Callable
+
+import msgspec
+import pytest
+
+from cluster.control_link import ControlLink
+from decode_worker.inbox import RemoteInbox
+from decode_worker.mover import ReceivingMover
+from decode_worker.role import DecodeRole, Reservation
+from engine.block_pool import Hold
+from kv_transfer.receiver import KVReceiver
+from kv_transfer.sender import KVSender
+from kv_transfer.transports import intake
+from kv_transfer.transports.transport import Arrival
+from prefill_worker.outbox import RemoteOutbox
+from prefill_worker.role import Job, PrefillRole
+from protocol.codec import decode
+from protocol.messages import Abort, AnyMessage, Failed, Handoff
+from protocol.orders import AnyReport, SendBlocks
+from router.lifecycle import Lifecycle, Side
+from tests.simulation.scenario import faults_of, run_seed
+
+MAX_SEEDS = 1500
+Patch = pytest.MonkeyPatch
+
+WRONG = "the oracle's answer is|garbage"
+LEAK = "not at rest|was not served at once"
+STUCK = "unexplained end|never ended|not at rest"
+
+
+def decode_frees_on_abort_and_lets_the_transfer_live(patch: Patch) -> None:
+    patch.setattr(RemoteInbox, "drop", lambda self, attempt: None)
+
+
+def prefill_frees_what_was_not_fetched_in_time(patch: Patch) -> None:
+    """The hold goes back to the pool a few steps after the handoff, although decode has not committed."""
+    original_send, original_schedule = RemoteOutbox.send, PrefillRole.schedule
+    lent: dict[Hold, int] = {}
+    let_go: set[Hold] = set()
+
+    def send(self: RemoteOutbox, sequence, destination, first_position: int):
+        lent[sequence.hold] = 0
+        return original_send(self, sequence, destination, first_position)
+
+    def schedule(self: PrefillRole, num_tokens: int):
+        for hold in [hold for hold in lent if not hold._is_released]:
+            lent[hold] += 1
+            if lent[hold] == 3:
+                hold._pool._release(hold.block_ids)
+                let_go.add(hold)
+        return original_schedule(self, num_tokens)
+
+    def release(self: Hold) -> None:
+        self._is_released = True
+        if self not in let_go:
+            self._pool._release(self.block_ids)
+
+    patch.setattr(RemoteOutbox, "send", send)
+    patch.setattr(PrefillRole, "schedule", schedule)
+    patch.setattr(Hold, "release", release)
+
+
+def decode_frees_what_did_not_come_in_time(patch: Patch) -> None:
+    """A reservation is given up after two turns, although frames for it may still be on their way."""
+    original = DecodeRole.schedule
+    waited: dict[Reservation, int] = {}
+
+    def schedule(self: DecodeRole, num_tokens: int):
+        for reservation in list(self._reservations.values()):
+            if reservation.handoff and not reservation.sequence:
+                waited[reservation] = waited.get(reservation, 0) + 1
+                if waited[reservation] == 2:
+                    del self._reservations[reservation.attempt]
+                    reservation.hold.release()
+                    self._outlet.send(Failed(reservation.attempt, "transfer_failed", "too late"))
+        return original(self, num_tokens)
+
+    patch.setattr(DecodeRole, "schedule", schedule)
+
+
+def nobody_looks_at_epochs(patch: Patch) -> None:
+    patch.setattr(ControlLink, "_parse", lambda self, data: decode(data).message)
+
+
+def nobody_looks_at_attempts(patch: Patch) -> None:
+    """A frame goes to whichever transfer is waiting for one of its kind."""
+    original = KVReceiver._land
+
+    def land(self: KVReceiver, arrival: Arrival) -> None:
+        header = arrival.header
+        for attempt, transfer in self._transfers.items():
+            if transfer.frames.get((header.source_rank, header.piece.index)) == (header.piece, header.num_frames):
+                arrival = arrival._replace(header=type(header)(attempt, *[getattr(header, n) for n in _REST]))
+                break
+        original(self, arrival)
+
+    patch.setattr(KVReceiver, "_land", land)
+
+
+_REST = ("source_rank", "destination_rank", "num_frames", "piece", "unit_digests")
+
+
+def decode_grants_before_its_ranks_expect(patch: Patch) -> None:
+    original = DecodeRole._start
+
+    def start(self: DecodeRole, reservation: Reservation) -> bool:
+        has_started = original(self, reservation)
+        reservation.unready.clear()
+        return has_started
+
+    patch.setattr(DecodeRole, "_start", start)
+
+
+def decode_commits_before_its_ranks_have_everything(patch: Patch) -> None:
+    original = DecodeRole._take_handoff
+
+    def take_handoff(self: DecodeRole, reservation: Reservation, handoff: Handoff) -> None:
+        reservation.incomplete.clear()
+        original(self, reservation, handoff)
+
+    patch.setattr(DecodeRole, "_take_handoff", take_handoff)
+
+
+def a_rank_is_content_with_one_frame_less(patch: Patch) -> None:
+    original = KVReceiver._finish_if_whole
+
+    def finish(self: KVReceiver, attempt) -> None:
+        transfer = self._transfers[attempt]
+        if len(transfer.missing) < len(transfer.frames) and len(transfer.missing) == 1:
+            transfer.missing.clear()
+        original(self, attempt)
+
+    patch.setattr(KVReceiver, "_finish_if_whole", finish)
+
+
+def damaged_frames_are_taken(patch: Patch) -> None:
+    patch.setattr(intake, "check_payload", lambda header, payload: None)
+
+
+def decode_lets_small_requests_past(patch: Patch) -> None:
+    def admit(self: DecodeRole) -> None:
+        for reservation in list(self._waiting):
+            if self._start(reservation):
+                self._waiting.remove(reservation)
+                self._grant_when_ready(reservation)
+
+    patch.setattr(DecodeRole, "_admit", admit)
+
+
+def prefill_lets_small_requests_past(patch: Patch) -> None:
+    def admit(self: PrefillRole) -> None:
+        for job in list(self._waiting):
+            if len(self._computing) < self._max_computing and self._start(job):
+                self._waiting.remove(job)
+                self._computing.append(job)
+
+    patch.setattr(PrefillRole, "_admit", admit)
+
+
+def decode_takes_the_newest_first(patch: Patch) -> None:
+    def admit(self: DecodeRole) -> None:
+        while self._waiting and self._start(self._waiting[-1]):
+            self._grant_when_ready(self._waiting.pop())
+
+    patch.setattr(DecodeRole, "_admit", admit)
+
+
+def a_hold_is_released_twice(patch: Patch) -> None:
+    original = Hold.release
+
+    def release(self: Hold) -> None:
+        original(self)
+        self._pool._release(self.block_ids[:1])
+
+    patch.setattr(Hold, "release", release)
+
+
+def prefill_ignores_aborts(patch: Patch) -> None:
+    original = PrefillRole.receive
+
+    def receive(self: PrefillRole, message: AnyMessage) -> None:
+        if not isinstance(message, Abort):
+            original(self, message)
+
+    patch.setattr(PrefillRole, "receive", receive)
+
+
+def prefill_does_not_say_that_sending_failed(patch: Patch) -> None:
+    patch.setattr(PrefillRole, "heed", lambda self, report: None)
+
+
+def the_router_forgets_that_prefill_holds_something(patch: Patch) -> None:
+    original = Lifecycle._end
+
+    def end(self: Lifecycle, outcome, keep=None):
+        self.holders.discard(Side.PREFILL)
+        return original(self, outcome, keep)
+
+    patch.setattr(Lifecycle, "_end", end)
+
+
+def a_leader_sleeps_over_its_own_report(patch: Patch) -> None:
+    """The report is there, but nothing wakes whoever should read it."""
+    original = ReceivingMover.poll
+
+    def poll(self: ReceivingMover) -> list[AnyReport]:
+        reports = original(self)
+        self._reports, kept = [], self._reports
+        self._late, late = kept or reports, getattr(self, "_late", [])
+        return late
+
+    patch.setattr(ReceivingMover, "poll", poll)
+
+
+def prefill_names_blocks_before_they_are_computed(patch: Patch) -> None:
+    original = PrefillRole._start
+
+    def start(self: PrefillRole, job: Job) -> bool:
+        if not original(self, job):
+            return False
+        sequence = job.sequence
+        assert sequence is not None
+        self._pool.name_blocks(sequence.hold, sequence.chain.of(sequence.token_ids, len(sequence.token_ids)))
+        return True
+
+    patch.setattr(PrefillRole, "_start", start)
+
+
+def prefill_sends_what_is_not_computed_yet(patch: Patch) -> None:
+    original = KVSender.send
+
+    def send(self: KVSender, order: SendBlocks) -> None:
+        original(self, msgspec.structs.replace(order, num_computed=None))
+
+    patch.setattr(KVSender, "send", send)
+
+
+def prefill_does_not_say_that_more_is_computed(patch: Patch) -> None:
+    patch.setattr(RemoteOutbox, "send_more", lambda self, sequence: None)
+
+
+PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
+    (decode_frees_on_abort_and_lets_the_transfer_live, WRONG, "slow frames"),
+    (prefill_frees_what_was_not_fetched_in_time, WRONG, ""),
+    (decode_frees_what_did_not_come_in_time, WRONG, "slow frames"),
+    (nobody_looks_at_epochs, LEAK, "crash"),
+    (nobody_looks_at_attempts, WRONG, ""),
+    (decode_grants_before_its_ranks_expect, STUCK, ""),
+    (decode_commits_before_its_ranks_have_everything, WRONG, ""),
+    (a_rank_is_content_with_one_frame_less, WRONG, ""),
+    (damaged_frames_are_taken, WRONG, "damaged"),
+    (decode_lets_small_requests_past, STUCK, ""),
+    (prefill_lets_small_requests_past, STUCK, ""),
+    (decode_takes_the_newest_first, STUCK, ""),
+    (a_hold_is_released_twice, "AssertionError", ""),
+    (prefill_ignores_aborts, LEAK, ""),
+    (prefill_does_not_say_that_sending_failed, STUCK, "damaged"),
+    (the_router_forgets_that_prefill_holds_something, LEAK, ""),
+    (a_leader_sleeps_over_its_own_report, "slept although", ""),
+    (prefill_names_blocks_before_they_are_computed, WRONG, ""),
+    (prefill_sends_what_is_not_computed_yet, WRONG, ""),
+    (prefill_does_not_say_that_more_is_computed, STUCK, ""),
+]
+"""plant, what the simulation must say, and the faults without which it would only take longer to find."""
+
+
+def first_failure(says: str, faults: str) -> str:
+    """Return what the first seed says whose failure matches; "" when none does."""
+    for seed in (seed for seed in range(MAX_SEEDS) if faults in faults_of(seed).name):
+        try:
+            run_seed(seed)
+        except Exception as error:
+            failure = f"seed {seed}: {type(error).__name__}: {error}"
+            if re.search(says, failure):
+                return failure
+    return ""
+
+
+@pytest.mark.parametrize(("plant", "says", "faults"), PLANTS, ids=[plant.__name__ for plant, *_ in PLANTS])
+def test_the_simulation_finds_it(plant: Callable[[Patch], None], says: str, faults: str, monkeypatch: Patch) -> None:
+    plant(monkeypatch)
+    assert first_failure(says, faults), f"no failure that says {says} within {MAX_SEEDS} seeds"
