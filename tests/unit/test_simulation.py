@@ -1,10 +1,10 @@
-"""Five thousand simulated clusters, each with its own faults: right tokens or clear errors, and nothing left behind."""
+"""Ten thousand simulated clusters, each with its own faults: right tokens or clear errors, and nothing left behind."""
 
 import pytest
 
 from tests.simulation.scenario import run_seed
 
-NUM_SEEDS = 5_000
+NUM_SEEDS = 10_000
 SEEDS_PER_TEST = 500
 
 
