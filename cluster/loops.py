@@ -47,11 +47,10 @@ class LeaderLoop:
     def run(self, wakers: Iterable[zmq.Socket[bytes] | int]) -> None:
         """Serve until Stopped or Fenced is raised. wakers: what becomes readable when there is something to do."""
         poller = _poller(wakers)
-        is_busy = True
         try:
             while True:
-                poller.poll(0 if is_busy else int(HEARTBEAT_S * 1000))
-                is_busy = self.turn()
+                poller.poll(0 if self._is_busy else int(HEARTBEAT_S * 1000))
+                self.turn()
         finally:
             for role in self._roles:
                 role.drop_all()

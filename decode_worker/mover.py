@@ -3,9 +3,6 @@
 from kv_transfer.receiver import KVReceiver
 from protocol.orders import AnyOrder, AnyReport, ClosePeer, DropTransfer, ExpectBlocks, Expecting
 
-BYTES_PER_POLL = 64 << 20
-"""Bounds how long running streams wait while a large prompt is copied in: about 20 ms at memory speed."""
-
 
 class ReceivingMover:
     """See engine.rank.Mover."""
@@ -31,7 +28,7 @@ class ReceivingMover:
 
     def poll(self) -> list[AnyReport]:
         reports, self._reports = self._reports, []
-        return [*reports, *self._receiver.poll(BYTES_PER_POLL)]
+        return [*reports, *self._receiver.poll()]
 
     def filenos(self) -> list[int]:
         return [self._receiver.fileno()]

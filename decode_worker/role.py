@@ -6,7 +6,7 @@ only when every rank has checked every frame and the handoff's manifest equals t
 """
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from decode_worker.inbox import Inbox
 from engine.block_pool import BlockPool, Hold
@@ -31,7 +31,7 @@ class Reservation:
     hold: Hold | None = None
     is_granted: bool = False
     handoff: Handoff | None = None
-    sequence: Sequence | None = field(default=None)
+    sequence: Sequence | None = None
 
     @property
     def attempt(self) -> Attempt:

@@ -2,8 +2,11 @@
 
     TandemError
      ├─ ConfigError        a topology or model that cannot work; for the person who wrote it
+     │   └─ MisfitError    a well-formed value of a topology that cannot work (cluster/checks.py)
      ├─ WireError          a message or frame that does not parse or does not verify; dropped and counted
-     └─ TransferError      a KV transfer that failed as a whole
+     │   └─ FrameError     the same of a KV frame, with a reason from a closed set (kv_transfer/frames.py)
+     ├─ GroupError         a group that cannot assemble or lost a rank; the process ends (engine/group.py)
+     └─ Fenced, Stopped    the router ended this life, or all of them (cluster/control_link.py)
 
 ValueError stays for a client's bad parameter, assert for a programmer's mistake (never on what a peer sent).
 """
@@ -24,7 +27,3 @@ class ConfigError(TandemError):
 
 class WireError(TandemError):
     """Bytes from a socket that are not a valid message or frame."""
-
-
-class TransferError(TandemError):
-    """A KV transfer failed: nothing of it may be used."""

@@ -58,12 +58,6 @@ def _not_empty(token_ids: Sequence[int], param: str) -> Sequence[int]:
     return token_ids
 
 
-def check_length(prompt: Prompt, num_tokens: int, param: str) -> None:
-    """Raise ApiError 400 unless prompt and one more token fit into num_tokens."""
-    if len(prompt.token_ids) + 1 > num_tokens:
-        raise too_long(len(prompt.token_ids), num_tokens, param)
-
-
 def too_long(num_prompt_tokens: int, num_tokens: int, param: str) -> ApiError:
     message = (
         f"the prompt has {num_prompt_tokens} tokens; prompt and output together can have at most {num_tokens}, "

@@ -35,10 +35,6 @@ class ModelText:
             self._max_chars = max_context * max(map(len, tokenizer.get_vocab()), default=1)
         self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
 
-    @property
-    def has_tokenizer(self) -> bool:
-        return self._tokenizer is not None
-
     async def encode(self, text: str, param: str) -> list[int]:
         """Return a prompt's token ids, with the special tokens that the model expects around a text."""
         return await self._encode(text, param, add_special_tokens=True)
