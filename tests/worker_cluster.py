@@ -89,6 +89,9 @@ class WorkerCluster:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Stop everything. Whatever a test was about, its pools must be whole at the end."""
+        if error is None:
+            self.assert_pools_whole()
         self._on_loop(self._control.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         for thread in self._threads:

@@ -77,8 +77,9 @@ class ClusterProcess:
         return self.processes.wait(deadline_s)
 
     def tear_down(self) -> None:
-        """Stop it, and fail when that is not clean or leaves something behind."""
+        """Stop it; fail when that is not clean, when a block is still held, or when something is left behind."""
         try:
+            self.wait_until_pools_whole()
             assert self.stop() == 0, self.processes.output
             self.processes.assert_nothing_left()
         finally:

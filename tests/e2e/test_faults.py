@@ -19,6 +19,8 @@ from tests.e2e.cluster_process import ClusterProcess, Worker
 from tests.e2e.processes import wait_for
 
 LONG = 400
+WHOLE_CONTEXT = 1000  # takes longer than LEFT_S
+LEFT_S = 2.0
 AT_ONCE_S = 3.0
 BACK_S = 60.0
 
@@ -83,10 +85,15 @@ def test_after_all_bad_input_the_cluster_serves_and_its_pools_are_whole(cluster:
 
 @pytest.mark.slow
 def test_a_client_that_leaves_frees_its_blocks(cluster: ClusterProcess):
-    stream = ask(cluster, LONG, stream=True)
+    stream = ask(cluster, WHOLE_CONTEXT, stream=True)
     next(iter(stream))
+    wait_for(lambda: cluster.worker("decode")["blocks"]["held"], 2, "its blocks are held")
     stream.close()
-    cluster.wait_until_pools_whole()
+    cluster.wait_until_pools_whole(LEFT_S)
+    outcomes = [
+        line for line in httpx.get(f"{cluster.url}/metrics").text.splitlines() if "tandem_requests_total" in line
+    ]
+    assert any('outcome="client_gone"' in line for line in outcomes), "it was not aborted: it ran to its end"
 
 
 @pytest.mark.slow
