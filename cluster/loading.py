@@ -8,6 +8,7 @@ import torch
 from cluster.assembly import ASSEMBLIES, Cache
 from cluster.launch import WorkerLaunch
 from engine.engine import Engine
+from engine.parked_kv import ParkedKV
 from engine.rank import Rank
 from engine.tensor_parallel import TensorParallel
 from protocol.layout import KVLayout
@@ -22,6 +23,7 @@ class LoadedRank:
     rank: Rank
     layout: KVLayout
     num_blocks: int
+    block_bytes: int
 
 
 def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: Callable[[str], None]) -> LoadedRank:
@@ -41,7 +43,8 @@ def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: C
     )
     layout = _layout(config, model_hash(folder), dtype, launch)
     mover = ASSEMBLIES[launch.role].mover(launch, Cache(engine.kv_cache.blocks, layout, launch.rank))
-    return LoadedRank(Rank(engine, mover), layout, engine.kv_cache.num_blocks)
+    blocks, num_blocks = engine.kv_cache.blocks, engine.kv_cache.num_blocks
+    return LoadedRank(Rank(engine, ParkedKV(blocks), mover), layout, num_blocks, blocks.nbytes // num_blocks)
 
 
 def _layout(config: ModelConfig, fingerprint: str, dtype: str, launch: WorkerLaunch) -> KVLayout:

@@ -19,7 +19,7 @@ from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
 from cluster.memory_size import parse_memory
 from protocol.errors import TandemError
 from protocol.messages import RoleName
-from protocol.topology import RoleSection, Topology
+from protocol.topology import AnyRoleSection, Topology
 
 _PLACE_WITHIN_S = 120  # long enough for an autoscaler to bring a machine
 
@@ -63,7 +63,7 @@ def start_ranks(topology: Topology, control: str, host: str) -> list[Rank]:
 
 
 def _launch(
-    topology: Topology, role: RoleName, section: RoleSection, group: int, rank: int, control: str, host: str
+    topology: Topology, role: RoleName, section: AnyRoleSection, group: int, rank: int, control: str, host: str
 ) -> WorkerLaunch:
     cache, model = topology.kv_cache, topology.model
     return WorkerLaunch(

@@ -20,7 +20,15 @@ from protocol.messages import RoleName, TokenUpdate
 from protocol.model_config import load_model_config
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
-from protocol.topology import KVTransferSection, RoleSection, RouterSection, Transport
+from protocol.topology import (
+    AnyRoleSection,
+    ColocatedSection,
+    DecodeSection,
+    KVTransferSection,
+    PrefillSection,
+    RouterSection,
+    Transport,
+)
 from router.control import ControlPlane
 from router.controller import Controller
 from router.launch import GroupSpec, RouterLaunch
@@ -174,13 +182,17 @@ class WorkerCluster:
             group=spec.group,
             rank=rank,
             model=ModelLaunch(str(self._model), "float32"),
-            role_section=RoleSection(tensor_parallel=spec.tensor_parallel, batch_tokens=self._batch_tokens),
+            role_section=self._section(spec),
             kv_cache=CacheLaunch(self._memory_bytes, self._block_sizes[spec.role == "decode"], prefix_caching=True),
             kv_transfer=KVTransferSection(transport=self._transport, timeout_s=10),
             device="cpu",
             control=self._control.address,
             host=HOST,
         )
+
+    def _section(self, spec: GroupSpec) -> AnyRoleSection:
+        kinds = {"prefill": PrefillSection, "decode": DecodeSection, "colocated": ColocatedSection}
+        return kinds[spec.role](tensor_parallel=spec.tensor_parallel, batch_tokens=self._batch_tokens)
 
     async def _open_router(self) -> None:
         config = load_model_config(self._model)

@@ -16,14 +16,17 @@ from cluster.assembly import ASSEMBLIES, LeaderParts
 from cluster.control_link import ControlLink, Fenced, Stopped
 from cluster.loops import FollowerLoop, LeaderLoop
 from decode_worker.mover import ReceivingMover
+from decode_worker.running import ALL_AT_ONCE, Growth
 from engine.block_pool import BlockPool
 from engine.group import GroupError, GroupRanks
+from engine.parked_kv import ParkedKV
 from engine.rank import Mover, Rank, Stationary
 from engine.role import Role
 from engine.step_loop import StepLoop
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from prefill_worker.mover import SendingMover
+from prefill_worker.role import PrefillRole
 from protocol.identity import new_epoch
 from protocol.layout import Endpoint, KVLayout
 from protocol.messages import Join, Ready, Welcome, WorkerInfo
@@ -49,6 +52,8 @@ class GroupSize:
     max_running: int = 8
     num_kv_heads: int = 2
     frame_bytes: int = 64
+    outbox_share: float = 0.5
+    growth: Growth = ALL_AT_ONCE
 
 
 class OracleEngine:
@@ -83,6 +88,7 @@ class SimulatedRank:
         self.orders: deque[AnyOrder] = deque()
         self.transport: SimulatedReceiver | SimulatedSender | None = None
         self.cache = RankCache.empty(group.layout, number, group.size.num_blocks)
+        self.parked_kv = ParkedKV(self.cache.blocks)
         self.mover = self._make_mover()
         self.link.send(Join(info, self.name if number == 0 else None))
         self.link.flush()
@@ -135,7 +141,9 @@ class SimulatedRank:
         try:
             if self.loop is None:
                 return self._join_in()
-            return bool(self.loop.turn())
+            is_busy = bool(self.loop.turn())
+            self._group.check_limits(self)
+            return is_busy
         except (Fenced, Stopped, GroupError) as end:
             self._group.close_channel(self)
             self.die(str(end))
@@ -219,7 +227,21 @@ class SimulatedGroup:
         """Serving, with a whole pool, no request, and no transfer on any rank."""
         if not self.is_serving or self.pool is None:
             return False
-        return self.pool.counts.held == 0 and self.num_jobs == 0 and not any(map(_has_transfers, self.ranks.values()))
+        is_parked = any(len(rank.parked_kv) for rank in self.ranks.values())
+        has_transfers = any(map(_has_transfers, self.ranks.values()))
+        return self.pool.counts.held == 0 and self.num_jobs == 0 and not is_parked and not has_transfers
+
+    def check_limits(self, rank: SimulatedRank) -> None:
+        """Neither a rank's host copies nor what prefill computes ahead of grants may be more than was allowed."""
+        if len(rank.parked_kv):
+            num_tokens = [copy.shape[3] for copy in rank.parked_kv._parked.values()]
+            num_blocks = sum(-(-num // self.size.block_size) for num in num_tokens)
+            assert num_blocks <= self.size.growth.max_parked_blocks, f"{num_blocks} blocks are parked"
+        for role in self.roles if rank.number == 0 and self.spec.role == "prefill" else ():
+            assert isinstance(role, PrefillRole)
+            holds = [job.sequence.hold for job in role._jobs.values() if job.sequence and not job.grant]
+            num_blocks = sum(len(hold.block_ids) for hold in holds)
+            assert num_blocks <= self.size.outbox_share * self.size.num_blocks, f"{num_blocks} blocks are ungranted"
 
     def _restart(self, number: int) -> None:
         rank = self.ranks[number] = SimulatedRank(self._world, self, number)
@@ -259,11 +281,14 @@ class SimulatedGroup:
         model = OracleModel([rank.cache for rank in self.ranks.values()], size.block_size)
         for follower in followers:
             end = FollowerEnd(follower, self._report)
-            rank = Rank(OracleEngine(None), follower.mover)  # type: ignore[arg-type]
+            rank = Rank(OracleEngine(None), follower.parked_kv, follower.mover)  # type: ignore[arg-type]
             follower.loop = FollowerLoop(follower.link, end, rank, self._world.clock.read)  # type: ignore[arg-type]
         channel = LeaderEnd(followers, self.reports)
-        ranks = GroupRanks(self.spec.tensor_parallel, channel, Rank(OracleEngine(model), leader.mover))  # type: ignore[arg-type]
-        parts = LeaderParts(self.pool, ranks, leader.link, self.layout, size.max_running)
+        own_rank = Rank(OracleEngine(model), leader.parked_kv, leader.mover)  # type: ignore[arg-type]
+        ranks = GroupRanks(self.spec.tensor_parallel, channel, own_rank)  # type: ignore[arg-type]
+        parts = LeaderParts(
+            self.pool, ranks, leader.link, self.layout, size.max_running, size.outbox_share, size.growth
+        )
         self.roles = ASSEMBLIES[self.spec.role].roles(parts)
         steps = StepLoop(self.roles, ranks.forward, size.batch_tokens, size.block_size)
         leader.loop = LeaderLoop(leader.link, ranks, self.roles, steps, self.pool, self._world.clock.read)

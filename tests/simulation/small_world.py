@@ -210,7 +210,7 @@ class SmallWorld:
             possible += [("report", side)] if self.lives[side].reports else []
             possible += [("notice", side)] if self.known[side] != self.lives[side].epoch else []
             role = self.lives[side].role
-            possible += [("step", side)] if role.num_running or role._waiting else []
+            possible += [("step", side)] if role.num_running or role.num_waiting else []
         possible += [("land", index) for index in range(len(self.frames))]
         return possible
 

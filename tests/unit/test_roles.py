@@ -65,7 +65,7 @@ def test_decode_refuses_at_once_what_can_never_fit_and_serves_the_next() -> None
 
 def test_prefill_refuses_at_once_what_can_never_fit() -> None:
     pool, around = BlockPool(4, 4), Surroundings()
-    role = PrefillRole(pool, RemoteOutbox(pool, around, LAYOUT), around, "model", 8)
+    role = PrefillRole(pool, RemoteOutbox(pool, around, LAYOUT, 1.0), around, "model", 8)
     role.receive(Prefill(attempt_of(1), request_of(17, 1), PEER))
     (failed,) = around.sent
     assert isinstance(failed, Failed)
