@@ -20,10 +20,9 @@ from protocol.model_files import find_model, model_hash
 class LoadedRank:
     """A rank that is ready to carry out orders, and how its group lays out KV."""
 
+    engine: Engine
     rank: Rank
     layout: KVLayout
-    num_blocks: int
-    block_bytes: int
 
 
 def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: Callable[[str], None]) -> LoadedRank:
@@ -43,8 +42,7 @@ def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: C
     )
     layout = _layout(config, model_hash(folder), dtype, launch)
     mover = ASSEMBLIES[launch.role].mover(launch, Cache(engine.kv_cache.blocks, layout, launch.rank))
-    blocks, num_blocks = engine.kv_cache.blocks, engine.kv_cache.num_blocks
-    return LoadedRank(Rank(engine, ParkedKV(blocks), mover), layout, num_blocks, blocks.nbytes // num_blocks)
+    return LoadedRank(engine, Rank(engine, ParkedKV(engine.kv_cache.blocks), mover), layout)
 
 
 def _layout(config: ModelConfig, fingerprint: str, dtype: str, launch: WorkerLaunch) -> KVLayout:

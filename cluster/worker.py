@@ -23,6 +23,7 @@ from cluster.memory_size import parse_memory
 from decode_worker.running import Growth
 from engine.block_pool import BlockPool
 from engine.group import Follower, GroupRanks, Leader, Place
+from engine.sampler import Sampler
 from engine.step_loop import StepLoop
 from engine.tensor_parallel import TensorParallel
 from protocol.identity import new_epoch
@@ -90,11 +91,14 @@ class WorkerLife:
 
     def _serve(self, loaded: LoadedRank, leader: Leader, addresses: tuple[str, ...]) -> None:
         section, cache = self._launch.role_section, self._launch.kv_cache
-        assembly = ASSEMBLIES[self._launch.role]
+        assembly, engine = ASSEMBLIES[self._launch.role], loaded.engine
         ranks = GroupRanks(self._place.size, leader, loaded.rank)
-        pool = BlockPool(loaded.num_blocks, cache.block_size, cache.prefix_caching)
+        pool = BlockPool(engine.kv_cache.num_blocks, cache.block_size, cache.prefix_caching)
         roles = assembly.roles(self._parts(loaded, pool, ranks))
-        steps = StepLoop(roles, ranks.forward, section.batch_tokens, cache.block_size)
+        draw = Sampler(engine.vocab_size, engine.device).draw
+        steps = StepLoop(
+            roles, ranks.forward, draw, section.batch_tokens, cache.block_size, is_ahead=engine.is_asynchronous
+        )
         endpoint = Endpoint(self._info.epoch, loaded.layout, assembly.transport(self._launch), addresses)
         self._link.send(Ready(endpoint, pool.num_blocks * cache.block_size))
         wakers: list[zmq.Socket[bytes] | int] = [self._socket.pollable, leader.pollable, *loaded.rank.mover.filenos()]
@@ -107,7 +111,7 @@ class WorkerLife:
             case PrefillSection():
                 return replace(parts, outbox_share=section.outbox_share)
             case DecodeSection():
-                max_parked_blocks = parse_memory(section.parked_memory) // loaded.block_bytes
+                max_parked_blocks = parse_memory(section.parked_memory) // loaded.engine.kv_cache.block_bytes
                 return replace(parts, growth=Growth(section.growth_tokens, max_parked_blocks))
 
 

@@ -6,7 +6,6 @@ decode_worker/running.py's business. A prompt is used only when every rank has c
 manifest equals the plan's.
 """
 
-import itertools
 from collections import deque
 
 from decode_worker.inbox import Inbox
@@ -37,7 +36,7 @@ class DecodeRole:
         self._reservations: dict[Attempt, Reservation] = {}
         self._waiting: deque[Reservation] = deque()
         self._running = running
-        self._numbers = itertools.count()
+        self._num_reserved = 0
 
     @property
     def counters(self) -> dict[str, int]:
@@ -85,16 +84,22 @@ class DecodeRole:
 
     def commit(self, chunk: Chunk, drawn: Drawn | None) -> None:
         sequence = chunk.sequence
-        reservation = self._reservations[sequence.attempt]
+        reservation = self._reservations.get(sequence.attempt)
+        if reservation is None:
+            return
         assert drawn is not None, "decode always computes a sequence's last token"
         if not drawn.is_valid:
             self._fail(reservation, "model_output_invalid", "the model's output for this request is not finite")
             return
-        self._pool.name_blocks(sequence.hold, sequence.block_names)
+        if reservation.hold:  # not parked while the step was under way
+            self._pool.name_blocks(reservation.hold, sequence.block_names)
         sequence.token_ids.append(drawn.token_id)
         self._emit(sequence, drawn)
         if sequence.finish_reason:
             self._drop(sequence.attempt)
+
+    def fail(self, chunk: Chunk, code: FailureCode, message: str) -> None:
+        self._fail(self._reservations[chunk.sequence.attempt], code, message)
 
     def drop_all(self) -> None:
         for attempt in list(self._reservations):
@@ -104,7 +109,7 @@ class DecodeRole:
         request = reserve.request
         chain = HashChain(chain_root(self._model_hash, request.salt), self._pool.block_size)
         ranks = range(self._inbox.num_reporting)
-        reservation = Reservation(reserve, next(self._numbers), chain, unready=set(ranks), incomplete=set(ranks))
+        reservation = Reservation(reserve, self._num_reserved, chain, unready=set(ranks), incomplete=set(ranks))
         if self._pool.blocks_for(reservation.max_num_computed) > self._pool.num_blocks:
             text = (
                 f"prompt and max_tokens are {request.max_num_tokens} tokens together; "
@@ -112,6 +117,7 @@ class DecodeRole:
             )
             self._outlet.send(Failed(reserve.attempt, "kv_cache_too_small", text))
             return
+        self._num_reserved += 1
         self._reservations[reserve.attempt] = reservation
         self._waiting.append(reservation)
         self._admit()

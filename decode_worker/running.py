@@ -38,6 +38,7 @@ class Running:
         self._growth = growth
         self._running: list[Reservation] = []
         self._parked: list[Reservation] = []
+        self._is_short = False  # somebody was parked in this step
         self._booked: dict[Attempt, int] = {}  # host blocks for those that began with less than they may need
         self.counters = {"sequences_parked": 0, "sequences_unparked": 0}
 
@@ -78,6 +79,7 @@ class Running:
 
     def make_room(self, max_sequences: int) -> None:
         """Give blocks to those of the oldest max_sequences that need some for their next token."""
+        self._is_short = False
         for reservation in self._running[:max_sequences]:
             if not reservation.hold:
                 break  # an older one has just parked it, and everybody behind it who may need blocks
@@ -86,7 +88,7 @@ class Running:
 
     def restore(self) -> bool:
         """Bring back what is parked, and return whether nobody needs blocks any more, so that others may come."""
-        if not all(self._has_room(reservation) for reservation in self._running):
+        if self._is_short or not all(self._has_room(reservation) for reservation in self._running):
             return False
         while self._parked and self._unpark(self._parked[0]):
             self.add(self._parked.pop(0))
@@ -94,21 +96,23 @@ class Running:
 
     def ready(self, max_sequences: int) -> list[Sequence]:
         """Return the oldest that have room for their next token."""
-        return [r.placed[0] for r in self._running if self._has_room(r)][:max_sequences]
+        sequences = [r.placed[0] for r in self._running if self._has_room(r)]
+        return [sequence for sequence in sequences if not sequence.is_drawn][:max_sequences]
 
     def _has_room(self, reservation: Reservation) -> bool:
+        """Whether there is a slot for the token that is next to be computed, if any is."""
         sequence, hold = reservation.placed
-        return sequence.num_computed < len(hold.block_ids) * self._pool.block_size
+        return sequence.num_launched < len(hold.block_ids) * self._pool.block_size or sequence.is_drawn
 
-    def _room_for(self, reservation: Reservation, num_computed: int) -> int:
-        """Return how many blocks hold num_computed tokens and the growth that a sequence gets at a time."""
+    def _room_for(self, reservation: Reservation, num_launched: int) -> int:
+        """Return how many blocks hold num_launched tokens and the growth that a sequence gets at a time."""
         most = reservation.max_num_computed
         growth = self._growth.growth_tokens
-        return self._pool.blocks_for(most if growth is None else min(most, num_computed + growth))
+        return self._pool.blocks_for(most if growth is None else min(most, num_launched + growth))
 
     def _grow(self, reservation: Reservation) -> None:
         sequence, hold = reservation.placed
-        if hold.grow(self._room_for(reservation, sequence.num_computed) - len(hold.block_ids)):
+        if hold.grow(self._room_for(reservation, sequence.num_launched) - len(hold.block_ids)):
             return
         while not hold.grow(1) and (youngest := self._youngest_after(reservation)):
             self._park(youngest)
@@ -120,19 +124,21 @@ class Running:
         return youngest if youngest and youngest.number > reservation.number else None
 
     def _park(self, reservation: Reservation) -> None:
+        """Copy it as far as the step under way reaches; the copy is made after that step, whose token still counts."""
         sequence, hold = reservation.placed
-        used = hold.block_ids[: self._pool.blocks_for(sequence.num_computed)]
-        self._ranks.order(Park(reservation.attempt, used, sequence.num_computed))
+        used = hold.block_ids[: self._pool.blocks_for(sequence.num_launched)]
+        self._ranks.order(Park(reservation.attempt, used, sequence.num_launched))
         hold.release()
         reservation.hold = None
         self._running.remove(reservation)
         insort(self._parked, reservation, key=lambda other: other.number)
         self.counters["sequences_parked"] += 1
+        self._is_short = True
 
     def _unpark(self, reservation: Reservation) -> bool:
         sequence = reservation.sequence
         assert sequence is not None
-        num_blocks = self._room_for(reservation, sequence.num_computed)
+        num_blocks = self._room_for(reservation, sequence.num_launched)
         hold = self._pool.acquire(sequence.block_names, num_blocks)
         if hold is None:
             return False

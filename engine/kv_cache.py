@@ -34,6 +34,7 @@ class KVCache:
         if max_bytes < block_bytes:
             raise ConfigError(f"{max_bytes} bytes hold no KV block; one block takes {block_bytes} bytes on each rank")
         self.block_size = block_size
+        self.block_bytes = block_bytes
         self.num_blocks = max_bytes // block_bytes
         num_heads = len(tensor_parallel.kv_heads(config.num_kv_heads))
         shape = (config.num_layers, 2, self.num_blocks, num_heads, block_size, config.head_dim)

@@ -78,17 +78,20 @@ class PrefillRole:
             assert sequence is not None
             if num_tokens <= 0:
                 break
-            chunks.append(sequence.next_chunk(min(num_tokens, sequence.num_prompt_tokens - sequence.num_computed)))
-            num_tokens -= chunks[-1].num_tokens
+            if num_left := sequence.num_prompt_tokens - sequence.num_launched:
+                chunks.append(sequence.next_chunk(min(num_tokens, num_left)))
+                num_tokens -= chunks[-1].num_tokens
         return chunks
 
     def commit(self, chunk: Chunk, drawn: Drawn | None) -> None:
         sequence = chunk.sequence
+        job = self._jobs.get(sequence.attempt)
+        if job is None or job.sequence is not sequence:  # over, or given up while the step was under way
+            return
         if drawn is not None and not drawn.is_valid:
             self._fail(sequence.attempt, "model_output_invalid", "the model's output for this prompt is not finite")
             return
         self._pool.name_blocks(sequence.hold, sequence.block_names)
-        job = self._jobs[sequence.attempt]
         if sequence.num_computed == sequence.num_prompt_tokens:
             self._computing.remove(job)
             job.computed_at = time.monotonic()
@@ -99,6 +102,9 @@ class PrefillRole:
             self._drop(sequence.attempt)
         else:
             self._send_computed(job)
+
+    def fail(self, chunk: Chunk, code: FailureCode, message: str) -> None:
+        self._fail(chunk.sequence.attempt, code, message)
 
     def drop_all(self) -> None:
         for attempt in list(self._jobs):

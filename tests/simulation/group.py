@@ -6,9 +6,10 @@ turn when something wakes it; turns that it takes for want of anything else must
 
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -22,6 +23,7 @@ from engine.group import GroupError, GroupRanks
 from engine.parked_kv import ParkedKV
 from engine.rank import Mover, Rank, Stationary
 from engine.role import Role
+from engine.sampler import Drawing, Drawn, Sampler, SamplingRow
 from engine.step_loop import StepLoop
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
@@ -30,11 +32,11 @@ from prefill_worker.role import PrefillRole
 from protocol.identity import new_epoch
 from protocol.layout import Endpoint, KVLayout
 from protocol.messages import Join, Ready, Welcome, WorkerInfo
-from protocol.orders import AnyOrder, AnyReport, Batch, Step, StopRank
+from protocol.orders import AnyOrder, AnyReport, Batch, Discard, Park, Step, StopRank, Unpark
 from router.launch import GroupSpec
 from tests.simulation.control import SimulatedWire
 from tests.simulation.kv import SimulatedReceiver, SimulatedSender
-from tests.simulation.oracle import OracleModel, RankCache
+from tests.simulation.oracle import VOCAB_SIZE, OracleModel, RankCache
 from tests.simulation.world import World
 
 IDLE_S = 1.0
@@ -44,7 +46,7 @@ MAX_ORDER_S = 0.02
 
 @dataclass(frozen=True)
 class GroupSize:
-    """What a group is given. frame_bytes is small, so that short prompts have many frames."""
+    """What a group is given. frame_bytes is small, so that short prompts have many frames. is_ahead: see StepLoop."""
 
     num_blocks: int
     block_size: int = 4
@@ -54,6 +56,7 @@ class GroupSize:
     frame_bytes: int = 64
     outbox_share: float = 0.5
     growth: Growth = ALL_AT_ONCE
+    is_ahead: bool = False
 
 
 class OracleEngine:
@@ -62,8 +65,39 @@ class OracleEngine:
     def __init__(self, model: OracleModel | None) -> None:
         self._model = model
 
-    def forward(self, batch: Batch) -> torch.Tensor | None:
-        return self._model.forward(batch) if self._model else None
+    def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> Callable[[], torch.Tensor] | None:
+        return partial(self._model.forward, batch, drawn) if self._model else None
+
+
+class LateDrawing:
+    """Stands in for engine.sampler.Drawing: a step is computed when its tokens are asked for, and no earlier."""
+
+    def __init__(self, compute: Callable[[], torch.Tensor], rows: SequenceOf[SamplingRow]) -> None:
+        self._compute = compute
+        self._rows = rows
+
+    @cached_property
+    def _drawing(self) -> Drawing:
+        return Sampler(VOCAB_SIZE, torch.device("cpu")).draw(self._compute(), self._rows)
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        return self._drawing.token_ids
+
+    def collect(self) -> list[Drawn]:
+        return self._drawing.collect()
+
+
+class QueuedParkedKV(ParkedKV):
+    """Copies in the order of a device's queue: what was launched before is computed before."""
+
+    def __init__(self, cache: torch.Tensor, finish_launched: Callable[[], None]) -> None:
+        super().__init__(cache)
+        self._finish_launched = finish_launched
+
+    def execute(self, order: Park | Unpark | Discard) -> None:
+        self._finish_launched()
+        super().execute(order)
 
 
 class SimulatedRank:
@@ -88,7 +122,7 @@ class SimulatedRank:
         self.orders: deque[AnyOrder] = deque()
         self.transport: SimulatedReceiver | SimulatedSender | None = None
         self.cache = RankCache.empty(group.layout, number, group.size.num_blocks)
-        self.parked_kv = ParkedKV(self.cache.blocks)
+        self.parked_kv = QueuedParkedKV(self.cache.blocks, group.finish_launched)
         self.mover = self._make_mover()
         self.link.send(Join(info, self.name if number == 0 else None))
         self.link.flush()
@@ -204,6 +238,7 @@ class SimulatedGroup:
         self.reports: deque[AnyReport] = deque()
         self._past_messages: dict[int, list[bytes]] = {}
         self.pool: BlockPool | None = None
+        self._launched: LateDrawing | None = None
         self.roles: list[Role] = []
         self.ranks: dict[int, SimulatedRank] = {}
         for number in range(spec.tensor_parallel):
@@ -277,6 +312,7 @@ class SimulatedGroup:
     def _serve(self, leader: SimulatedRank, followers: list[SimulatedRank]) -> None:
         size = self.size
         self.reports.clear()
+        self._launched = None
         self.pool = BlockPool(size.num_blocks, size.block_size)
         model = OracleModel([rank.cache for rank in self.ranks.values()], size.block_size)
         for follower in followers:
@@ -290,10 +326,21 @@ class SimulatedGroup:
             self.pool, ranks, leader.link, self.layout, size.max_running, size.outbox_share, size.growth
         )
         self.roles = ASSEMBLIES[self.spec.role].roles(parts)
-        steps = StepLoop(self.roles, ranks.forward, size.batch_tokens, size.block_size)
+        steps = StepLoop(
+            self.roles, ranks.forward, self._draw, size.batch_tokens, size.block_size, is_ahead=size.is_ahead
+        )
         leader.loop = LeaderLoop(leader.link, ranks, self.roles, steps, self.pool, self._world.clock.read)
         leader.link.send(Ready(self._endpoint(leader), size.num_blocks * size.block_size))
         leader.wake()
+
+    def _draw(self, compute: Callable[[], torch.Tensor], rows: SequenceOf[SamplingRow]) -> LateDrawing:
+        self._launched = LateDrawing(compute, rows)
+        return self._launched
+
+    def finish_launched(self) -> None:
+        """Compute what was launched last, if it is not yet."""
+        if self._launched:
+            _ = self._launched.token_ids
 
     def _endpoint(self, leader: SimulatedRank) -> Endpoint:
         transport = "loopback" if self.spec.role == "colocated" else "zmq"

@@ -112,6 +112,7 @@ class Scenario:
             num_kv_heads=self.rng.choice([1, 2]),
             outbox_share=self.rng.choice([0.0, 0.3, 0.5, 1.0]),
             growth=self.rng.choice(GROWTHS[1:] if self.is_crowded else GROWTHS),
+            is_ahead=seed % 2 == 1,
         )
         self.grant_order = self.rng.choice(GRANT_ORDERS)
         block_size = self.rng.choice([size.block_size, 2, 8])

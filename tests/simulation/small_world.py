@@ -8,9 +8,11 @@ yet to find out about. What was queued for one life is delivered to the next one
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from decode_worker.inbox import RemoteInbox
 from decode_worker.role import DecodeRole
+from decode_worker.running import ALL_AT_ONCE, Growth, Running
 from engine.block_pool import BlockPool
 from engine.sampler import Drawn
 from engine.step_loop import StepLoop
@@ -24,12 +26,15 @@ from protocol.orders import (
     AnyReport,
     Batch,
     Broken,
+    Discard,
     DropTransfer,
     ExpectBlocks,
     Expecting,
+    Park,
     Received,
     SendBlocks,
     SendMore,
+    Unpark,
 )
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
@@ -54,6 +59,13 @@ LONG_REQUESTS = {
 """Prompts that take a step for each of their two tokens, so that the first may leave before the second is computed."""
 
 
+GROWING_REQUESTS = {
+    f"r{index}": Request(f"r{index}", (index,), SamplingParams(max_tokens=3, seed=0, temperature=0.0), 60.0)
+    for index in range(4, 7)
+}
+"""Answers that outgrow a reservation for the prompt and one token."""
+
+
 class Violation(AssertionError):
     """What must never happen; the message says what."""
 
@@ -71,11 +83,34 @@ def expected_tokens(request: Request) -> list[int]:
 
 
 def _request(name: str) -> Request:
-    return REQUESTS.get(name) or LONG_REQUESTS[name]
+    return (REQUESTS | LONG_REQUESTS | GROWING_REQUESTS)[name]
 
 
 def endpoint_of(epoch: Epoch, block_size: int) -> Endpoint:
     return Endpoint(epoch, KVLayout("m", 1, 1, 1, "float32", block_size, 1), "zmq", ("a",))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What both groups are given. num_blocks: prefill's and decode's. is_any_order: decode may grant as it likes."""
+
+    num_blocks: tuple[int, int]
+    block_size: int = 1
+    outbox_share: float = 1.0
+    growth: Growth = ALL_AT_ONCE
+    is_any_order: bool = False
+
+
+class AnyOrder(DecodeRole):
+    """Lets a reservation in when the world says so, whichever it is."""
+
+    def _admit(self) -> None:
+        self._running.restore()
+
+    def admit(self, index: int) -> None:
+        reservation = self._waiting[index]
+        if self._running.restore() and self._start(reservation):
+            self._waiting.remove(reservation)
 
 
 class Life:
@@ -83,10 +118,11 @@ class Life:
 
     size = 1
 
-    def __init__(self, epoch: Epoch, is_prefill: bool, num_blocks: int, block_size: int, step_tokens: int) -> None:
+    def __init__(self, epoch: Epoch, is_prefill: bool, limits: "Limits", step_tokens: int) -> None:
         self.epoch = epoch
-        self.block_size = block_size
-        self.pool = BlockPool(num_blocks, block_size, is_caching=False)
+        self.block_size = block_size = limits.block_size
+        self.pool = BlockPool(limits.num_blocks[not is_prefill], block_size, is_caching=False)
+        self.parked: dict[Attempt, tuple[KV, ...]] = {}
         self.kv: dict[int, KV] = {}
         self.expected: dict[Attempt, tuple[ExpectBlocks, set[int]]] = {}
         self.sending: dict[Attempt, tuple[SendBlocks, int]] = {}
@@ -95,10 +131,13 @@ class Life:
         self.frames: list[tuple[Attempt, int, KV]] = []
         layout = endpoint_of(epoch, block_size).layout
         if is_prefill:
-            self.role = PrefillRole(self.pool, RemoteOutbox(self.pool, self, layout), self, "m", 8)
+            outbox = RemoteOutbox(self.pool, self, layout, limits.outbox_share)
+            self.role = PrefillRole(self.pool, outbox, self, "m", 8)
         else:
-            self.role = DecodeRole(self.pool, RemoteInbox(self, layout), self, "m", 8)
-        self.steps = StepLoop([self.role], self.forward, step_tokens, block_size)
+            running = Running(self.pool, self, limits.growth)
+            kind = AnyOrder if limits.is_any_order else DecodeRole
+            self.role = kind(self.pool, RemoteInbox(self, layout), self, running, "m", 8)
+        self.steps = StepLoop([self.role], self.forward, Tokenwise, step_tokens, block_size)
 
     def send(self, message: AnyMessage) -> None:
         self.sent.append(message)
@@ -119,6 +158,13 @@ class Life:
                 self._send(order, order.first_position, order.num_computed)
             case SendMore() if order.attempt in self.sending:
                 self._send(*self.sending.pop(order.attempt), order.num_computed)
+            case Park():
+                self.parked[order.attempt] = tuple(self._read(order.block_ids, p) for p in range(order.num_tokens))
+            case Unpark():
+                for position, kv in enumerate(self.parked.pop(order.attempt)):
+                    self.kv[self._slot(order.block_ids, position)] = kv
+            case Discard():
+                del self.parked[order.attempt]
 
     def _send(self, order: SendBlocks, first: int, num_computed: int) -> None:
         """Send what is computed from position first on; the rest waits for SendMore."""
@@ -145,7 +191,7 @@ class Life:
             del self.expected[attempt]
             self.reports.append(Broken(0, attempt, "the source group is gone"))
 
-    def forward(self, batch: Batch) -> list[int]:
+    def forward(self, batch: Batch, _: list[int] | None) -> list[int]:
         tokens, drawn = iter(batch.token_ids), []
         for query_len, context_len, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
             for position in range(context_len - query_len, context_len):
@@ -166,9 +212,14 @@ class Life:
         return self.kv.get(self._slot(table, position), (-1, -1))
 
 
-def take_drawn(tokens: list[int], rows: object) -> list[Drawn]:
-    """Stand in for engine.sampler.sample: forward has drawn already."""
-    return [Drawn(token, None, True) for token in tokens]
+class Tokenwise:
+    """Stands in for engine.sampler.Drawing: forward has drawn already."""
+
+    def __init__(self, token_ids: list[int], rows: object) -> None:
+        self.token_ids = token_ids
+
+    def collect(self) -> list[Drawn]:
+        return [Drawn(token, None, True) for token in self.token_ids]
 
 
 class SmallWorld:
@@ -177,13 +228,12 @@ class SmallWorld:
     def __init__(
         self,
         num_requests: int,
-        num_blocks: int,
-        block_size: int,
-        num_crashes: tuple[int, int],
-        num_cancels: int,
+        limits: Limits,
+        num_crashes: tuple[int, int] = (0, 0),
+        num_cancels: int = 0,
         requests: dict[str, Request] = REQUESTS,
     ):
-        self.sizes = (num_blocks, block_size, 16 if requests is REQUESTS else 1)
+        self.sizes = (limits, 1 if requests is LONG_REQUESTS else 16)
         self.lives = [Life(10, True, *self.sizes), Life(20, False, *self.sizes)]
         self.down: list[deque[tuple[Epoch, AnyMessage]]] = [deque(), deque()]
         self.up: list[deque[tuple[Epoch, AnyMessage]]] = [deque(), deque()]
@@ -211,6 +261,8 @@ class SmallWorld:
             possible += [("notice", side)] if self.known[side] != self.lives[side].epoch else []
             role = self.lives[side].role
             possible += [("step", side)] if role.num_running or role.num_waiting else []
+        if isinstance(self.lives[1].role, AnyOrder):
+            possible += [("admit", index) for index in range(len(self.lives[1].role._waiting))]
         possible += [("land", index) for index in range(len(self.frames))]
         return possible
 
@@ -258,6 +310,12 @@ class SmallWorld:
         self.lives[side].steps.step()
         self._collect(side)
 
+    def _admit(self, index: int) -> None:
+        role = self.lives[1].role
+        assert isinstance(role, AnyOrder)
+        role.admit(index)
+        self._collect(1)
+
     def _land(self, index: int) -> None:
         self.lives[1].land(*self.frames.pop(index))
 
@@ -280,9 +338,10 @@ class SmallWorld:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _pair_up(self) -> None:
-        num_blocks, block_size, _ = self.sizes
+        limits, size = self.sizes[0], self.sizes[0].block_size
         groups = [
-            ReadyGroup(0, epoch, endpoint_of(epoch, block_size), num_blocks * block_size + 1) for epoch in self.known
+            ReadyGroup(0, epoch, endpoint_of(epoch, size), num_blocks * size + 1)
+            for epoch, num_blocks in zip(self.known, limits.num_blocks, strict=True)
         ]
         self.dispatcher.pair_up(groups[:1], groups[1:])
 
@@ -320,7 +379,8 @@ class SmallWorld:
         if len(self.attempts) or any(load.prompt_tokens.values()) or any(load.reserved_tokens.values()):
             raise Violation("the router still counts something")
         for life in self.lives:
-            if life.pool.counts.held or life.role.num_running or life.role.num_waiting or life.expected or life.sending:
+            transfers = life.expected or life.sending or life.parked
+            if life.pool.counts.held or life.role.num_running or life.role.num_waiting or transfers:
                 raise Violation("a block is held for nobody")
 
     def key(self) -> tuple:
@@ -344,13 +404,24 @@ def _life_key(life: Life) -> tuple:
     expected = tuple((attempt, frozenset(missing)) for attempt, (_, missing) in life.expected.items())
     held = tuple(life.pool._num_holds)
     under_way = (expected, tuple((attempt, first) for attempt, (_, first) in life.sending.items()))
-    return life.epoch, held, frozenset(life.kv.items()), tuple(map(_job_key, jobs)), tuple(life.reports), under_way
+    kept = (held, frozenset(life.kv.items()), frozenset(life.parked.items()))
+    return life.epoch, kept, tuple(map(_job_key, jobs)), _order_key(role), tuple(life.reports), under_way
+
+
+def _order_key(role: PrefillRole | DecodeRole) -> tuple:
+    """Who is where in the queues; in which order decode's wait, and in which those run, is the order of all."""
+    if isinstance(role, DecodeRole):
+        return tuple(role._running._booked)
+    admission = role._admission
+    queues = (admission._granted, admission._ungranted, admission._ahead, role._computing)
+    return tuple(tuple(job.prefill.attempt for job in queue) for queue in queues)
 
 
 def _job_key(job) -> tuple:
     sequence, hold = job.sequence, getattr(job, "hold", None)
     if hasattr(job, "prefill"):
-        own = (job.prefill.attempt, job.grant is not None, job.is_sending, job.computed_at is not None)
+        progress = (job.is_sending, job.computed_at is not None, job.first_token_id)
+        own = (job.prefill.attempt, job.grant is not None, *progress)
     else:
         own = (job.attempt, bool(job.unready), bool(job.incomplete), job.is_granted, job.handoff is not None)
     place = sequence and (sequence.hold.block_ids, sequence.num_computed, len(sequence.token_ids))
