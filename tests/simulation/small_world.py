@@ -42,6 +42,7 @@ from router.attempts import Attempts
 from router.dispatch import Dispatcher
 from router.lifecycle import Action, Deliver, End, Outcome, Send
 from router.policies import ReadyGroup, round_robin
+from tests.simulation.copies import Part
 
 GONE = Outcome(Stage.CANCELLED, "client_gone")
 VOCAB_SIZE = 100
@@ -101,7 +102,7 @@ class Limits:
     is_any_order: bool = False
 
 
-class AnyOrder(DecodeRole):
+class Arbitrary(DecodeRole):
     """Lets a reservation in when the world says so, whichever it is."""
 
     def _admit(self) -> None:
@@ -135,7 +136,7 @@ class Life:
             self.role = PrefillRole(self.pool, outbox, self, "m", 8)
         else:
             running = Running(self.pool, self, limits.growth)
-            kind = AnyOrder if limits.is_any_order else DecodeRole
+            kind = Arbitrary if limits.is_any_order else DecodeRole
             self.role = kind(self.pool, RemoteInbox(self, layout), self, running, "m", 8)
         self.steps = StepLoop([self.role], self.forward, Tokenwise, step_tokens, block_size)
 
@@ -234,7 +235,7 @@ class SmallWorld:
         requests: dict[str, Request] = REQUESTS,
     ):
         self.sizes = (limits, 1 if requests is LONG_REQUESTS else 16)
-        self.lives = [Life(10, True, *self.sizes), Life(20, False, *self.sizes)]
+        self.lives = [Part(Life(10 * side + 10, side == 0, *self.sizes), _life_key) for side in (0, 1)]
         self.down: list[deque[tuple[Epoch, AnyMessage]]] = [deque(), deque()]
         self.up: list[deque[tuple[Epoch, AnyMessage]]] = [deque(), deque()]
         self.frames: list[tuple[Attempt, int, KV]] = []
@@ -244,10 +245,9 @@ class SmallWorld:
         self.waiting = list(requests)[:num_requests]
         self.tokens: dict[str, int] = {}
         self.ended: dict[str, str] = {}
-        self.dispatcher = Dispatcher(round_robin)
-        self.attempts = Attempts(self.dispatcher, VOCAB_SIZE)
+        dispatcher = Dispatcher(round_robin)
+        self.router = Part((Attempts(dispatcher, VOCAB_SIZE), dispatcher), _router_key)
         self._pair_up()
-        self.num_attempts = 0
 
     # --- what can happen ----------------------------------------------------------------------------------------------
 
@@ -257,12 +257,12 @@ class SmallWorld:
         for side in (0, 1):
             possible += [("hear", side)] if self.up[side] else []
             possible += [("deliver", side)] if self.down[side] else []
-            possible += [("report", side)] if self.lives[side].reports else []
-            possible += [("notice", side)] if self.known[side] != self.lives[side].epoch else []
-            role = self.lives[side].role
+            possible += [("report", side)] if self.lives[side].item.reports else []
+            possible += [("notice", side)] if self.known[side] != self.lives[side].item.epoch else []
+            role = self.lives[side].item.role
             possible += [("step", side)] if role.num_running or role.num_waiting else []
-        if isinstance(self.lives[1].role, AnyOrder):
-            possible += [("admit", index) for index in range(len(self.lives[1].role._waiting))]
+        if isinstance(self.lives[1].item.role, Arbitrary):
+            possible += [("admit", index) for index in range(len(self.lives[1].item.role._waiting))]
         possible += [("land", index) for index in range(len(self.frames))]
         return possible
 
@@ -274,14 +274,15 @@ class SmallWorld:
     def happen(self, event: Event) -> None:
         name, index = event
         getattr(self, f"_{name}")(index)
-        for life in self.lives:
-            life.forget_free_blocks()
-            life.pool.check()
+        for part in self.lives:
+            if part.is_in_use:
+                part.item.forget_free_blocks()
+                part.item.pool.check()
 
     def _start(self, _: int) -> None:
         name = self.waiting.pop(0)
         self.tokens[name] = 0
-        self._perform(self.attempts.start(_request(name), 60.0))
+        self._perform(self.router.item[0].start(_request(name), 60.0))
 
     def _hear(self, side: int) -> None:
         sender, message = self.up[side].popleft()
@@ -289,11 +290,11 @@ class SmallWorld:
             return  # router/controller.py: dead_epoch
         updates = message.updates if isinstance(message, Tokens) else [message]
         for update in updates:
-            self._perform(self.attempts.receive(sender, update))
+            self._perform(self.router.item[0].receive(sender, update))
 
     def _deliver(self, side: int) -> None:
         receiver, message = self.down[side].popleft()
-        life = self.lives[side]
+        life = self.lives[side].item
         if receiver != life.epoch:
             return  # cluster/control_link.py: stale_messages
         if isinstance(message, PeerLost):
@@ -303,37 +304,38 @@ class SmallWorld:
         self._collect(side)
 
     def _report(self, side: int) -> None:
-        self.lives[side].role.heed(self.lives[side].reports.popleft())
+        self.lives[side].item.role.heed(self.lives[side].item.reports.popleft())
         self._collect(side)
 
     def _step(self, side: int) -> None:
-        self.lives[side].steps.step()
+        self.lives[side].item.steps.step()
         self._collect(side)
 
     def _admit(self, index: int) -> None:
-        role = self.lives[1].role
-        assert isinstance(role, AnyOrder)
+        role = self.lives[1].item.role
+        assert isinstance(role, Arbitrary)
         role.admit(index)
         self._collect(1)
 
     def _land(self, index: int) -> None:
-        self.lives[1].land(*self.frames.pop(index))
+        self.lives[1].item.land(*self.frames.pop(index))
 
     def _crash(self, side: int) -> None:
         self.crashes_left[side] -= 1
-        self.lives[side] = Life(self.lives[side].epoch + 1, side == 0, *self.sizes)
+        epoch = self.lives[side].item.epoch + 1
+        self.lives[side] = Part(Life(epoch, side == 0, *self.sizes), _life_key)
 
     def _notice(self, side: int) -> None:
         """The router loses the old life and meets the new one; see router/membership.py and controller.py."""
-        lost, self.known[side] = self.known[side], self.lives[side].epoch
+        lost, self.known[side] = self.known[side], self.lives[side].item.epoch
         other = 1 - side
         self.down[other].append((self.known[other], PeerLost(lost)))
-        self._perform(self.attempts.lose(lost))
+        self._perform(self.router.item[0].lose(lost))
         self._pair_up()
 
     def _cancel(self, index: int) -> None:
         self.cancels_left -= 1
-        self._perform(self.attempts.cancel(f"r{index}", GONE))
+        self._perform(self.router.item[0].cancel(f"r{index}", GONE))
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -343,10 +345,10 @@ class SmallWorld:
             ReadyGroup(0, epoch, endpoint_of(epoch, size), num_blocks * size + 1)
             for epoch, num_blocks in zip(self.known, limits.num_blocks, strict=True)
         ]
-        self.dispatcher.pair_up(groups[:1], groups[1:])
+        self.router.item[1].pair_up(groups[:1], groups[1:])
 
     def _collect(self, side: int) -> None:
-        life = self.lives[side]
+        life = self.lives[side].item
         self.up[side].extend((life.epoch, message) for message in life.sent)
         self.frames.extend(life.frames)
         life.sent.clear()
@@ -362,6 +364,8 @@ class SmallWorld:
                 case End(attempt, outcome):
                     if attempt.request_id in self.ended:
                         raise Violation(f"{attempt.request_id} ended twice")
+                    if outcome.code == "internal_error":
+                        raise Violation(f"{attempt.request_id}: {outcome.message}")
                     self.ended[attempt.request_id] = outcome.code
 
     def _take(self, update: TokenUpdate) -> None:
@@ -375,22 +379,22 @@ class SmallWorld:
     def check_end(self) -> None:
         if len(self.ended) < len(self.tokens) or self.waiting:
             raise Violation(f"deadlock: of {sorted(self.tokens)} only {sorted(self.ended)} ended")
-        load = self.dispatcher.load
-        if len(self.attempts) or any(load.prompt_tokens.values()) or any(load.reserved_tokens.values()):
+        attempts, dispatcher = self.router.item
+        load = dispatcher.load
+        if len(attempts) or any(load.prompt_tokens.values()) or any(load.reserved_tokens.values()):
             raise Violation("the router still counts something")
-        for life in self.lives:
+        for life in (part.item for part in self.lives):
             transfers = life.expected or life.sending or life.parked
             if life.pool.counts.held or life.role.num_running or life.role.num_waiting or transfers:
                 raise Violation("a block is held for nobody")
 
     def key(self) -> tuple:
         """Return what tells this state from others."""
-        lives = tuple(_life_key(life) for life in self.lives)
-        routes = tuple(_lifecycle_key(life) for life in self.attempts._lives.values())
+        parts = (*(part.key for part in self.lives), self.router.key)
         under_way = tuple(tuple(map(_message_key, channel)) for channel in (*self.down, *self.up))
         frames = frozenset(self.frames)
         counts = (tuple(self.crashes_left), self.cancels_left, tuple(self.known), tuple(self.waiting))
-        return lives, routes, under_way, frames, counts, tuple(self.tokens.items()), tuple(sorted(self.ended.items()))
+        return parts, under_way, frames, counts, tuple(self.tokens.items()), tuple(sorted(self.ended.items()))
 
 
 def _message_key(item: tuple[Epoch, AnyMessage]) -> tuple:
@@ -426,6 +430,10 @@ def _job_key(job) -> tuple:
         own = (job.attempt, bool(job.unready), bool(job.incomplete), job.is_granted, job.handoff is not None)
     place = sequence and (sequence.hold.block_ids, sequence.num_computed, len(sequence.token_ids))
     return own, hold and hold.block_ids, place
+
+
+def _router_key(router: tuple[Attempts, Dispatcher]) -> tuple:
+    return tuple(map(_lifecycle_key, router[0]._lives.values()))
 
 
 def _lifecycle_key(life) -> tuple:
