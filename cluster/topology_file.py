@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from cluster.memory_size import parse_memory
+from cluster.memory_size import parse_memory, parse_share
 from protocol.errors import ConfigError
 from protocol.topology import Topology
 
@@ -189,6 +189,7 @@ def _check_memory(topology: Topology, places: Places) -> None:
             sizes[f"{name}.parked_memory"] = section.parked_memory
     for key, size in sizes.items():
         try:
-            parse_memory(size)
+            if key != "kv_cache.memory" or parse_share(size) is None:
+                parse_memory(size)
         except ConfigError as error:
             raise ConfigError(f"{place_of(key, places)}: {key}: {error}") from None
