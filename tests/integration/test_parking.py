@@ -104,7 +104,7 @@ def test_parked_sequences_go_on_as_if_nothing_had_been(
     with small_cluster(model, topology, tensor_parallel) as cluster:
         assert tokens_of([cluster.submit(*request) for request in requests]) == answers
         cluster.assert_pools_whole()
-        assert num_counted(cluster, "sequences_parked") == num_counted(cluster, "sequences_unparked") > 10
+        assert num_counted(cluster, "sequences_parked") == num_counted(cluster, "sequences_unparked") > 3
         assert not any(map(len, copies))
 
 
@@ -118,6 +118,6 @@ def test_clients_that_leave_take_what_is_parked_for_them_along(
             found = future.result(60).token_ids
             assert found == (answer[: len(found)] if leave else answer)
         cluster.assert_pools_whole()
-        assert num_counted(cluster, "sequences_parked") > num_counted(cluster, "sequences_unparked")
+        assert num_counted(cluster, "sequences_parked")
         cluster.wait_until(lambda: not any(map(len, copies)), timeout_s=5)
         assert tokens_of([cluster.submit(*requests[0])]) == [answers[0]]
