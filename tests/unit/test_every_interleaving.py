@@ -86,7 +86,7 @@ def decode_commits_before_everything_is_there(patch: Patch) -> None:
 def nobody_looks_at_epochs(patch: Patch) -> None:
     def deliver(self: SmallWorld, side: int) -> None:
         _, message = self.down[side][0]
-        self.down[side][0] = (self.lives[side].epoch, message)
+        self.down[side][0] = (self.lives[side].item.epoch, message)
         original(self, side)
 
     original = SmallWorld._deliver
