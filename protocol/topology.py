@@ -12,7 +12,7 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Transport = Literal["auto", "shm", "zmq", "gloo"]
+Transport = Literal["auto", "cuda_ipc", "nccl", "shm", "zmq", "gloo"]
 Policy = Literal["round_robin", "least_loaded"]
 Device = Literal["cpu", "cuda"]
 

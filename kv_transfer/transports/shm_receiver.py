@@ -15,14 +15,15 @@ import threading
 from contextlib import suppress
 from functools import partial
 
-import torch
-
-from kv_transfer.frames import FrameError, FrameHeader, check_payload, decode_header
+from kv_transfer.handshake import refusal
 from kv_transfer.mailbox import Mailbox
+from kv_transfer.staging import landing_for
 from kv_transfer.transports import shm_wire
+from kv_transfer.transports.intake import Intake
 from kv_transfer.transports.slab import Slab
-from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault
+from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, Site
 from protocol.identity import Epoch
+from protocol.layout import KVLayout
 
 _BACKLOG = 128
 _PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
@@ -37,11 +38,15 @@ class _Connection:
         self.socket = accepted
         self.slab: Slab | None = None
 
-    def greet(self, data: bytes, fds: list[int]) -> None:
-        """Take the sender's slab; raises ValueError or OSError for anything else."""
+    def greet(self, data: bytes, fds: list[int], layout: KVLayout) -> None:
+        """Take the sender's slab. Raises ConnectionRefusedError when it may not send, else ValueError or OSError."""
         try:
-            if data != shm_wire.HELLO or len(fds) != 1:
+            if not data.startswith(shm_wire.HELLO) or len(fds) != 1:
                 raise ValueError("a connection that does not begin with a slab")
+            reason = refusal(layout, data[len(shm_wire.HELLO) :])
+            if reason:
+                self.answer(shm_wire.GREETING, reason)
+                raise ConnectionRefusedError(reason)
             self.slab = Slab(fds[0])
         finally:
             for fd in fds:
@@ -60,11 +65,13 @@ class _Connection:
 
 
 class ShmReceiver:
-    """A ReceivingTransport; reached by senders on this host only."""
+    """A ReceivingTransport; reached by senders on this host only. Listens on no network, never waits for a peer."""
 
-    def __init__(self, arrivals: Mailbox[Arrival]) -> None:
+    def __init__(self, site: Site, arrivals: Mailbox[Arrival]) -> None:
         self.arrivals = arrivals
         self.counters: dict[str, int] = dict.fromkeys(RECEIVING_FAULTS, 0)
+        self._layout = site.layout
+        self._intake = Intake(arrivals, self.counters, landing_for(site.device))
         self._listener = shm_wire.new_socket()
         self._listener.bind(b"\0tandem-kv-" + secrets.token_hex(8).encode())
         self._listener.listen(_BACKLOG)
@@ -110,7 +117,9 @@ class ShmReceiver:
         except BlockingIOError:
             pass
         except (OSError, ValueError) as error:
-            if not isinstance(error, ConnectionError):
+            if isinstance(error, ConnectionRefusedError):
+                self.counters["refused_peer"] += 1
+            elif not isinstance(error, ConnectionError):
                 self.counters["bad_message"] += 1
             self._close(connection)
         except Exception:
@@ -139,35 +148,13 @@ class ShmReceiver:
             data, fds, _, _ = socket.recv_fds(connection.socket, shm_wire.MAX_PACKET_BYTES, 4)
             if not data:
                 raise ConnectionResetError
-            connection.greet(data, fds)
+            connection.greet(data, fds, self._layout)
             return
         data = connection.socket.recv(shm_wire.MAX_PACKET_BYTES)
         if not data:
             raise ConnectionResetError
         packet = shm_wire.decode_frame(data)
-        fault = self._deliver(connection, packet, connection.slab.slot(packet.slot, packet.num_bytes))
+        payload = connection.slab.slot(packet.slot, packet.num_bytes)
+        fault = self._intake.accept(packet.header, payload, partial(connection.answer, packet.sequence, ""))
         if fault:
             connection.answer(packet.sequence, fault)
-
-    def _deliver(
-        self, connection: _Connection, packet: shm_wire.FramePacket, payload: torch.Tensor
-    ) -> ReceivingFault | None:
-        """Deliver a sound frame, and one of which only the payload is bad; return its fault."""
-        header: FrameHeader | None = None
-        try:
-            header = decode_header(packet.header)
-            check_payload(header, payload.numpy().data)
-        except FrameError as error:
-            self.counters[error.fault] += 1
-            if header is not None:
-                self.arrivals.put(Arrival(header, None, error.fault))
-            return error.fault
-        done = partial(connection.answer, packet.sequence, "")
-        self.arrivals.put(Arrival(header, payload, None, done), packet.num_bytes)
-        return None
-
-
-def open_shm_receiver(host: str, timeout_s: float, arrivals: Mailbox[Arrival]) -> ShmReceiver:
-    """Return a ReceivingTransport through shared memory. It listens on no network, and never waits for a peer."""
-    del host, timeout_s
-    return ShmReceiver(arrivals)

@@ -13,13 +13,16 @@ from functools import partial
 import torch
 
 from kv_transfer.frames import encode_header
+from kv_transfer.handshake import greeting
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports import shm_wire
 from kv_transfer.transports.offers import offered
 from kv_transfer.transports.peer_loop import PeerLoop
 from kv_transfer.transports.peers import fault_in
 from kv_transfer.transports.slab import OwnSlab
-from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled
+from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled, Site
+
+_GREETING = shm_wire.encode_answer(shm_wire.GREETING, "")
 
 
 class Slabs:
@@ -49,7 +52,7 @@ class Slabs:
 class ShmPeer:
     """See peers.Peer. Raises OSError or ValueError when nobody listens at the destination."""
 
-    def __init__(self, destination: Destination, slabs: Slabs) -> None:
+    def __init__(self, destination: Destination, greeting: bytes, slabs: Slabs) -> None:
         self.waiting: deque[OutgoingFrame] = deque()
         self.unanswered: dict[bytes, OutgoingFrame] = {}
         self.is_stalled = False
@@ -60,7 +63,7 @@ class ShmPeer:
         self._socket = shm_wire.new_socket()
         try:
             self._socket.connect(shm_wire.name_at(offered(destination.address, "shm")))
-            socket.send_fds(self._socket, [shm_wire.HELLO], [self._slab.fd])
+            socket.send_fds(self._socket, [shm_wire.HELLO + greeting], [self._slab.fd])
         except (OSError, ValueError):
             self.close()
             raise
@@ -72,7 +75,11 @@ class ShmPeer:
     def send_waiting(self) -> None:
         self.is_stalled = False
         try:
-            while self.waiting and (frame := self._in_slab(self.waiting[0])):
+            while self.waiting:
+                self.waiting[0] = self.waiting[0].sealed()
+                frame = self._in_slab(self.waiting[0])
+                if frame is None:
+                    return
                 self.waiting[0] = frame
                 self._send(frame)
                 self.waiting.popleft()
@@ -80,12 +87,14 @@ class ShmPeer:
             self.is_stalled = True
 
     def answers(self) -> list[Settled]:
-        """Answers that mean nothing are passed over."""
+        """Answers that mean nothing are passed over. Raises ConnectionRefusedError when the receiver says so."""
         settled = []
         while (data := self._receive()) is not None:
             if not data:
                 raise ConnectionResetError("the receiver has closed the connection")
             sequence, fault = shm_wire.decode_answer(data)
+            if sequence == _GREETING:
+                raise ConnectionRefusedError(fault.decode(errors="replace"))
             frame = self.unanswered.pop(sequence, None)
             if frame:
                 self._slab.give_back(frame.payload)
@@ -122,11 +131,12 @@ class ShmPeer:
 
 
 class ShmSender(PeerLoop):
-    """A SendingTransport whose staging is shared with the receiver."""
+    """A SendingTransport whose staging is shared with the receiver; it reaches receivers on this host only."""
 
-    def __init__(self, timeout_s: float, settled: Mailbox[Settled]) -> None:
+    def __init__(self, site: Site, settled: Mailbox[Settled]) -> None:
         self._slabs = Slabs()
-        super().__init__("shm", partial(ShmPeer, slabs=self._slabs), timeout_s, settled)
+        open_peer = partial(ShmPeer, greeting=greeting(site.layout), slabs=self._slabs)
+        super().__init__("shm", open_peer, site.timeout_s, settled)
 
     def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
         return self._slabs.of(destination).take(num_bytes)
@@ -134,9 +144,3 @@ class ShmSender(PeerLoop):
     def close(self) -> None:
         super().close()
         self._slabs.close()
-
-
-def open_shm_sender(host: str, timeout_s: float, settled: Mailbox[Settled]) -> ShmSender:
-    """Return a SendingTransport through shared memory; it reaches receivers on this host only."""
-    del host
-    return ShmSender(timeout_s, settled)

@@ -1,7 +1,8 @@
 """What the two ends of the shm transport say to one another, over one Unix socket per pair that keeps packets apart.
 
-First the sender's slab, as a descriptor beside HELLO. Then for every frame a packet [sequence, slot, num_bytes,
-header], and back an answer [sequence, fault or nothing] when the slot may be used again. Used by shm_sender.py and
+First the sender's slab, as a descriptor beside HELLO and its greeting; who is refused gets an answer to GREETING. Then
+for every frame a packet [sequence, slot, num_bytes, header], and back an answer [sequence, fault or nothing] when the
+slot may be used again. Used by shm_sender.py and
 shm_receiver.py.
 """
 
@@ -13,6 +14,9 @@ from kv_transfer.frames import MAX_HEADER_BYTES
 from kv_transfer.transports.host_identity import host_identity
 
 HELLO = b"tandem-kv-1"
+GREETING = 2**64 - 1
+"""In place of a frame's sequence number."""
+
 MAX_PACKET_BYTES = MAX_HEADER_BYTES + 64
 
 _frame = struct.Struct("<QII")
