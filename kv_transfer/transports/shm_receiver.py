@@ -48,6 +48,7 @@ class _Connection:
                 self.answer(shm_wire.GREETING, reason)
                 raise ConnectionRefusedError(reason)
             self.slab = Slab(fds[0])
+            self.answer(shm_wire.GREETING, "")
         finally:
             for fd in fds:
                 os.close(fd)

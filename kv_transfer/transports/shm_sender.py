@@ -56,6 +56,7 @@ class ShmPeer:
         self.waiting: deque[OutgoingFrame] = deque()
         self.unanswered: dict[bytes, OutgoingFrame] = {}
         self.is_stalled = False
+        self._is_welcome = False
         self._destination = destination
         self._slabs = slabs
         self._slab = slabs.of(destination)
@@ -75,7 +76,7 @@ class ShmPeer:
     def send_waiting(self) -> None:
         self.is_stalled = False
         try:
-            while self.waiting:
+            while self.waiting and self._is_welcome:
                 self.waiting[0] = self.waiting[0].sealed()
                 frame = self._in_slab(self.waiting[0])
                 if frame is None:
@@ -94,12 +95,17 @@ class ShmPeer:
                 raise ConnectionResetError("the receiver has closed the connection")
             sequence, fault = shm_wire.decode_answer(data)
             if sequence == _GREETING:
-                raise ConnectionRefusedError(fault.decode(errors="replace"))
+                self._be_welcome(fault)
             frame = self.unanswered.pop(sequence, None)
             if frame:
                 self._slab.give_back(frame.payload)
                 settled.append(Settled(frame, fault_in(fault)))
         return settled
+
+    def _be_welcome(self, refusal: bytes) -> None:
+        if refusal:
+            raise ConnectionRefusedError(refusal.decode(errors="replace"))
+        self._is_welcome = True
 
     def let_go(self, frame: OutgoingFrame) -> None:
         self._slab.give_back(frame.payload)

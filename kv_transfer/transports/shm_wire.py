@@ -1,8 +1,8 @@
 """What the two ends of the shm transport say to one another, over one Unix socket per pair that keeps packets apart.
 
-First the sender's slab, as a descriptor beside HELLO and its greeting; who is refused gets an answer to GREETING. Then
-for every frame a packet [sequence, slot, num_bytes, header], and back an answer [sequence, fault or nothing] when the
-slot may be used again. Used by shm_sender.py and
+First the sender's slab, as a descriptor beside HELLO and its greeting, and back an answer [GREETING, why it is refused
+or nothing]. Then for every frame a packet [sequence, slot, num_bytes, header], and back an answer [sequence, fault or
+nothing] when the slot may be used again. Used by shm_sender.py and
 shm_receiver.py.
 """
 

@@ -36,6 +36,7 @@ class ZmqPeer:
         self.is_stalled = False
         self._buffers = buffers
         self._greeting: list[bytes] | None = [GREETING, greeting]
+        self._is_welcome = False
         self._num_sent = 0
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self.pollable = prepare_for_kv(self._context.socket(zmq.DEALER), _MAX_ANSWER_BYTES, QUEUED_FRAMES)
@@ -52,7 +53,7 @@ class ZmqPeer:
             if self._greeting and self.waiting:
                 self.pollable.send_multipart(self._greeting, zmq.NOBLOCK)
                 self._greeting = None
-            while self.waiting:
+            while self.waiting and self._is_welcome:
                 frame = self.waiting[0] = self.waiting[0].sealed()
                 sequence = self._num_sent.to_bytes(8, "little")
                 parts: list[bytes | memoryview] = [sequence, encode_header(frame.header), frame.payload.numpy().data]
@@ -67,13 +68,18 @@ class ZmqPeer:
         settled = []
         while self.pollable.poll(0):
             parts = self.pollable.recv_multipart(zmq.NOBLOCK)
-            if parts[0] == GREETING and parts[-1]:
-                raise ConnectionRefusedError(parts[-1].decode(errors="replace"))
+            if parts[0] == GREETING:
+                self._be_welcome(parts[-1])
             frame = self.unanswered.pop(parts[0], None)
             if frame:
                 self._buffers.give_back(frame.payload)
                 settled.append(Settled(frame, fault_in(parts[-1])))
         return settled
+
+    def _be_welcome(self, refusal: bytes) -> None:
+        if refusal:
+            raise ConnectionRefusedError(refusal.decode(errors="replace"))
+        self._is_welcome = True
 
     def let_go(self, frame: OutgoingFrame) -> None:
         self._buffers.give_back(frame.payload)

@@ -19,7 +19,15 @@ from kv_transfer.receiver import COUNTERS
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.offers import offered
 from kv_transfer.transports.opening import open_sender
-from kv_transfer.transports.shm_wire import HELLO, FramePacket, encode_frame, name_at, new_socket
+from kv_transfer.transports.shm_wire import (
+    GREETING,
+    HELLO,
+    FramePacket,
+    encode_answer,
+    encode_frame,
+    name_at,
+    new_socket,
+)
 from kv_transfer.transports.slab import NUM_SLOTS
 from kv_transfer.transports.transport import OutgoingFrame, SendingTransport, Settled
 from protocol.identity import Attempt
@@ -348,8 +356,9 @@ def test_frames_outside_the_shared_memory_cost_their_sender_the_connection_only(
                 peer.connect(name_at(sink.receivers[0].address))
                 socket.send_fds(peer, [HELLO + greeting(sink.layout)], [fd])
                 os.close(fd)
-                peer.send(encode_frame(packet))
                 peer.settimeout(5)
+                assert peer.recv(10) == encode_answer(GREETING, ""), "welcome"
+                peer.send(encode_frame(packet))
                 with suppress(ConnectionResetError):
                     assert peer.recv(10) == b""
         poll_until_counted(sink, {"bad_message": 3})
