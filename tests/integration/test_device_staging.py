@@ -37,11 +37,14 @@ def _same_random_numbers_every_time() -> None:
     torch.manual_seed(0)
 
 
-@transports
-@pytest.mark.parametrize("is_direct", [True, False], ids=["direct", "copied"])
-@pytest.mark.parametrize(("source_tp", "sink_tp"), [(1, 2), (4, 1)])
-def test_kv_of_a_gpu_arrives_byte_for_byte(name, is_direct, source_tp, sink_tp, monkeypatch):
-    play_gpu(monkeypatch, is_direct=is_direct)
+PATHS = {"zmq": False, "gloo": False, "shm": False, "nccl": True, "cuda_ipc": True}
+"""Whether payloads stay on the GPU."""
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize(("source_tp", "sink_tp"), [(1, 1), (1, 2), (4, 1)])
+def test_kv_of_a_gpu_arrives_byte_for_byte(name, source_tp, sink_tp, monkeypatch):
+    play_gpu(monkeypatch, is_direct=PATHS[name])
     with connected(name, source_tp, sink_tp, 2, "bfloat16", block_sizes=(16, 32)) as (source, sink):
         for num_positions, first in ((100, 32), (37, 0), (1, 0)):
             assert {type(report) for report in transfer(source, sink, num_positions, first)} == {Received}
@@ -59,9 +62,9 @@ def test_a_gpu_and_a_cpu_understand_one_anothers_digests(name, side, monkeypatch
         assert not sink.counters()
 
 
-@transports
+@pytest.mark.parametrize("name", PATHS)
 def test_damage_is_found_by_the_digests_of_a_gpu_and_mended(name, monkeypatch):
-    play_gpu(monkeypatch, is_direct=False)
+    play_gpu(monkeypatch, is_direct=PATHS[name])
     with connected(name) as (source, sink):
         transport = source.senders[0]._transport
         send, damaged = transport.send, []
@@ -80,9 +83,9 @@ def test_damage_is_found_by_the_digests_of_a_gpu_and_mended(name, monkeypatch):
         assert sink.counters() == {"bad_digest": 1}
 
 
-@transports
+@pytest.mark.parametrize("name", PATHS)
 def test_damage_that_does_not_end_never_reaches_the_cache(name, monkeypatch):
-    play_gpu(monkeypatch, is_direct=False)
+    play_gpu(monkeypatch, is_direct=PATHS[name])
     with connected(name) as (source, sink):
         transport = source.senders[0]._transport
         send = transport.send

@@ -19,16 +19,17 @@ from kv_transfer.receiver import COUNTERS
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.offers import offered
 from kv_transfer.transports.opening import open_sender
-from kv_transfer.transports.shm_wire import (
+from kv_transfer.transports.slab import NUM_SLOTS
+from kv_transfer.transports.slab_transports import host_reach
+from kv_transfer.transports.slab_wire import (
     GREETING,
-    HELLO,
     FramePacket,
+    Hello,
     encode_answer,
     encode_frame,
-    name_at,
+    encode_hello,
     new_socket,
 )
-from kv_transfer.transports.slab import NUM_SLOTS
 from kv_transfer.transports.transport import OutgoingFrame, SendingTransport, Settled
 from protocol.identity import Attempt
 from protocol.layout import Endpoint
@@ -282,7 +283,7 @@ def talking_to(name: str, address: str) -> Iterator[Callable[[list[bytes]], None
         def send(parts: list[bytes]) -> None:
             peer = new_socket()
             opened.append(peer)
-            peer.connect(name_at(address))
+            peer.connect(host_reach().name_at(address))
             for part in parts:
                 with suppress(OSError):
                     peer.send(part)
@@ -339,8 +340,8 @@ def slab_like(num_bytes: int, is_sealed: bool) -> int:
 def test_shared_memory_that_could_vanish_under_its_reader_is_not_accepted(num_bytes, is_sealed):
     with connected("shm") as (source, sink), new_socket() as peer:
         fd = slab_like(num_bytes, is_sealed)
-        peer.connect(name_at(sink.receivers[0].address))
-        socket.send_fds(peer, [HELLO + greeting(sink.layout)], [fd])
+        peer.connect(host_reach().name_at(sink.receivers[0].address))
+        socket.send_fds(peer, [encode_hello(Hello(greeting(sink.layout), b""))], [fd])
         os.close(fd)
         poll_until_counted(sink, {"bad_message": 1})
         peer.settimeout(5)
@@ -353,8 +354,8 @@ def test_frames_outside_the_shared_memory_cost_their_sender_the_connection_only(
         for packet in (FramePacket(0, NUM_SLOTS, 16, b""), FramePacket(0, 0, 0, b""), FramePacket(0, 0, 2**31, b"")):
             with new_socket() as peer:
                 fd = slab_like(NUM_SLOTS * FRAME_BYTES, True)
-                peer.connect(name_at(sink.receivers[0].address))
-                socket.send_fds(peer, [HELLO + greeting(sink.layout)], [fd])
+                peer.connect(host_reach().name_at(sink.receivers[0].address))
+                socket.send_fds(peer, [encode_hello(Hello(greeting(sink.layout), b""))], [fd])
                 os.close(fd)
                 peer.settimeout(5)
                 assert peer.recv(10) == encode_answer(GREETING, ""), "welcome"
