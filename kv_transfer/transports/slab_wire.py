@@ -49,10 +49,8 @@ class Reach(NamedTuple):
         if not address.startswith(f"{self.scheme}://") or not name:
             raise ValueError(f"not an address of the {self.scheme} transport")
         if not place or place not in self.reachable:
-            text = (
-                f"the receiver is on another host or GPU, {place}, which {self.scheme} does not reach from {self.place}"
-            )
-            raise ValueError(text)
+            where = f"{place}, which {self.scheme} does not reach from {self.place}"
+            raise ValueError(f"the receiver is on another host or GPU, {where}")
         return b"\0" + name.encode()
 
     def reaches(self, address: str) -> bool:

@@ -3,6 +3,7 @@
 The heads of a rank are written down here a second time, from the definition, so that a mistake in the plan shows.
 """
 
+import os
 import select
 import time
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from protocol.layout import Endpoint, KVLayout
 from protocol.orders import Broken, ExpectBlocks, Received, SendBlocks
 
 HOST = "127.0.0.1"
-DEVICE = "cpu"
+DEVICE = os.environ.get("KV_DEVICE", "cpu")
 TRANSPORTS = ["zmq", "gloo", "shm", "auto"]
 NUM_LAYERS, NUM_BLOCKS, BLOCK_SIZE, HEAD_DIM = 3, 16, 16, 8
 SMALL_FRAME_BYTES = 4096
@@ -57,7 +58,7 @@ def write_tokens(cache: torch.Tensor, shape: KVLayout, rank: int, block_ids: lis
 
 def random_caches(shape: KVLayout, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     return [
-        torch.randn(NUM_LAYERS, 2, NUM_BLOCKS, len(heads_of(shape, rank)), shape.block_size, HEAD_DIM).to(dtype)
+        torch.randn(NUM_LAYERS, 2, NUM_BLOCKS, len(heads_of(shape, rank)), shape.block_size, HEAD_DIM).to(DEVICE, dtype)
         for rank in range(shape.tensor_parallel)
     ]
 
