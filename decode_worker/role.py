@@ -18,7 +18,7 @@ from engine.sampler import Drawn
 from engine.sequence import Chunk, Sequence
 from protocol.errors import FailureCode
 from protocol.identity import Attempt
-from protocol.messages import Abort, AnyMessage, Committed, Failed, Grant, Handoff, Reserve, TokenUpdate
+from protocol.messages import Abort, AnyMessage, Committed, Failed, FinishReason, Grant, Handoff, Reserve, TokenUpdate
 from protocol.orders import AnyReport, Broken, Expecting, Received
 
 
@@ -91,11 +91,12 @@ class DecodeRole:
         if not drawn.is_valid:
             self._fail(reservation, "model_output_invalid", "the model's output for this request is not finite")
             return
-        if reservation.hold:  # not parked while the step was under way
+        if reservation.hold and chunk.end % self._pool.block_size == 0:  # no hold: parked while the step was under way
             self._pool.name_blocks(reservation.hold, sequence.block_names)
         sequence.token_ids.append(drawn.token_id)
-        self._emit(sequence, drawn)
-        if sequence.finish_reason:
+        finish_reason = sequence.finish_reason
+        self._emit(sequence, drawn, finish_reason)
+        if finish_reason:
             self._drop(sequence.attempt)
 
     def fail(self, chunk: Chunk, code: FailureCode, message: str) -> None:
@@ -175,9 +176,9 @@ class DecodeRole:
         self._running.add(reservation)
         self._outlet.send(Committed(reserve.attempt))
 
-    def _emit(self, sequence: Sequence, drawn: Drawn) -> None:
+    def _emit(self, sequence: Sequence, drawn: Drawn, finish_reason: FinishReason | None) -> None:
         index = len(sequence.token_ids) - sequence.num_prompt_tokens - 1
-        self._outlet.emit(TokenUpdate(sequence.attempt, index, drawn.token_id, drawn.logprobs, sequence.finish_reason))
+        self._outlet.emit(TokenUpdate(sequence.attempt, index, drawn.token_id, drawn.logprobs, finish_reason))
 
     def _fail(self, reservation: Reservation, code: FailureCode, message: str) -> None:
         self._outlet.send(Failed(reservation.attempt, code, message))

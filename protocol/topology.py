@@ -13,7 +13,10 @@ Seconds = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Transport = Literal["auto", "shm", "zmq", "gloo"]
+Transport = Literal["auto", "cuda_ipc", "nccl", "shm", "zmq", "gloo"]
+GPU_TRANSPORTS: tuple[Transport, ...] = ("cuda_ipc", "nccl")
+"""Those that need device: cuda."""
+
 Policy = Literal["round_robin", "least_loaded"]
 Device = Literal["cpu", "cuda"]
 
@@ -96,7 +99,8 @@ class KVCacheSection(Section, frozen=True, kw_only=True):
 class KVTransferSection(Section, frozen=True, kw_only=True):
     """How KV bytes get from prefill to decode. timeout_s bounds every single operation.
 
-    transport auto: shm where both ranks are on one host, zmq elsewhere.
+    transport auto: between GPUs cuda_ipc where both ranks are on one host and one GPU can read the other, nccl
+    elsewhere; otherwise shm where both ranks are on one host, zmq elsewhere.
     """
 
     transport: Transport = "zmq"
