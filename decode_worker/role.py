@@ -91,7 +91,7 @@ class DecodeRole:
         if not drawn.is_valid:
             self._fail(reservation, "model_output_invalid", "the model's output for this request is not finite")
             return
-        if reservation.hold and chunk.end % self._pool.block_size == 0:  # no hold: parked while the step was under way
+        if reservation.hold and chunk.end % self._pool.block_size == 0:  # not parked while the step was under way
             self._pool.name_blocks(reservation.hold, sequence.block_names)
         sequence.token_ids.append(drawn.token_id)
         finish_reason = sequence.finish_reason

@@ -22,9 +22,9 @@ from engine.group import GroupRanks
 from engine.parked_kv import ParkedKV
 from engine.rank import Rank
 from engine.sequence import Chunk, Sequence
+from kv_transfer import staging
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
-from kv_transfer.transports import intake
 from kv_transfer.transports.transport import Arrival
 from prefill_worker.admission import Admission, Job
 from prefill_worker.outbox import RemoteOutbox
@@ -111,20 +111,20 @@ def nobody_looks_at_epochs(patch: Patch) -> None:
 
 def nobody_looks_at_attempts(patch: Patch) -> None:
     """A frame goes to whichever transfer is waiting for one of its kind."""
-    original = KVReceiver._land
+    original = KVReceiver._use
 
-    def land(self: KVReceiver, arrival: Arrival) -> None:
+    def use(self: KVReceiver, arrival: Arrival) -> bool:
         header = arrival.header
         for attempt, transfer in self._transfers.items():
             if transfer.frames.get((header.source_rank, header.piece.index)) == (header.piece, header.num_frames):
                 arrival = arrival._replace(header=type(header)(attempt, *[getattr(header, n) for n in _REST]))
                 break
-        original(self, arrival)
+        return original(self, arrival)
 
-    patch.setattr(KVReceiver, "_land", land)
+    patch.setattr(KVReceiver, "_use", use)
 
 
-_REST = ("source_rank", "destination_rank", "num_frames", "piece", "unit_digests")
+_REST = ("source_rank", "destination_rank", "num_frames", "piece", "digest_kind", "unit_digests")
 
 
 def decode_grants_before_its_ranks_expect(patch: Patch) -> None:
@@ -161,7 +161,7 @@ def a_rank_is_content_with_one_frame_less(patch: Patch) -> None:
 
 
 def damaged_frames_are_taken(patch: Patch) -> None:
-    patch.setattr(intake, "check_payload", lambda header, payload: None)
+    patch.setattr(staging, "check_payload", lambda header, payload: None)
 
 
 def the_outbox_limit_keeps_granted_prompts_out_too(patch: Patch) -> None:
