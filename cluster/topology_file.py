@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from cluster.memory_size import parse_memory
+from cluster.memory_size import parse_memory, parse_share
 from protocol.errors import ConfigError
 from protocol.topology import Topology
 
@@ -184,6 +184,7 @@ def _check_roles(topology: Topology, places: Places) -> None:
 
 def _check_memory(topology: Topology, places: Places) -> None:
     try:
-        parse_memory(topology.kv_cache.memory)
+        if parse_share(topology.kv_cache.memory) is None:
+            parse_memory(topology.kv_cache.memory)
     except ConfigError as error:
         raise ConfigError(f"{place_of('kv_cache.memory', places)}: kv_cache.memory: {error}") from None

@@ -56,7 +56,7 @@ class RoleSection(Section, frozen=True, kw_only=True):
 
 
 class KVCacheSection(Section, frozen=True, kw_only=True):
-    """memory: bytes per rank for KV blocks, as 512MiB or 20GiB."""
+    """memory: bytes per rank for KV blocks, as 512MiB or 20GiB; on a GPU also as 90% of what is free at the end."""
 
     block_size: Literal[16, 32, 64, 128] = 16
     memory: str = "512MiB"
