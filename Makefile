@@ -53,6 +53,9 @@ bench-transfer: setup  ## measure every KV transport beside memcpy and a raw soc
 bench-engine: setup    ## measure the engine's steps and kernels beside the device's limits (a GPU: Llama 3.1 8B's shape)
 	$(BIN)/python -m benchmarks.engine
 
+gpu:                   ## on a machine with an NVIDIA GPU: its tests, then bench-engine, all within ten minutes
+	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) tools/gpu.sh
+
 lock:                  ## bring requirements.lock up to date with pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --group dev --upgrade --quiet --output-file requirements.lock
 

@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,19 +56,24 @@ def matrix_weights(config: ModelConfig) -> int:
 
 
 class Report:
-    """Rows as they come: printed one by one, kept for JSON."""
+    """Rows as they come: printed one by one, and written to file, so that a run cut short has told something."""
 
-    def __init__(self, peers: dict[str, float]) -> None:
-        self._peers = peers
-        self.rows: list[Row] = []
+    def __init__(self, about: dict[str, str], best: Ceiling, file: Path | None) -> None:
+        self._peers = H200_PEERS if about["device"].startswith(H200) else {}
+        self._content: dict[str, Any] = {"environment": about, "ceiling": asdict(best), "rows": []}
+        self._file = file
+        print(", ".join(f"{key} {value}" for key, value in about.items()))
+        print(f"copy {best.bytes_per_s / 1e12:.3f} TB/s (read + write), products {best.flops_per_s / 1e12:.2f} TFLOP/s")
         print(f"{'':42}{'':>14}{'':>20}{'floor':>14}{'x floor':>9}{'peer':>14}{'x peer':>8}", flush=True)
 
     def add(self, name: str, elapsed: float, rate: str, floor: float) -> None:
         theirs = self._peers.get(name)
         row = Row(name, elapsed, rate, floor, elapsed / floor, theirs, None if theirs is None else elapsed / theirs)
-        self.rows.append(row)
         peer = f"{shown(theirs):>14}{row.of_peer:8.2f}" if theirs is not None else ""
         print(f"{name:42}{shown(elapsed):>14}{rate:>20}{shown(floor):>14}{row.of_floor:9.2f}{peer}", flush=True)
+        self._content["rows"].append(asdict(row))
+        if self._file:
+            self._file.write_text(json.dumps(self._content, indent=1) + "\n")
 
 
 def shown(elapsed: float) -> str:
@@ -118,20 +124,14 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     plan = FULL if device.type == "cuda" else SMOKE
-    about = environment(device)
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
     best = ceiling(device, plan.dtype, plan.copy_elements, plan.matrix)
-    print(f"copy {best.bytes_per_s / 1e12:.3f} TB/s (read + write), products {best.flops_per_s / 1e12:.2f} TFLOP/s")
-    report = Report(H200_PEERS if about["device"].startswith(H200) else {})
+    report = Report(environment(device), best, options.json)
     if options.only != "engine":
         measure_kernels(plan, device, best, report)
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if options.only != "kernels":
         measure_engine(plan, device, best, report)
-    if options.json:
-        content = {"environment": about, "ceiling": asdict(best), "rows": [asdict(row) for row in report.rows]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def environment(device: torch.device) -> dict[str, str]:
