@@ -50,6 +50,11 @@ class Admission:
         self._ahead: list[Job] = []  # hold blocks without a grant, oldest first
         self.num_given_up = 0
 
+    @property
+    def is_granted_next(self) -> bool:
+        """Whether the next prompt to be admitted has a grant."""
+        return bool(self._granted)
+
     def enter(self, job: Job) -> None:
         """A prompt has come; it has neither blocks nor a grant."""
         self._ungranted.append(job)

@@ -68,9 +68,12 @@ def decode_role(num_blocks: int) -> tuple[DecodeRole, Surroundings, BlockPool]:
     return DecodeRole(pool, RemoteInbox(around, LAYOUT), around, running, "model", 8), around, pool
 
 
-def prefill_role(num_blocks: int, outbox_share: float = 1.0) -> tuple[PrefillRole, Surroundings, BlockPool]:
+def prefill_role(
+    num_blocks: int, outbox_share: float = 1.0, max_computing: int = 8
+) -> tuple[PrefillRole, Surroundings, BlockPool]:
     pool, around = BlockPool(num_blocks, 4), Surroundings()
-    return PrefillRole(pool, RemoteOutbox(pool, around, LAYOUT, outbox_share), around, "model", 8), around, pool
+    outbox = RemoteOutbox(pool, around, LAYOUT, outbox_share)
+    return PrefillRole(pool, outbox, around, "model", max_computing), around, pool
 
 
 def prompt(role: PrefillRole, number: int, num_tokens: int) -> Attempt:
@@ -127,6 +130,17 @@ def test_the_youngest_prompts_without_a_grant_give_way_to_one_that_has_it() -> N
     handoffs = [message for message in around.sent if isinstance(message, Handoff)]
     assert [(handoff.attempt.number, handoff.first_token_id) for handoff in handoffs] == [(4, 4), (3, 3)]
     assert pool.counts.held == 6
+
+
+def test_a_granted_prompt_waits_neither_for_a_place_nor_for_the_tokens_of_a_step() -> None:
+    role, _, _ = prefill_role(num_blocks=20, max_computing=1)
+    attempts = [prompt(role, number, 8) for number in (1, 2, 3)]
+    assert compute(role, 4) == [1]
+    role.receive(Grant(attempts[2], 0))
+    assert compute(role, 4) == [3]
+    assert compute(role, 16) == [3]
+    assert compute(role, 16) == [1]
+    assert compute(role, 16) == [2]
 
 
 def test_nothing_is_given_up_in_vain() -> None:
