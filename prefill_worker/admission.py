@@ -69,9 +69,10 @@ class Admission:
 
     def leave(self, job: Job) -> None:
         """It is over, and will release its blocks itself."""
-        for jobs in (self._granted, self._ungranted, self._ahead):
-            if job in jobs:
-                jobs.remove(job)
+        if job.sequence is None:
+            (self._ungranted if job.grant is None else self._granted).remove(job)
+        elif job.grant is None:
+            self._ahead.remove(job)
 
     def admit(self) -> tuple[Job, Hold] | None:
         """Return the next prompt with blocks for it; None when that one must wait, for then all others wait too."""
