@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from cluster import checks
 from cluster.topology_file import load_topology
 from protocol.errors import ConfigError
-from protocol.topology import Topology
+from protocol.topology import Topology, Transport
 
 ROOT = Path(__file__).parents[2]
 MODEL = {
@@ -63,6 +64,14 @@ def test_a_topology_that_fits_passes(topology):
         ("decode.tensor_parallel=3", "decode.tensor_parallel: 4 attention heads .* cannot be split over 3 ranks"),
         ("model.max_context=513", "model.max_context is 513, but the model was made for at most 512"),
         ("kv_cache.memory=1KiB", "kv_cache.memory 1KiB holds 0 tokens on each prefill rank.*raise it to 256KiB"),
+        (
+            "kv_transfer.transport=nccl",
+            "kv_transfer.transport nccl moves KV between GPUs, but device is cpu",
+        ),
+        (
+            "kv_transfer.transport=cuda_ipc",
+            "transport cuda_ipc moves KV.*a transport that needs none .auto",
+        ),
         ("kv_cache.memory=255KiB", "holds 496 tokens .* fewer than one context of 512.*or model.max_context to 496"),
         ("kv_cache.memory=90%", "90% needs device cuda; on a CPU give bytes, as 512MiB"),
     ],
@@ -73,12 +82,24 @@ def test_what_the_model_cannot_do_is_refused_by_key(topology, override: str, com
     assert re.search(complaint, complaint_about(topology(override)))
 
 
+@pytest.mark.parametrize("transport", get_args(Transport))
+def test_every_transport_fits_a_gpu(topology, transport: str):
+    checks.check_topology(topology("device=cuda", f"kv_transfer.transport={transport}"))
+
+
 def test_the_memory_that_the_complaint_asks_for_is_enough(topology):
     checks.check_topology(topology("kv_cache.memory=256KiB"))
 
 
 def test_the_context_that_the_complaint_allows_is_served(topology):
     checks.check_topology(topology("kv_cache.memory=255KiB", "model.max_context=496"))
+
+
+def test_a_host_that_can_park_no_request_of_full_length_is_refused_when_anything_may_be_parked(topology):
+    little = topology("decode.parked_memory=255KiB", "decode.growth_tokens=64")
+    assert "holds less than one context of 512" in complaint_about(little)
+    checks.check_topology(topology("decode.parked_memory=256KiB", "decode.growth_tokens=64"))
+    checks.check_topology(topology("decode.parked_memory=0KiB"))
 
 
 def test_a_share_of_what_is_free_is_for_whole_graphics_cards(topology):
