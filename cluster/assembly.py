@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cluster.launch import WorkerLaunch
-from decode_worker.inbox import LoopbackInbox, RemoteInbox
+from decode_worker.inbox import Inbox, LoopbackInbox, RemoteInbox
 from decode_worker.mover import ReceivingMover
 from decode_worker.role import DecodeRole
+from decode_worker.running import ALL_AT_ONCE, Growth, Running
 from engine.block_pool import BlockPool, Hold
 from engine.rank import Mover, Stationary
 from engine.role import Outlet, Ranks, Role
@@ -38,13 +39,15 @@ class Cache:
 
 @dataclass(frozen=True)
 class LeaderParts:
-    """What the leader's roles stand on."""
+    """What the leader's roles stand on, and what each of them may take."""
 
     pool: BlockPool
     ranks: Ranks
     outlet: Outlet
     layout: KVLayout
     max_running: int
+    outbox_share: float = 1.0
+    growth: Growth = ALL_AT_ONCE
 
 
 @dataclass(frozen=True)
@@ -71,22 +74,27 @@ def _site(launch: WorkerLaunch, cache: Cache) -> Site:
 
 
 def _prefill_roles(parts: LeaderParts) -> list[Role]:
-    outbox = RemoteOutbox(parts.pool, parts.ranks, parts.layout)
+    outbox = RemoteOutbox(parts.pool, parts.ranks, parts.layout, parts.outbox_share)
     return [PrefillRole(parts.pool, outbox, parts.outlet, parts.layout.model_hash, parts.max_running)]
 
 
 def _decode_roles(parts: LeaderParts) -> list[Role]:
     inbox = RemoteInbox(parts.ranks, parts.layout)
-    return [DecodeRole(parts.pool, inbox, parts.outlet, parts.layout.model_hash, parts.max_running)]
+    return [_decode_role(parts, inbox)]
+
+
+def _decode_role(parts: LeaderParts, inbox: Inbox) -> DecodeRole:
+    running = Running(parts.pool, parts.ranks, parts.growth)
+    return DecodeRole(parts.pool, inbox, parts.outlet, running, parts.layout.model_hash, parts.max_running)
 
 
 def _colocated_roles(parts: LeaderParts) -> list[Role]:
     """Decode first: running streams do not wait for prompts."""
     loopback: Loopback[Hold] = Loopback()
-    pool, outlet, model_hash = parts.pool, parts.outlet, parts.layout.model_hash
+    outbox = LoopbackOutbox(loopback)
     return [
-        DecodeRole(pool, LoopbackInbox(loopback), outlet, model_hash, parts.max_running),
-        PrefillRole(pool, LoopbackOutbox(loopback), outlet, model_hash, parts.max_running),
+        _decode_role(parts, LoopbackInbox(loopback)),
+        PrefillRole(parts.pool, outbox, parts.outlet, parts.layout.model_hash, parts.max_running),
     ]
 
 

@@ -183,8 +183,13 @@ def _check_roles(topology: Topology, places: Places) -> None:
 
 
 def _check_memory(topology: Topology, places: Places) -> None:
-    try:
-        if parse_share(topology.kv_cache.memory) is None:
-            parse_memory(topology.kv_cache.memory)
-    except ConfigError as error:
-        raise ConfigError(f"{place_of('kv_cache.memory', places)}: kv_cache.memory: {error}") from None
+    sizes = {"kv_cache.memory": topology.kv_cache.memory}
+    for name in ("decode", "colocated"):
+        if section := getattr(topology, name):
+            sizes[f"{name}.parked_memory"] = section.parked_memory
+    for key, size in sizes.items():
+        try:
+            if key != "kv_cache.memory" or parse_share(size) is None:
+                parse_memory(size)
+        except ConfigError as error:
+            raise ConfigError(f"{place_of(key, places)}: {key}: {error}") from None
