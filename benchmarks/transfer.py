@@ -16,6 +16,7 @@ milliseconds and as a share of the transfer's time alone: 1.00 would be no overl
 """
 
 import argparse
+import os
 import select
 import socket
 import statistics
@@ -97,9 +98,14 @@ class Receiving:
 
 @contextmanager
 def child(*arguments: object) -> Iterator["subprocess.Popen[str]"]:
-    """Run this module again, in the part that arguments name."""
+    """Run this module again, in the part that arguments name.
+
+    NCCL takes two ranks on one GPU only if they seem to be on different hosts, and then goes through its sockets: on one
+    GPU its row shows that it works, not how fast it is.
+    """
     command = [sys.executable, "-m", "benchmarks.transfer", *map(str, arguments)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    there = os.environ | {"NCCL_HOSTID": "receiver"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=there) as process:
         try:
             yield process
         finally:
@@ -327,6 +333,9 @@ def main() -> None:
     parser.add_argument("--drain", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.device.type == "cuda":
+        for variable, value in {"NCCL_HOSTID": "sender", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}.items():
+            os.environ.setdefault(variable, value)
     if options.receive:
         Receiving(options.receive, options.layers, options.tokens[0], options.device).run()
     elif options.drain:
