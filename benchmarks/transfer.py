@@ -100,8 +100,8 @@ class Receiving:
 def child(*arguments: object) -> Iterator["subprocess.Popen[str]"]:
     """Run this module again, in the part that arguments name.
 
-    NCCL takes two ranks on one GPU only if they seem to be on different hosts, and then goes through its sockets: on one
-    GPU its row shows that it works, not how fast it is.
+    NCCL takes two ranks on one GPU only if they seem to be on different hosts, and then goes through its sockets: its
+    row shows there that it works, not how fast it is.
     """
     command = [sys.executable, "-m", "benchmarks.transfer", *map(str, arguments)]
     there = os.environ | {"NCCL_HOSTID": "receiver"}
