@@ -12,20 +12,23 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from unittest import mock
 
 from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
 from cluster.worker import run_worker
+from protocol.codec import decode
 from protocol.identity import new_request_id
-from protocol.messages import RoleName, TokenUpdate
+from protocol.messages import AnyMessage, RoleName, TokenUpdate
 from protocol.model_config import load_model_config
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
 from protocol.topology import KVTransferSection, RoleSection, RouterSection, Transport
 from router.control import ControlPlane
-from router.controller import Controller
+from router.controller import Controller, Effect, Transmit
 from router.launch import GroupSpec, RouterLaunch
 from router.lifecycle import Outcome
 from router.membership import Group, Rank
+from router.policies import POLICIES, Policy, round_robin
 
 HOST = "127.0.0.1"
 GONE = Outcome(Stage.CANCELLED, "client_gone")
@@ -52,10 +55,23 @@ class Leave:
     after_s: float | None = None
 
 
+class WatchedController(Controller):
+    """The router's mind, with somebody who is shown every message from one worker to another before it leaves."""
+
+    watch: Callable[[AnyMessage], None] = staticmethod(lambda message: None)
+
+    def receive(self, identity: bytes, data: bytes) -> list[Effect]:
+        effects = super().receive(identity, data)
+        for effect in effects:
+            if isinstance(effect, Transmit):
+                self.watch(decode(effect.data).message)
+        return effects
+
+
 class WorkerCluster:
     """Groups of the roles named, (role, number of groups, tensor_parallel), over one transport. A context manager.
 
-    block_sizes: those of decode groups last, of all others first.
+    block_sizes: those of decode groups last, of all others first. timeout_s: of every single KV operation.
     """
 
     def __init__(
@@ -66,12 +82,16 @@ class WorkerCluster:
         memory_bytes: int = 8 << 20,
         block_sizes: tuple[int, int] = (16, 16),
         batch_tokens: int = 256,
+        policy: Policy = round_robin,
+        timeout_s: float = 10,
     ) -> None:
         self._model = model
         self._transport: Transport = transport
         self._memory_bytes = memory_bytes
         self._block_sizes = block_sizes
         self._batch_tokens = batch_tokens
+        self._policy = policy
+        self._timeout_s = timeout_s
         self._groups = tuple(GroupSpec(role, group, tp) for role, num, tp in roles for group in range(num))
         self._loop = asyncio.new_event_loop()
         self._threads: list[threading.Thread] = []
@@ -82,8 +102,8 @@ class WorkerCluster:
         self._on_loop(self._open_router())
         for spec in self._groups:
             for rank in range(spec.tensor_parallel):
-                self._start(self._live, self._launch(spec, rank))
-        self.wait_until(lambda: self._controller.dispatcher.why_none is None and self._num_ready() == self._num_ranks)
+                self._start_rank(self._launch(spec, rank))
+        self.wait_until_ready()
         return self
 
     def __exit__(
@@ -132,6 +152,14 @@ class WorkerCluster:
         assert all(answer.outcome and answer.outcome.code in ("stop", "length") for answer in answers), answers
         return [answer.token_ids for answer in answers]
 
+    def watch(self, see: Callable[[AnyMessage], None]) -> None:
+        """Show see every message from one worker to another, on the router's thread, before it leaves."""
+        self._controller.watch = see
+
+    def wait_until_ready(self) -> None:
+        """Return when every rank of every group serves."""
+        self.wait_until(lambda: self._controller.dispatcher.why_none is None and self._num_ready() == self._num_ranks)
+
     def groups(self) -> list[Group]:
         """Return what the router knows of every group."""
         return list(self._controller.membership.groups.values())
@@ -176,7 +204,7 @@ class WorkerCluster:
             model=ModelLaunch(str(self._model), "float32"),
             role_section=RoleSection(tensor_parallel=spec.tensor_parallel, batch_tokens=self._batch_tokens),
             kv_cache=CacheLaunch(self._memory_bytes, self._block_sizes[spec.role == "decode"], prefix_caching=True),
-            kv_transfer=KVTransferSection(transport=self._transport, timeout_s=10),
+            kv_transfer=KVTransferSection(transport=self._transport, timeout_s=self._timeout_s),
             device="cpu",
             control=self._control.address,
             host=HOST,
@@ -193,9 +221,13 @@ class WorkerCluster:
             vocab_size=config.vocab_size,
             groups=self._groups,
         )
-        self._controller = Controller(launch)
+        with mock.patch.dict(POLICIES, {launch.section.policy: self._policy}):
+            self._controller = WatchedController(launch)
         self._control = ControlPlane(self._controller, HOST)
         self._control.start()
+
+    def _start_rank(self, launch: WorkerLaunch) -> None:
+        self._start(self._live, launch)
 
     def _live(self, launch: WorkerLaunch) -> None:
         try:
