@@ -5,7 +5,8 @@ was compared with this rank's own plan, and only then is copied into blocks that
 about requests: Received and Broken are facts for the leader.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -21,9 +22,9 @@ from protocol.orders import Broken, ExpectBlocks, Received
 POLL_BYTES = 64 << 20
 """What one poll() copies at most (16 ms at the 4 GB/s of one CPU core), so that running streams need not wait long."""
 
-Refusal = Literal["unknown_attempt", "wrong_piece", "duplicate_frame"]
-REFUSALS: tuple[Refusal, ...] = ("unknown_attempt", "wrong_piece", "duplicate_frame")
-COUNTERS = (*RECEIVING_FAULTS, *REFUSALS)
+Oddity = Literal["unknown_attempt", "wrong_piece", "duplicate_frame", "reordered_frame"]
+ODDITIES: tuple[Oddity, ...] = ("unknown_attempt", "wrong_piece", "duplicate_frame", "reordered_frame")
+COUNTERS = (*RECEIVING_FAULTS, *ODDITIES)
 """Every name that KVReceiver.counters can have."""
 
 DAMAGE: tuple[ReceivingFault, ...] = ("bad_digest", "wrong_size")
@@ -34,12 +35,17 @@ _FrameKey = tuple[int, int]  # source rank, index
 
 @dataclass
 class _Transfer:
-    """One attempt that is expected: the frames that the plan names for this rank, and those still missing."""
+    """One attempt that is expected: the frames that the plan names for this rank, and those still missing.
+
+    awaited: the index that follows the last one, by source rank. damaged: what came before, but not whole.
+    """
 
     order: ExpectBlocks
     block_table: torch.Tensor  # [num_blocks of the prompt]
     frames: dict[_FrameKey, tuple[Piece, int]]  # piece, frames of its link
     missing: set[_FrameKey]
+    awaited: Counter[int] = field(default_factory=Counter)
+    damaged: set[_FrameKey] = field(default_factory=set)
 
 
 class KVReceiver:
@@ -65,7 +71,7 @@ class KVReceiver:
         self._frame_bytes = frame_bytes
         self._transfers: dict[Attempt, _Transfer] = {}
         self._reports: list[Received | Broken] = []
-        self._refused: dict[str, int] = dict.fromkeys(REFUSALS, 0)
+        self._odd: dict[str, int] = dict.fromkeys(ODDITIES, 0)
 
     @property
     def address(self) -> str:
@@ -74,8 +80,8 @@ class KVReceiver:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Frames that were not used, by reason; the names are those in COUNTERS."""
-        return self._transport.counters | self._refused
+        """Frames that were not used, by reason, and those that came out of order; the names are those in COUNTERS."""
+        return self._transport.counters | self._odd
 
     def expect(self, order: ExpectBlocks) -> None:
         """From now on take frames of this attempt; one that cannot work is reported as Broken by the next poll().
@@ -138,23 +144,31 @@ class KVReceiver:
         header, payload, fault, _ = arrival
         transfer = self._transfers.get(header.attempt)
         if transfer is None:
-            self._refused["unknown_attempt"] += 1
+            self._odd["unknown_attempt"] += 1
             return
-        if fault in DAMAGE:
-            return  # refused and counted by the transport; it stays missing until its sender sends it again
+        key = (header.source_rank, header.piece.index)
+        if fault in DAMAGE:  # refused and counted by the transport; it stays missing until its sender sends it again
+            transfer.damaged.add(key)
+            return
         if payload is None:
             self._fail(header.attempt, f"frame {header.piece.index} from rank {header.source_rank}: {fault}")
             return
-        key = (header.source_rank, header.piece.index)
         if header.destination_rank != self._rank or transfer.frames.get(key) != (header.piece, header.num_frames):
-            self._refused["wrong_piece"] += 1
+            self._odd["wrong_piece"] += 1
             self._fail(header.attempt, f"frame {header.piece.index} from rank {header.source_rank} is not in the plan")
         elif key not in transfer.missing:
-            self._refused["duplicate_frame"] += 1
+            self._odd["duplicate_frame"] += 1
         else:
+            self._count_order(transfer, key)
             self._copy(header, payload, transfer.block_table)
             transfer.missing.remove(key)
             self._finish_if_whole(header.attempt)
+
+    def _count_order(self, transfer: _Transfer, key: _FrameKey) -> None:
+        """A frame that was overtaken is as good as any: it says itself where it belongs."""
+        source_rank, index = key
+        self._odd["reordered_frame"] += index < transfer.awaited[source_rank] and key not in transfer.damaged
+        transfer.awaited[source_rank] = max(transfer.awaited[source_rank], index + 1)
 
     def _copy(self, header: FrameHeader, payload: torch.Tensor, block_table: torch.Tensor) -> None:
         piece = header.piece

@@ -154,15 +154,15 @@ class WorkerCluster:
 
     def watch(self, see: Callable[[AnyMessage], None]) -> None:
         """Show see every message from one worker to another, on the router's thread, before it leaves."""
-        self._controller.watch = see
+        self.controller.watch = see
 
     def wait_until_ready(self) -> None:
         """Return when every rank of every group serves."""
-        self.wait_until(lambda: self._controller.dispatcher.why_none is None and self._num_ready() == self._num_ranks)
+        self.wait_until(lambda: self.controller.dispatcher.why_none is None and self._num_ready() == self._num_ranks)
 
     def groups(self) -> list[Group]:
         """Return what the router knows of every group."""
-        return list(self._controller.membership.groups.values())
+        return list(self.controller.membership.groups.values())
 
     def leaders(self) -> list[Rank]:
         """Return what the router knows of every group's leader."""
@@ -189,7 +189,7 @@ class WorkerCluster:
         return sum(spec.tensor_parallel for spec in self._groups)
 
     def _num_ready(self) -> int:
-        groups = self._controller.membership.groups.values()
+        groups = self.controller.membership.groups.values()
         return sum(rank.state == "ready" for group in groups for rank in group.ranks.values())
 
     @staticmethod
@@ -222,8 +222,8 @@ class WorkerCluster:
             groups=self._groups,
         )
         with mock.patch.dict(POLICIES, {launch.section.policy: self._policy}):
-            self._controller = WatchedController(launch)
-        self._control = ControlPlane(self._controller, HOST)
+            self.controller = WatchedController(launch)
+        self._control = ControlPlane(self.controller, HOST)
         self._control.start()
 
     def _start_rank(self, launch: WorkerLaunch) -> None:

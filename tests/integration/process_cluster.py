@@ -57,7 +57,7 @@ class ProcessCluster(WorkerCluster):
 
     def leader(self, role: RoleName, group: int) -> Rank:
         """Return what the router knows of this group's leader, dead or alive."""
-        return self._controller.membership.groups[role, group].ranks[0]
+        return self.controller.membership.groups[role, group].ranks[0]
 
     def start_again(self, role: RoleName, group: int) -> None:
         """Make sure that this life is over, and begin another, as Ray would."""
