@@ -19,9 +19,9 @@ from protocol.model_files import find_model, model_hash
 class LoadedRank:
     """A rank that is ready to carry out orders, and how its group lays out KV."""
 
+    engine: Engine
     rank: Rank
     layout: KVLayout
-    num_blocks: int
 
 
 def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: Callable[[str], None]) -> LoadedRank:
@@ -41,7 +41,7 @@ def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: C
     )
     layout = _layout(config, model_hash(folder), dtype, launch)
     mover = ASSEMBLIES[launch.role].mover(launch, Cache(engine.kv_cache.blocks, layout, launch.rank))
-    return LoadedRank(Rank(engine, mover), layout, engine.kv_cache.num_blocks)
+    return LoadedRank(engine, Rank(engine, mover), layout)
 
 
 def _layout(config: ModelConfig, fingerprint: str, dtype: str, launch: WorkerLaunch) -> KVLayout:

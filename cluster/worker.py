@@ -20,6 +20,7 @@ from cluster.loading import LoadedRank, load_rank
 from cluster.loops import FollowerLoop, LeaderLoop
 from engine.block_pool import BlockPool
 from engine.group import Follower, GroupRanks, Leader, Place
+from engine.sampler import Sampler
 from engine.step_loop import StepLoop
 from engine.tensor_parallel import TensorParallel
 from protocol.identity import new_epoch
@@ -86,11 +87,14 @@ class WorkerLife:
 
     def _serve(self, loaded: LoadedRank, leader: Leader, addresses: tuple[str, ...]) -> None:
         section, cache = self._launch.role_section, self._launch.kv_cache
-        assembly = ASSEMBLIES[self._launch.role]
+        assembly, engine = ASSEMBLIES[self._launch.role], loaded.engine
         ranks = GroupRanks(self._place.size, leader, loaded.rank)
-        pool = BlockPool(loaded.num_blocks, cache.block_size, cache.prefix_caching)
+        pool = BlockPool(engine.kv_cache.num_blocks, cache.block_size, cache.prefix_caching)
         roles = assembly.roles(LeaderParts(pool, ranks, self._link, loaded.layout, section.batch_requests))
-        steps = StepLoop(roles, ranks.forward, section.batch_tokens, cache.block_size)
+        draw = Sampler(engine.vocab_size, engine.device).draw
+        steps = StepLoop(
+            roles, ranks.forward, draw, section.batch_tokens, cache.block_size, is_ahead=engine.is_asynchronous
+        )
         endpoint = Endpoint(self._info.epoch, loaded.layout, assembly.transport(self._launch), addresses)
         self._link.send(Ready(endpoint, pool.num_blocks * cache.block_size))
         wakers: list[zmq.Socket[bytes] | int] = [self._socket.pollable, leader.pollable, *loaded.rank.mover.filenos()]

@@ -88,12 +88,14 @@ class DecodeRole:
 
     def schedule(self, num_tokens: int) -> list[Chunk]:
         self._admit()
-        sequences = [r.sequence for r in self._running[: min(num_tokens, self._max_running)]]
-        return [sequence.next_chunk(1) for sequence in sequences if sequence]
+        sequences = [r.sequence for r in self._running if r.sequence and not r.sequence.is_drawn]
+        return [sequence.next_chunk(1) for sequence in sequences[: min(num_tokens, self._max_running)]]
 
     def commit(self, chunk: Chunk, drawn: Drawn | None) -> None:
         sequence = chunk.sequence
-        reservation = self._reservations[sequence.attempt]
+        reservation = self._reservations.get(sequence.attempt)
+        if reservation is None:
+            return
         assert drawn is not None, "decode always computes a sequence's last token"
         if not drawn.is_valid:
             self._fail(reservation, "model_output_invalid", "the model's output for this request is not finite")
@@ -103,6 +105,9 @@ class DecodeRole:
         self._emit(sequence, drawn)
         if sequence.finish_reason:
             self._drop(sequence.attempt)
+
+    def fail(self, chunk: Chunk, code: FailureCode, message: str) -> None:
+        self._fail(self._reservations[chunk.sequence.attempt], code, message)
 
     def drop_all(self) -> None:
         for attempt in list(self._reservations):

@@ -10,6 +10,7 @@ from itertools import chain, takewhile
 import torch
 from torch import Tensor
 
+from engine.host_copy import upload
 from protocol.orders import Batch
 
 
@@ -28,7 +29,7 @@ class BatchTensors:
 
 
 def to_tensors(batch: Batch, block_size: int, device: torch.device) -> BatchTensors:
-    """Lay out batch. Raise ValueError when a block table is too short for its context."""
+    """Lay out batch; carried tokens are still 0. Raise ValueError when a block table is too short for its context."""
     query_lens = _int64(batch.query_lens)
     context_lens = _int64(batch.context_lens)
     block_tables = _padded(_used_blocks(batch, block_size))
@@ -39,15 +40,18 @@ def to_tensors(batch: Batch, block_size: int, device: torch.device) -> BatchTens
     slots = block_tables[sequences, positions // block_size] * block_size + positions % block_size
     num_decodes = sum(1 for _ in takewhile(lambda length: length == 1, batch.query_lens))
     starts = torch.cat((torch.zeros(1, dtype=torch.int64), query_ends[num_decodes:] - num_decodes))
+    sampled_tokens = query_ends[_int64(batch.sampled)] - 1
+    wide = upload([_int64(batch.token_ids), positions, slots, sampled_tokens], device)
+    narrow = upload([block_tables.int(), context_lens.int(), starts.int()], device)
     return BatchTensors(
-        token_ids=_int64(batch.token_ids).to(device),
-        positions=positions.to(device),
-        slots=slots.to(device),
-        block_tables=block_tables.int().to(device),
-        context_lens=context_lens.int().to(device),
+        token_ids=wide[0],
+        positions=wide[1],
+        slots=wide[2],
+        sampled_tokens=wide[3],
+        block_tables=narrow[0],
+        context_lens=narrow[1],
+        query_starts=narrow[2],
         num_decodes=num_decodes,
-        query_starts=starts.int().to(device),
-        sampled_tokens=(query_ends[_int64(batch.sampled)] - 1).to(device),
     )
 
 

@@ -1,9 +1,10 @@
 """Chunks of many sequences -> one Batch for the ranks. Called by the step loop; decides nothing, only lays out."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 
-from engine.sequence import Chunk
-from protocol.orders import Batch
+from engine.sequence import Chunk, Sequence
+from protocol.orders import Batch, CarriedToken
 
 
 def lay_out(chunks: SequenceOf[Chunk]) -> list[Chunk]:
@@ -11,16 +12,23 @@ def lay_out(chunks: SequenceOf[Chunk]) -> list[Chunk]:
     return sorted(chunks, key=lambda chunk: chunk.num_tokens > 1)
 
 
-def build_batch(chunks: SequenceOf[Chunk], block_size: int) -> Batch:
-    """Return the batch of chunks that are laid out. Each block table reaches to the end of its chunk and no further."""
+def build_batch(chunks: SequenceOf[Chunk], block_size: int, rows: Mapping[Sequence, int]) -> Batch:
+    """Return the batch of chunks that are laid out. Each block table reaches to the end of its chunk and no further.
+
+    rows: where the step under way draws the next token of a sequence.
+    """
     return Batch(
         token_ids=tuple(token for chunk in chunks for token in _tokens(chunk)),
         query_lens=tuple(chunk.num_tokens for chunk in chunks),
         context_lens=tuple(chunk.end for chunk in chunks),
         block_tables=tuple(chunk.sequence.hold.block_ids[: -(-chunk.end // block_size)] for chunk in chunks),
         sampled=tuple(index for index, chunk in enumerate(chunks) if chunk.is_sampled),
+        carried=tuple(
+            CarriedToken(index, rows[chunk.sequence]) for index, chunk in enumerate(chunks) if chunk.is_carried
+        ),
     )
 
 
 def _tokens(chunk: Chunk) -> list[int]:
-    return chunk.sequence.token_ids[chunk.sequence.num_computed : chunk.end]
+    """A carried token is unknown here; the ranks put it in the place of the 0."""
+    return [0] if chunk.is_carried else chunk.sequence.token_ids[chunk.start : chunk.end]

@@ -193,10 +193,18 @@ class GroupRanks:
         self._leader.send(order)
         self._own_rank.execute(order)
 
-    def forward(self, batch: Batch) -> torch.Tensor:
-        """Run a batch on every rank; return logits [num_sampled, vocab_size]."""
+    def forward(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
+        """Run a batch on every rank, given what the batch before draws; return logits [num_sampled, vocab_size].
+
+        Raise OutOfMemoryError when this rank is alone, and GroupError when others are in the middle of the same batch.
+        """
         self._leader.send(Step(batch))
-        logits = self._own_rank.forward(batch)
+        try:
+            logits = self._own_rank.forward(batch, drawn)
+        except torch.OutOfMemoryError as error:
+            if self.size == 1:
+                raise
+            raise GroupError(f"no memory for a step that other ranks are computing: {error}") from error
         assert logits is not None, "rank 0 gets the logits"
         return logits
 

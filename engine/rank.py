@@ -63,9 +63,12 @@ class Rank:
         self._engine = engine
         self.mover = mover
 
-    def forward(self, batch: Batch) -> torch.Tensor | None:
-        """Run a batch; return logits [num_sampled, vocab_size] on the leader's rank, None on the others."""
-        return self._engine.forward(batch)
+    def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor | None:
+        """Run a batch; return logits [num_sampled, vocab_size] on the leader's rank, None on the others.
+
+        drawn: on the leader's rank, int64 [rows of the batch before], what that draws.
+        """
+        return self._engine.forward(batch, drawn)
 
     def execute(self, order: AnyOrder) -> None:
         """Carry out any order but StopRank."""

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from engine.sampler import Drawn
 from engine.sequence import Chunk
+from protocol.errors import FailureCode
 from protocol.messages import AnyMessage, TokenUpdate
 from protocol.orders import AnyOrder, AnyReport
 
@@ -25,7 +26,13 @@ class Role(Protocol):
         """Return this role's part of the next forward pass: at most num_tokens tokens in all."""
 
     def commit(self, chunk: Chunk, drawn: Drawn | None) -> None:
-        """Take what came of a chunk that this role scheduled; drawn is None when it was not the sequence's last."""
+        """Take what came of a chunk that this role scheduled; drawn is None when it was not the sequence's last.
+
+        A chunk of a sequence that was dropped in the meantime is ignored.
+        """
+
+    def fail(self, chunk: Chunk, code: FailureCode, message: str) -> None:
+        """End the request of a chunk that this role scheduled and that could not be computed."""
 
     def drop_all(self) -> None:
         """Let go of everything, because the worker ends."""

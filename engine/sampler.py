@@ -1,17 +1,19 @@
 """From logits to tokens: one draw for every sequence whose step is over, each by its own parameters.
 
-Called by the worker on rank 0. A row's token depends on its logits, its parameters and its own text only: not on other
-rows, the worker or the number of ranks. Order: penalties, logit bias, min_tokens, temperature, min-p, top-k, top-p.
+Called by the step loop on rank 0. A row's token depends on its logits, its parameters and its own text only: not on
+other rows, the worker or the number of ranks. Order: penalties, logit bias, min_tokens, temperature, min-p, top-k,
+top-p. Nothing here waits for the device; only collect() does.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from engine.host_copy import HostCopy, upload
+from engine.token_counts import Text, TokenCounts
 from kernels.backend import operations_for
 from protocol.messages import TokenLogprobs
 from protocol.request import SamplingParams
@@ -22,11 +24,11 @@ _LEAST_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """What one row is drawn by. The draw's number is len(output_token_ids), so output must not move into the prompt."""
+    """What one row is drawn by. position: the draw's number within its request, so output must not move into prompt."""
 
     params: SamplingParams
-    prompt_token_ids: Sequence[int]
-    output_token_ids: Sequence[int]
+    text: Text
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,107 +40,142 @@ class Drawn:
     is_valid: bool
 
 
-@torch.inference_mode()
-def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
-    """Draw one token per row of logits, float32 [num_rows, vocab_size], which is left as it was."""
-    if not rows:
-        return []
-    low, high = torch.aminmax(logits, dim=-1)  # both are NaN in a row that holds one
-    are_valid = (low.isfinite() & high.isfinite()).tolist()
-    drawn = _draw(_adjusted(logits, rows), rows)
-    logprobs = _logprobs(logits, rows, drawn)
-    token_ids = drawn.tolist()
-    return [Drawn(token_ids[i], logprobs.get(i) if are_valid[i] else None, are_valid[i]) for i in range(len(token_ids))]
+class Drawing:
+    """One step's draws. token_ids: int64 [num_rows] on the device, there for the next step before the host has them."""
+
+    def __init__(self, token_ids: Tensor, are_valid: Tensor, logprobs: "Logprobs | None") -> None:
+        self.token_ids = token_ids
+        self._copy = HostCopy(token_ids, are_valid)
+        self._logprobs = logprobs
+
+    def collect(self) -> list[Drawn]:
+        """Wait for the device; return one token for each row."""
+        token_ids, are_valid = (tensor.tolist() for tensor in self._copy.wait())
+        logprobs = self._logprobs.collect() if self._logprobs else {}
+        rows = zip(range(len(token_ids)), token_ids, are_valid, strict=True)
+        return [Drawn(token, logprobs.get(row) if is_valid else None, is_valid) for row, token, is_valid in rows]
 
 
-def _adjusted(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Return logits with penalties, biases and min_tokens applied; the same tensor when no row asks for any."""
-    changes = _Changes(logits.shape[1])
-    for index, row in enumerate(rows):
-        changes.add(index, row)
-    return changes.apply(logits, [row.params for row in rows])
+class Sampler:
+    """Draws for one worker. Keeps what penalties need to know of the texts that are being written."""
 
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self._device = device
+        self._operations = operations_for(device)
+        self._counts = TokenCounts(vocab_size, device)
 
-class _Changes:
-    """The (row, token) pairs whose logits change, collected row by row."""
+    @torch.inference_mode()
+    def draw(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Drawing:
+        """Draw one token per row of logits, float32 [num_rows, vocab_size], which is left as it was.
 
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-        self._penalties: list[tuple[int, int, int]] = []  # row, token id, count in the output
-        self._biases: list[tuple[int, int, float]] = []  # row, token id, what to add
+        The draws of one text must come in order, each exactly once: penalties count them.
+        """
+        low, high = torch.aminmax(logits, dim=-1)  # both are NaN in a row that holds one
+        adjusted = self._adjusted(logits, rows)
+        token_ids = self._drawn(adjusted, rows)
+        self._count(rows, token_ids)
+        return Drawing(token_ids, low.isfinite() & high.isfinite(), self._logprobs(logits, rows, token_ids))
 
-    def add(self, index: int, row: SamplingRow) -> None:
-        params = row.params
-        if params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0:
-            counts = Counter(row.output_token_ids)
-            if params.repetition_penalty != 1:
-                counts.update(dict.fromkeys(row.prompt_token_ids, 0))
-            self._penalties += [(index, token_id, count) for token_id, count in counts.items()]
-        self._biases += [(index, token_id, bias) for token_id, bias in params.logit_bias.items()]
-        if len(row.output_token_ids) < params.min_tokens:
-            known = {token_id for token_id in params.ending_token_ids if token_id < self._vocab_size}
-            self._biases += [(index, token_id, -math.inf) for token_id in known]
-
-    def apply(self, logits: Tensor, params: list[SamplingParams]) -> Tensor:
-        if not self._penalties and not self._biases:
+    def _adjusted(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        """Return logits with penalties, biases and min_tokens applied; the same tensor when no row asks for any."""
+        penalized, biases = _penalized(rows), _biases(rows, logits.shape[1])
+        if not penalized and not biases:
             return logits
         logits = logits.clone()
-        if self._penalties:
-            self._penalize(logits, params)
-        if self._biases:
-            rows, token_ids, biases = zip(*self._biases, strict=True)
-            places = (torch.tensor(rows, device=logits.device), torch.tensor(token_ids, device=logits.device))
-            logits.index_put_(places, torch.tensor(biases, device=logits.device), accumulate=True)
+        if penalized:
+            self._penalize(logits, penalized, [rows[index] for index in penalized])
+        if biases:
+            places, token_ids, values = zip(*biases, strict=True)
+            self._add(logits, places, token_ids, values)
         return logits
 
-    def _penalize(self, logits: Tensor, params: list[SamplingParams]) -> None:
-        pairs = torch.tensor(self._penalties, device=logits.device)
-        factors = [[p.repetition_penalty, p.frequency_penalty, p.presence_penalty] for p in params]
-        repetition, frequency, presence = torch.tensor(factors, device=logits.device).unbind(dim=1)
-        operations_for(logits.device).penalize(
-            logits, pairs[:, 0], pairs[:, 1], pairs[:, 2], repetition, frequency, presence
+    def _penalize(self, logits: Tensor, penalized: list[int], rows: list[SamplingRow]) -> None:
+        texts = [self._counts.row_of(row.text) for row in rows]
+        factors = [[p.repetition_penalty, p.frequency_penalty, p.presence_penalty] for p in (r.params for r in rows)]
+        places = self._integers(penalized, texts)
+        [columns] = upload([torch.tensor(factors, dtype=torch.float32).T.contiguous()], self._device)
+        self._operations.penalize(logits, *places, self._counts.in_output, self._counts.in_prompt, *columns)
+
+    def _add(self, logits: Tensor, places: Sequence[int], token_ids: Sequence[int], values: Sequence[float]) -> None:
+        [amounts] = upload([torch.tensor(values, dtype=torch.float32)], self._device)
+        logits.index_put_(tuple(self._integers(places, token_ids)), amounts, accumulate=True)
+
+    def _drawn(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        """Return int64 [num_rows]; noise is made for the rows that need it only."""
+        token_ids = logits.argmax(dim=-1)
+        random = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+        if not random:
+            return token_ids
+        [places] = self._integers(random)
+        token_ids[places] = self._drawn_at_random(logits[places], [rows[index] for index in random])
+        return token_ids
+
+    def _drawn_at_random(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
+        params = [row.params for row in rows]
+        reals = [[max(p.temperature, _LEAST_TEMPERATURE), p.top_p, p.min_p] for p in params]
+        [columns] = upload([torch.tensor(reals, dtype=torch.float32).T.contiguous()], self._device)
+        temperature, top_p, min_p = columns
+        top_k, seeds, positions = self._integers(
+            [min(p.top_k, logits.shape[1]) for p in params],
+            [_as_int64(p.seed) for p in params],
+            [row.position for row in rows],
         )
+        return self._operations.sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
+
+    def _count(self, rows: Sequence[SamplingRow], token_ids: Tensor) -> None:
+        penalized = _penalized(rows)
+        if penalized:
+            places, texts = self._integers(penalized, [self._counts.row_of(rows[index].text) for index in penalized])
+            self._counts.add(texts, token_ids[places])
+
+    def _logprobs(self, logits: Tensor, rows: Sequence[SamplingRow], drawn: Tensor) -> "Logprobs | None":
+        asking = {
+            index: row.params.num_logprobs for index, row in enumerate(rows) if row.params.num_logprobs is not None
+        }
+        if not asking:
+            return None
+        [places] = self._integers(list(asking))
+        return Logprobs(asking, logits[places], drawn[places])
+
+    def _integers(self, *columns: Sequence[int]) -> list[Tensor]:
+        """Return each column as int64 on the device."""
+        return upload([torch.tensor(column, dtype=torch.int64) for column in columns], self._device)
 
 
-def _draw(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    """Return int64 [num_rows]; noise is made for the rows that need it only."""
-    token_ids = logits.argmax(dim=-1)
-    random = [index for index, row in enumerate(rows) if not row.params.is_greedy]
-    if random:
-        places = torch.tensor(random, device=logits.device)
-        token_ids[places] = _draw_at_random(logits[places], [rows[index] for index in random])
-    return token_ids
+class Logprobs:
+    """Log probabilities under the model's own distribution, for rows that ask for them. asking: how many, by row."""
+
+    def __init__(self, asking: dict[int, int], logits: Tensor, drawn: Tensor) -> None:
+        """logits: [num_asking, vocab_size]; drawn: int64 [num_asking]."""
+        self._asking = asking
+        logprobs = logits.log_softmax(dim=-1)
+        of_drawn = logprobs.gather(1, drawn.unsqueeze(1)).squeeze(1)
+        self._copy = HostCopy(of_drawn, *logprobs.topk(min(max(asking.values()), logits.shape[1]), dim=-1))
+
+    def collect(self) -> dict[int, TokenLogprobs]:
+        """Wait for the device; return them by row."""
+        of_drawn, values, token_ids = (tensor.tolist() for tensor in self._copy.wait())
+        return {
+            row: TokenLogprobs(of_drawn[i], tuple(token_ids[i][:num]), tuple(values[i][:num]))
+            for i, (row, num) in enumerate(self._asking.items())
+        }
 
 
-def _draw_at_random(logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
-    params = [row.params for row in rows]
-    reals = [[max(p.temperature, _LEAST_TEMPERATURE), p.top_p, p.min_p] for p in params]
-    vocab_size = logits.shape[1]
-    integers = [
-        [min(p.top_k, vocab_size), _as_int64(p.seed), len(row.output_token_ids)]
-        for p, row in zip(params, rows, strict=True)
-    ]
-    temperature, top_p, min_p = torch.tensor(reals, device=logits.device).unbind(dim=1)
-    top_k, seeds, positions = torch.tensor(integers, device=logits.device).unbind(dim=1)
-    return operations_for(logits.device).sample(logits, temperature, top_k, top_p, min_p, seeds, positions)
+def _penalized(rows: Sequence[SamplingRow]) -> list[int]:
+    return [index for index, row in enumerate(rows) if row.params.is_penalized]
+
+
+def _biases(rows: Sequence[SamplingRow], vocab_size: int) -> list[tuple[int, int, float]]:
+    """Return what is added to which logit: row, token id, amount."""
+    biases: list[tuple[int, int, float]] = []
+    for index, row in enumerate(rows):
+        biases += [(index, token_id, bias) for token_id, bias in row.params.logit_bias.items()]
+        if row.position < row.params.min_tokens:
+            known = {token_id for token_id in row.params.ending_token_ids if token_id < vocab_size}
+            biases += [(index, token_id, -math.inf) for token_id in known]
+    return biases
 
 
 def _as_int64(seed: int) -> int:
     """Return the low 64 bits of seed as the signed number that has the same bits."""
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def _logprobs(logits: Tensor, rows: Sequence[SamplingRow], drawn: Tensor) -> dict[int, TokenLogprobs]:
-    """Return, by row, log probabilities under the model's own distribution, where a row asks for them."""
-    asking = {index: row.params.num_logprobs for index, row in enumerate(rows) if row.params.num_logprobs is not None}
-    if not asking:
-        return {}
-    places = torch.tensor(list(asking), device=logits.device)
-    logprobs = logits[places].log_softmax(dim=-1)
-    of_drawn = logprobs.gather(1, drawn[places].unsqueeze(1)).squeeze(1).tolist()
-    top = logprobs.topk(min(max(asking.values()), logits.shape[1]), dim=-1)
-    values, token_ids = top.values.tolist(), top.indices.tolist()
-    return {
-        index: TokenLogprobs(of_drawn[i], tuple(token_ids[i][:num]), tuple(values[i][:num]))
-        for i, (index, num) in enumerate(asking.items())
-    }

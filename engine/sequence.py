@@ -1,6 +1,7 @@
 """A request while one worker works on it: its tokens so far, its blocks, how much of it is computed.
 
-Made and owned by a role; never leaves its worker. A Chunk is the part of it that goes into the next forward pass.
+Made and owned by a role; never leaves its worker. A Chunk is the part of it that goes into the next forward pass, which
+may be launched before the last one is over: then its token is not known yet, only that there will be one.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ from protocol.request import Request
 
 @dataclass(eq=False)
 class Sequence:
-    """Tokens [0, num_computed) of token_ids have their KV in hold's blocks."""
+    """Tokens [0, num_computed) of token_ids have their KV in hold's blocks.
+
+    num_launched: how far the steps under way reach; num_drawing: how many tokens they are drawing.
+    """
 
     attempt: Attempt
     request: Request
@@ -22,9 +26,16 @@ class Sequence:
     chain: HashChain
     num_computed: int
     token_ids: list[int] = field(default_factory=list)
+    num_launched: int = field(init=False)
+    num_drawing: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt_token_ids, *self.token_ids]
+        self.num_launched = self.num_computed
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        return self.request.prompt_token_ids
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -48,23 +59,46 @@ class Sequence:
         """Names of the blocks that are full and computed."""
         return self.chain.of(self.token_ids, self.num_computed)
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens there are, those that are being drawn included."""
+        return len(self.token_ids) + self.num_drawing
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the steps under way draw the last token that this request may have."""
+        return self.num_tokens - self.num_prompt_tokens >= self.request.sampling.max_tokens
+
     def next_chunk(self, max_tokens: int) -> "Chunk":
         """Return the next part to compute, at most max_tokens long."""
-        return Chunk(self, min(max_tokens, len(self.token_ids) - self.num_computed))
+        end = min(self.num_launched + max_tokens, self.num_tokens)
+        return Chunk(self, self.num_launched, end, is_sampled=end == self.num_tokens)
+
+    def launch(self, chunk: "Chunk") -> None:
+        """A step with this chunk is under way."""
+        self.num_launched = chunk.end
+        self.num_drawing += chunk.is_sampled
+
+    def land(self, chunk: "Chunk") -> None:
+        """That step is over: KV is there as far as the chunk reached. Whoever takes the token appends it."""
+        self.num_computed = chunk.end
+        self.num_drawing -= chunk.is_sampled
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Tokens [num_computed, num_computed + num_tokens) of a sequence."""
+    """Tokens [start, end) of a sequence. is_sampled: its last token is the last one, so the next is drawn after it."""
 
     sequence: Sequence
-    num_tokens: int
+    start: int
+    end: int
+    is_sampled: bool
 
     @property
-    def end(self) -> int:
-        return self.sequence.num_computed + self.num_tokens
+    def num_tokens(self) -> int:
+        return self.end - self.start
 
     @property
-    def is_sampled(self) -> bool:
-        """Whether its last token is the sequence's last, so that the next one is drawn from its logits."""
-        return self.end == len(self.sequence.token_ids)
+    def is_carried(self) -> bool:
+        """Whether its token is one that the step before is still drawing."""
+        return self.end > len(self.sequence.token_ids)

@@ -63,6 +63,22 @@ class TensorParallel:
             self._group.allreduce([tensor]).wait()
         return tensor
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Give every rank what rank 0 has in tensor, in place, and return it."""
+        if self._group is not None:
+            self._group.broadcast([tensor]).wait()
+        return tensor
+
+    def least(self, number: int, device: torch.device) -> int:
+        """Return the least of the ranks' numbers."""
+        if self._group is None:
+            return number
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
+        tensor = torch.tensor([number], device=device)
+        self._group.allreduce([tensor], options).wait()
+        return int(tensor)
+
     def gather_to_leader(self, tensor: Tensor, dim: int = -1) -> Tensor | None:
         """Return the ranks' tensors, all of one shape, joined along dim on rank 0, and None on the others."""
         if self._group is None:

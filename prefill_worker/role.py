@@ -79,12 +79,15 @@ class PrefillRole:
             if num_tokens <= 0:
                 break
             assert job.sequence is not None
-            chunks.append(job.sequence.next_chunk(num_tokens))
-            num_tokens -= chunks[-1].num_tokens
+            if not job.sequence.num_drawing:
+                chunks.append(job.sequence.next_chunk(num_tokens))
+                num_tokens -= chunks[-1].num_tokens
         return chunks
 
     def commit(self, chunk: Chunk, drawn: Drawn | None) -> None:
         sequence = chunk.sequence
+        if sequence.attempt not in self._jobs:
+            return
         if drawn is not None and not drawn.is_valid:
             self._fail(sequence.attempt, "model_output_invalid", "the model's output for this prompt is not finite")
             return
@@ -94,6 +97,9 @@ class PrefillRole:
             self._finish_computing(job, sequence, drawn)
         else:
             self._send_computed(job)
+
+    def fail(self, chunk: Chunk, code: FailureCode, message: str) -> None:
+        self._fail(chunk.sequence.attempt, code, message)
 
     def drop_all(self) -> None:
         for attempt in list(self._jobs):

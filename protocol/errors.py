@@ -13,7 +13,14 @@ ValueError stays for a client's bad parameter, assert for a programmer's mistake
 
 from typing import Literal
 
-FailureCode = Literal["worker_lost", "transfer_failed", "kv_cache_too_small", "model_output_invalid", "internal_error"]
+FailureCode = Literal[
+    "worker_lost",
+    "transfer_failed",
+    "kv_cache_too_small",
+    "out_of_memory",
+    "model_output_invalid",
+    "internal_error",
+]
 """Why an attempt ended without its last token, as clients and metrics see it."""
 
 

@@ -12,11 +12,19 @@ from protocol.identity import Attempt, Epoch
 from protocol.layout import Endpoint
 
 
+class CarriedToken(msgspec.Struct, frozen=True, array_like=True):
+    """Token index of a batch is the one that the batch before draws in its row."""
+
+    index: int
+    row: int
+
+
 class Batch(msgspec.Struct, frozen=True, array_like=True):
     """One forward pass over num_sequences chunks, laid out one after another; single-token chunks come first.
 
     A chunk of sequence i is its tokens [context_lens[i] - query_lens[i], context_lens[i]); their KV goes to the slots
-    that block_tables[i] names. Logits are wanted for the last token of the chunks in sampled.
+    that block_tables[i] names. Logits are wanted for the last token of the chunks in sampled. Tokens that are not known
+    yet, because the batch before is still drawing them, are 0 in token_ids and named in carried.
     """
 
     token_ids: tuple[int, ...]  # [num_tokens]
@@ -24,6 +32,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     context_lens: tuple[int, ...]  # [num_sequences], the chunk included
     block_tables: tuple[tuple[int, ...], ...]  # [num_sequences][num_blocks of that sequence]
     sampled: tuple[int, ...]  # indices of sequences, ascending
+    carried: tuple[CarriedToken, ...] = ()
 
 
 class Order(msgspec.Struct, frozen=True, tag=True, tag_field="type"):

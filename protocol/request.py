@@ -38,6 +38,11 @@ class SamplingParams(msgspec.Struct, frozen=True):
         return self.temperature == 0.0
 
     @property
+    def is_penalized(self) -> bool:
+        """Whether a token's logit depends on the text so far."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
     def ending_token_ids(self) -> tuple[int, ...]:
         """Tokens that end the request once min_tokens have been drawn."""
         return self.stop_token_ids if self.ignore_eos else self.stop_token_ids + self.eos_token_ids

@@ -74,6 +74,7 @@ _STATUSES: dict[EndCode, tuple[int, bool]] = {  # status, and whether the same r
     "worker_lost": (503, True),
     "transfer_failed": (503, True),
     "shutting_down": (503, True),
+    "out_of_memory": (503, True),
     "kv_cache_too_small": (500, False),
     "model_output_invalid": (500, False),
     "internal_error": (500, False),

@@ -1,6 +1,6 @@
 """Repetition, frequency and presence penalties on the tokens that a text holds already. Called by the sampler.
 
-Works on the few (row, token) pairs concerned, not on whole rows.
+Reads how often a text holds each token from tables that the sampler keeps on the device.
 """
 
 import torch
@@ -10,21 +10,21 @@ from torch import Tensor
 def penalize(
     logits: Tensor,
     rows: Tensor,
-    token_ids: Tensor,
-    output_counts: Tensor,
+    texts: Tensor,
+    in_output: Tensor,
+    in_prompt: Tensor,
     repetition: Tensor,
     frequency: Tensor,
     presence: Tensor,
 ) -> None:
-    """Penalize logits [num_rows, vocab_size] in place.
+    """Penalize some rows of logits [num_rows, vocab_size] in place.
 
-    rows, token_ids: int64 [num_pairs], distinct pairs of a row and a token that its prompt or output holds
-    output_counts: int64 [num_pairs], how often the output holds it (0: only the prompt does)
-    repetition, frequency, presence: float32 [num_rows]; repetition (Keskar et al., "CTRL", 2019) divides positive
+    rows: int64 [num_penalized], distinct; texts: int64 [num_penalized], whose counts each of them is penalized by
+    in_output: int32 [num_texts, vocab_size], how often; in_prompt: bool [num_texts, vocab_size], whether at all
+    repetition, frequency, presence: float32 [num_penalized]; repetition (Keskar et al., "CTRL", 2019) divides positive
     logits and multiplies negative ones, the other two are subtracted, per occurrence in the output and once
     """
-    old = logits[rows, token_ids]  # [num_pairs]
-    factor = repetition[rows]
+    old, counts = logits[rows], in_output[texts]  # [num_penalized, vocab_size]
+    factor = torch.where(in_prompt[texts] | (counts > 0), repetition.unsqueeze(1), 1.0)
     new = torch.where(old > 0, old / factor, old * factor)
-    new = new - frequency[rows] * output_counts - presence[rows] * (output_counts > 0)
-    logits[rows, token_ids] = new
+    logits[rows] = new - frequency.unsqueeze(1) * counts - presence.unsqueeze(1) * (counts > 0)

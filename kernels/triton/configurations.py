@@ -97,7 +97,7 @@ KV_COPY = {
 }
 
 SILU_MUL = Configuration(tile=1024)
-PENALIZE = Configuration(tile=256, fuse_multiply_add=False)
+PENALIZE = Configuration(tile=1024, fuse_multiply_add=False)
 SAMPLE_FILTER_BITS = 3  # of a threshold found per pass over the vocabulary
 SAMPLE_FILTER = Configuration(  # thresholds tried x token ids
     rows=1 << SAMPLE_FILTER_BITS, tile=2048, num_warps=16, fuse_multiply_add=False

@@ -1,6 +1,6 @@
 """Repetition, frequency and presence penalties on the tokens that a text holds already. Called by the sampler.
 
-One pass over the (row, token) pairs concerned, rounding as kernels/plain/penalize.py does.
+One pass over the rows concerned, rounding as kernels/plain/penalize.py does.
 """
 
 import triton
@@ -13,50 +13,59 @@ from kernels.triton.configurations import PENALIZE
 def penalize(
     logits: Tensor,
     rows: Tensor,
-    token_ids: Tensor,
-    output_counts: Tensor,
+    texts: Tensor,
+    in_output: Tensor,
+    in_prompt: Tensor,
     repetition: Tensor,
     frequency: Tensor,
     presence: Tensor,
 ) -> None:
-    """Penalize logits [num_rows, vocab_size] in place; arguments as in kernels/plain/penalize.py."""
+    """Penalize some rows of logits [num_rows, vocab_size] in place; arguments as in kernels/plain/penalize.py."""
     assert logits.stride(1) == 1
-    num_pairs = rows.shape[0]
-    pairs = (x.contiguous() for x in (rows, token_ids, output_counts, repetition, frequency, presence))
-    _penalize[(triton.cdiv(num_pairs, PENALIZE.tile),)](
+    num_penalized, vocab_size = rows.shape[0], logits.shape[1]
+    tables = (in_output.contiguous(), in_prompt.contiguous())
+    factors = (factor.contiguous() for factor in (repetition, frequency, presence))
+    _penalize[num_penalized, triton.cdiv(vocab_size, PENALIZE.tile)](
         logits,
-        *pairs,
+        rows.contiguous(),
+        texts.contiguous(),
+        *tables,
+        *factors,
         logits.stride(0),
-        num_pairs,
+        VOCAB_SIZE=vocab_size,
         TILE=PENALIZE.tile,
         **PENALIZE.launch,
     )
 
 
 @triton.jit(
-    do_not_specialize=["row_stride", "num_pairs"],
-    do_not_specialize_on_alignment=["logits", "rows", "token_ids", "output_counts"],
+    do_not_specialize=["row_stride"],
+    do_not_specialize_on_alignment=["logits", "rows", "texts", "repetition", "frequency", "presence"],
 )
 def _penalize(
-    logits,  # float32 [num_rows, vocab_size], rows row_stride apart
-    rows,  # int64 [num_pairs]
-    token_ids,  # int64 [num_pairs]
-    output_counts,  # int64 [num_pairs]
-    repetition,  # float32 [num_rows]
-    frequency,  # float32 [num_rows]
-    presence,  # float32 [num_rows]
+    logits,  # float32 [num_rows, VOCAB_SIZE], rows row_stride apart
+    rows,  # int64 [num_penalized]
+    texts,  # int64 [num_penalized]
+    in_output,  # int32 [num_texts, VOCAB_SIZE]
+    in_prompt,  # bool [num_texts, VOCAB_SIZE]
+    repetition,  # float32 [num_penalized]
+    frequency,  # float32 [num_penalized]
+    presence,  # float32 [num_penalized]
     row_stride,
-    num_pairs,
+    VOCAB_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    pair = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    mask = pair < num_pairs
-    row = tl.load(rows + pair, mask=mask, other=0)
-    place = logits + row * row_stride + tl.load(token_ids + pair, mask=mask, other=0)
-    count = tl.load(output_counts + pair, mask=mask, other=0)
+    """Penalize one tile of one row."""
+    index = tl.program_id(0)
+    ids = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    mask = ids < VOCAB_SIZE
+    place = logits + tl.load(rows + index) * row_stride + ids
+    text = tl.load(texts + index) * VOCAB_SIZE + ids
+    count = tl.load(in_output + text, mask=mask, other=0)
+    is_held = (count > 0) | (tl.load(in_prompt + text, mask=mask, other=0) != 0)
     logit = tl.load(place, mask=mask, other=0.0)
-    factor = tl.load(repetition + row, mask=mask, other=1.0)
+    factor = tl.where(is_held, tl.load(repetition + index), 1.0)
     logit = tl.where(logit > 0, tl.div_rn(logit, factor), logit * factor)
-    per_use = tl.load(frequency + row, mask=mask, other=0.0) * count.to(tl.float32)
-    logit = logit - per_use - tl.load(presence + row, mask=mask, other=0.0) * (count > 0).to(tl.float32)
+    logit = logit - tl.load(frequency + index) * count.to(tl.float32)
+    logit = logit - tl.load(presence + index) * (count > 0).to(tl.float32)
     tl.store(place, logit, mask=mask)

@@ -174,7 +174,8 @@ def _draw_in_tile(
         total = tl.where(is_kept, noise - gaps.to(tl.float64), float("-inf"))
         best = tl.max(total)
         tl.store(scores + result, best)
-        tl.store(token_ids + result, tl.min(tl.where(total == best, ids, VOCAB_SIZE)))
+        chosen = tl.min(tl.where(total == best, ids, VOCAB_SIZE - 1))  # a row of NaN names an id that exists, too
+        tl.store(token_ids + result, chosen)
 
 
 @triton.jit

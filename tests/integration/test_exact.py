@@ -5,17 +5,19 @@ once, half of them with a shared prefix, so that batches are mixed and prefix ca
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from engine.sampler import SamplingRow, sample
+from engine.engine import Engine
 from protocol.messages import RoleName
+from protocol.orders import Batch
 from protocol.request import SamplingParams
 from protocol.topology import Transport
 from tests.models import FAMILIES, make_model, reference_model
+from tests.sampling import row_of, sample
 from tests.worker_cluster import WorkerCluster
 
 NUM_TOKENS = 20
@@ -60,7 +62,7 @@ class Reference:
         output: list[int] = []
         for _ in range(params.max_tokens):
             logits = self._model(torch.tensor([prompt + output])).logits[0, -1:].float()
-            output.append(sample(logits, [SamplingRow(params, prompt, output)])[0].token_id)
+            output.append(sample(logits, [row_of(params, prompt, output)])[0].token_id)
         return output
 
 
@@ -109,6 +111,45 @@ def _hold_against(reference: Reference, topology: str, transport: Transport) -> 
         ]
         assert [future.result(60).token_ids for future in futures] == reference.sampled
         cluster.assert_pools_whole()
+
+
+@pytest.mark.parametrize("reference", ["llama"], indirect=True)
+@pytest.mark.parametrize("topology", ["colocated", "2P2D", "TP1-TP2"])
+def test_a_host_that_is_a_step_ahead_of_its_device_changes_no_token(
+    reference: Reference, topology: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_carried = _be_ahead(monkeypatch)
+    _hold_against(reference, topology, "zmq")
+    assert num_carried() > 16 * NUM_TOKENS, "the host was not ahead"
+
+
+@pytest.mark.parametrize("reference", ["llama"], indirect=True)
+def test_whoever_stops_while_the_next_step_is_under_way_gets_no_token_more(
+    reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _be_ahead(monkeypatch)
+    with WorkerCluster(reference.folder, TOPOLOGIES["1P1D"], memory_bytes=24 << 20) as cluster:
+        futures = []
+        for index, (prompt, answer) in enumerate(zip(reference.prompts, reference.greedy, strict=True)):
+            last = answer[index % NUM_TOKENS]
+            params = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, stop_token_ids=(last,))
+            futures.append((cluster.submit(prompt, params), answer[: answer.index(last) + 1]))
+        for future, expected in futures:
+            assert future.result(60).token_ids == expected
+
+
+def _be_ahead(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
+    """Let workers on a CPU run ahead as on a GPU; return what tells how many tokens the ranks carried over."""
+    carried: list[int] = []
+    original = Engine._carry
+
+    def carry(self: Engine, batch: Batch, token_ids: torch.Tensor, drawn: torch.Tensor | None) -> None:
+        carried.append(len(batch.carried))
+        original(self, batch, token_ids, drawn)
+
+    monkeypatch.setattr(Engine, "is_asynchronous", True)
+    monkeypatch.setattr(Engine, "_carry", carry)
+    return lambda: sum(carried)
 
 
 @pytest.mark.parametrize("reference", ["llama"], indirect=True)

@@ -87,7 +87,7 @@ def test_gate(triton_operations, dtype):
 
 
 def test_penalties_and_draws(triton_operations):
-    twins.check_penalties(triton_operations, PLAIN, 64, 128256, 100_000, "cuda")
+    twins.check_penalties(triton_operations, PLAIN, 64, 128256, 40, "cuda")
     for num_rows, vocab_size in ((1, 128256), (72, 128256), (256, 32000)):
         twins.check_draws(triton_operations, PLAIN, num_rows, vocab_size, "cuda")
 

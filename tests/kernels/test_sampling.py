@@ -58,20 +58,25 @@ def test_a_draw_is_the_one_that_its_seed_position_and_logits_define(seed):
 
 def test_penalties_are_those_of_their_definition() -> None:
     torch.manual_seed(0)
-    logits = torch.randn(3, 11)
+    logits = torch.randn(4, 11)
     original = logits.clone()
-    pairs = {(0, 2): 0, (0, 5): 3, (1, 0): 1, (1, 10): 0, (2, 7): 9}
+    held = {(0, 2): 0, (0, 5): 3, (1, 0): 1, (1, 10): 0, (2, 7): 9}  # text and token: how often its output holds it
+    in_output, in_prompt = torch.zeros(3, 11, dtype=torch.int32), torch.zeros(3, 11, dtype=torch.bool)
+    for place, count in held.items():
+        in_output[place], in_prompt[place] = count, count == 0
+    text_of = {3: 0, 0: 1, 2: 2}  # by row; row 1 is not penalized
     repetition, frequency, presence = [1.3, 0.7, 1.0], [0.5, -0.25, 0.0], [0.1, 1.5, -2.0]
-    rows, token_ids = torch.tensor(list(pairs)).unbind(dim=1)
-    counts = torch.tensor(list(pairs.values()))
-    penalize(logits, rows, token_ids, counts, *(torch.tensor(p) for p in (repetition, frequency, presence)))
-    for row in range(3):
+    rows, texts = torch.tensor(list(text_of)), torch.tensor(list(text_of.values()))
+    factors = (torch.tensor(factor) for factor in (repetition, frequency, presence))
+    penalize(logits, rows, texts, in_output, in_prompt, *factors)
+    for row in range(4):
         for token in range(11):
             expected = original[row, token].item()
-            if (row, token) in pairs:
-                count = pairs[row, token]
-                expected = expected / repetition[row] if expected > 0 else expected * repetition[row]
-                expected -= frequency[row] * count + presence[row] * (count > 0)
+            text = text_of.get(row)
+            if (text, token) in held:
+                count = held[text, token]
+                expected = expected / repetition[text] if expected > 0 else expected * repetition[text]
+                expected -= frequency[text] * count + presence[text] * (count > 0)
             assert logits[row, token].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 

@@ -197,16 +197,18 @@ def check_kv_copies(
 
 
 def check_penalties(
-    operations: Operations, plain: Operations, num_rows: int, vocab_size: int, num_pairs: int, device: str
+    operations: Operations, plain: Operations, num_rows: int, vocab_size: int, num_penalized: int, device: str
 ) -> None:
     """To the last bit: a rounding more could change a token."""
     logits = random(num_rows, vocab_size, dtype=torch.float32, device=device) * 5
-    pairs = torch.randperm(num_rows * vocab_size)[:num_pairs].to(device)
-    counts = torch.randint(0, 5, (num_pairs,), device=device)
-    factors = (torch.rand(3, num_rows, device=device) + 0.3).unbind()
+    rows = torch.randperm(num_rows)[:num_penalized].to(device)
+    texts = torch.randperm(num_rows + 3)[:num_penalized].to(device)
+    in_output = torch.randint(-9, 5, (num_rows + 3, vocab_size), device=device, dtype=torch.int32).clamp(min=0)
+    in_prompt = torch.rand(num_rows + 3, vocab_size, device=device) < 0.3
+    factors = (torch.rand(3, num_penalized, device=device) + 0.3).unbind()
     expected = logits.clone()
-    plain.penalize(expected, pairs // vocab_size, pairs % vocab_size, counts, *factors)
-    operations.penalize(logits, pairs // vocab_size, pairs % vocab_size, counts, *factors)
+    plain.penalize(expected, rows, texts, in_output, in_prompt, *factors)
+    operations.penalize(logits, rows, texts, in_output, in_prompt, *factors)
     assert torch.equal(logits, expected)
 
 

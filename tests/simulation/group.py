@@ -6,9 +6,10 @@ turn when something wakes it; turns that it takes for want of anything else must
 
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -20,6 +21,7 @@ from engine.block_pool import BlockPool
 from engine.group import GroupError, GroupRanks
 from engine.rank import Mover, Rank, Stationary
 from engine.role import Role
+from engine.sampler import Drawing, Drawn, Sampler, SamplingRow
 from engine.step_loop import StepLoop
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
@@ -31,7 +33,7 @@ from protocol.orders import AnyOrder, AnyReport, Batch, Step, StopRank
 from router.launch import GroupSpec
 from tests.simulation.control import SimulatedWire
 from tests.simulation.kv import SimulatedReceiver, SimulatedSender
-from tests.simulation.oracle import OracleModel, RankCache
+from tests.simulation.oracle import VOCAB_SIZE, OracleModel, RankCache
 from tests.simulation.world import World
 
 IDLE_S = 1.0
@@ -41,7 +43,7 @@ MAX_ORDER_S = 0.02
 
 @dataclass(frozen=True)
 class GroupSize:
-    """What a group is given. frame_bytes is small, so that short prompts have many frames."""
+    """What a group is given. frame_bytes is small, so that short prompts have many frames. is_ahead: see StepLoop."""
 
     num_blocks: int
     block_size: int = 4
@@ -49,6 +51,7 @@ class GroupSize:
     max_running: int = 8
     num_kv_heads: int = 2
     frame_bytes: int = 64
+    is_ahead: bool = False
 
 
 class OracleEngine:
@@ -57,8 +60,27 @@ class OracleEngine:
     def __init__(self, model: OracleModel | None) -> None:
         self._model = model
 
-    def forward(self, batch: Batch) -> torch.Tensor | None:
-        return self._model.forward(batch) if self._model else None
+    def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> Callable[[], torch.Tensor] | None:
+        return partial(self._model.forward, batch, drawn) if self._model else None
+
+
+class LateDrawing:
+    """Stands in for engine.sampler.Drawing: a step is computed when its tokens are asked for, and no earlier."""
+
+    def __init__(self, compute: Callable[[], torch.Tensor], rows: SequenceOf[SamplingRow]) -> None:
+        self._compute = compute
+        self._rows = rows
+
+    @cached_property
+    def _drawing(self) -> Drawing:
+        return Sampler(VOCAB_SIZE, torch.device("cpu")).draw(self._compute(), self._rows)
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        return self._drawing.token_ids
+
+    def collect(self) -> list[Drawn]:
+        return self._drawing.collect()
 
 
 class SimulatedRank:
@@ -265,7 +287,9 @@ class SimulatedGroup:
         ranks = GroupRanks(self.spec.tensor_parallel, channel, Rank(OracleEngine(model), leader.mover))  # type: ignore[arg-type]
         parts = LeaderParts(self.pool, ranks, leader.link, self.layout, size.max_running)
         self.roles = ASSEMBLIES[self.spec.role].roles(parts)
-        steps = StepLoop(self.roles, ranks.forward, size.batch_tokens, size.block_size)
+        steps = StepLoop(
+            self.roles, ranks.forward, LateDrawing, size.batch_tokens, size.block_size, is_ahead=size.is_ahead
+        )
         leader.loop = LeaderLoop(leader.link, ranks, self.roles, steps, self.pool, self._world.clock.read)
         leader.link.send(Ready(self._endpoint(leader), size.num_blocks * size.block_size))
         leader.wake()

@@ -66,9 +66,13 @@ class OracleModel:
         self._caches = caches
         self._block_size = block_size
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
         """Run a batch over the caches of all ranks; return logits [num_sampled, VOCAB_SIZE]."""
-        tokens = iter(batch.token_ids)
+        token_ids = list(batch.token_ids)
+        for carried in batch.carried:
+            assert drawn is not None
+            token_ids[carried.index] = int(drawn[carried.row])
+        tokens = iter(token_ids)
         digests = [
             self._run(table, context_len - query_len, [next(tokens) for _ in range(query_len)])
             for query_len, context_len, table in zip(

@@ -98,6 +98,7 @@ class Scenario:
             batch_tokens=self.rng.choice([3, 6, 16, 32]),
             max_running=self.rng.choice([2, 8]),
             num_kv_heads=self.rng.choice([1, 2]),
+            is_ahead=seed % 2 == 1,
         )
         block_size = self.rng.choice([size.block_size, 2, 8])
         num_blocks = size.num_blocks * size.block_size // block_size

@@ -98,7 +98,7 @@ class Life:
             self.role = PrefillRole(self.pool, RemoteOutbox(self.pool, self, layout), self, "m", 8)
         else:
             self.role = DecodeRole(self.pool, RemoteInbox(self, layout), self, "m", 8)
-        self.steps = StepLoop([self.role], self.forward, step_tokens, block_size)
+        self.steps = StepLoop([self.role], self.forward, Tokenwise, step_tokens, block_size)
 
     def send(self, message: AnyMessage) -> None:
         self.sent.append(message)
@@ -145,7 +145,7 @@ class Life:
             del self.expected[attempt]
             self.reports.append(Broken(0, attempt, "the source group is gone"))
 
-    def forward(self, batch: Batch) -> list[int]:
+    def forward(self, batch: Batch, _: list[int] | None) -> list[int]:
         tokens, drawn = iter(batch.token_ids), []
         for query_len, context_len, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
             for position in range(context_len - query_len, context_len):
@@ -166,9 +166,14 @@ class Life:
         return self.kv.get(self._slot(table, position), (-1, -1))
 
 
-def take_drawn(tokens: list[int], rows: object) -> list[Drawn]:
-    """Stand in for engine.sampler.sample: forward has drawn already."""
-    return [Drawn(token, None, True) for token in tokens]
+class Tokenwise:
+    """Stands in for engine.sampler.Drawing: forward has drawn already."""
+
+    def __init__(self, token_ids: list[int], rows: object) -> None:
+        self.token_ids = token_ids
+
+    def collect(self) -> list[Drawn]:
+        return [Drawn(token, None, True) for token in self.token_ids]
 
 
 class SmallWorld:

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-import engine.step_loop
 from decode_worker.inbox import RemoteInbox
 from decode_worker.role import DecodeRole
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol import identity
 from tests.simulation.search import explore
-from tests.simulation.small_world import LONG_REQUESTS, Life, SmallWorld, Violation, take_drawn
+from tests.simulation.small_world import LONG_REQUESTS, Life, SmallWorld, Violation
 
 MAX_STATES = 60_000
 Patch = pytest.MonkeyPatch
@@ -24,7 +23,6 @@ Patch = pytest.MonkeyPatch
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: Patch) -> Iterator[None]:
-    monkeypatch.setattr(engine.step_loop, "sample", take_drawn)
     monkeypatch.setattr(identity, "new_epoch", lambda: 0)
     gc.freeze()  # or every collection of the copies made here would look through all imported modules too
     yield

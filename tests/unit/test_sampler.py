@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from engine.sampler import Drawn, SamplingRow, sample
+from engine.sampler import Drawn, Sampler, SamplingRow
 from protocol.request import SamplingParams
+from tests.sampling import row_of, sample
 
 VOCAB = 67
 
@@ -19,7 +20,7 @@ def one_thread() -> None:
 
 
 def row(output: Sequence[int] = (), prompt: Sequence[int] = (1, 2), **params: object) -> SamplingRow:
-    return SamplingRow(SamplingParams(**{"max_tokens": 9, "seed": 0, **params}), prompt, output)  # type: ignore[arg-type]
+    return row_of(SamplingParams(**{"max_tokens": 9, "seed": 0, **params}), prompt, output)  # type: ignore[arg-type]
 
 
 def random_row(rng: random.Random) -> SamplingRow:
@@ -40,7 +41,7 @@ def random_row(rng: random.Random) -> SamplingRow:
         num_logprobs=rng.choice([None, 0, 3]),
     )
     prompt, output = ([rng.randrange(VOCAB) for _ in range(rng.randrange(9))] for _ in range(2))
-    return SamplingRow(params, prompt, output)
+    return row_of(params, prompt, output)
 
 
 @pytest.mark.parametrize(("vocab_size", "num_batches"), [(VOCAB, 30), (5003, 10)])
@@ -160,3 +161,25 @@ def test_logits_are_left_as_they_were() -> None:
 
 def test_no_rows_give_no_tokens() -> None:
     assert sample(torch.empty(0, VOCAB), []) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_penalties_know_what_was_drawn_before_the_host_does(seed: int) -> None:
+    """Texts come and go; the sampler that saw each draw agrees with one that is told the whole text every time."""
+    rng = random.Random(seed)
+    sampler = Sampler(VOCAB, torch.device("cpu"))
+    texts: dict[int, tuple[SamplingRow, list[int]]] = {}
+    for number in range(60):
+        for index in [index for index in texts if rng.random() < 0.1]:
+            del texts[index]
+        for _ in range(rng.randrange(3)):
+            new = random_row(rng)
+            texts[number * 3 + len(texts)] = (new, list(new.text.output_token_ids))
+        logits = torch.randn(len(texts), VOCAB) * 3
+        rows = [SamplingRow(row.params, row.text, len(output)) for row, output in texts.values()]
+        told = [row_of(row.params, row.text.prompt_token_ids, tuple(output)) for row, output in texts.values()]
+        drawn = sampler.draw(logits, rows).collect() if rows else []
+        assert drawn == sample(logits, told)
+        for (_, output), one in zip(texts.values(), drawn, strict=True):
+            output.append(one.token_id)
+    assert len(sampler._counts.in_output) <= 32, "rows of texts that are gone were not used again"

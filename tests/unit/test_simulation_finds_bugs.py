@@ -15,6 +15,7 @@ from decode_worker.inbox import RemoteInbox
 from decode_worker.mover import ReceivingMover
 from decode_worker.role import DecodeRole, Reservation
 from engine.block_pool import Hold
+from engine.sequence import Chunk, Sequence
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from kv_transfer.transports import intake
@@ -27,7 +28,7 @@ from protocol.orders import AnyReport, SendBlocks
 from router.lifecycle import Lifecycle, Side
 from tests.simulation.scenario import faults_of, run_seed
 
-MAX_SEEDS = 1500
+MAX_SEEDS = 8000
 Patch = pytest.MonkeyPatch
 
 WRONG = "the oracle's answer is|garbage"
@@ -65,6 +66,17 @@ def prefill_frees_what_was_not_fetched_in_time(patch: Patch) -> None:
     patch.setattr(RemoteOutbox, "send", send)
     patch.setattr(PrefillRole, "schedule", schedule)
     patch.setattr(Hold, "release", release)
+
+
+def a_token_that_is_being_drawn_is_forgotten(patch: Patch) -> None:
+    """The step after it is scheduled as if there were none under way."""
+    original = Sequence.land
+
+    def land(self: Sequence, chunk: Chunk) -> None:
+        original(self, chunk)
+        self.num_drawing = 0
+
+    patch.setattr(Sequence, "land", land)
 
 
 def decode_frees_what_did_not_come_in_time(patch: Patch) -> None:
@@ -267,6 +279,7 @@ PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (prefill_names_blocks_before_they_are_computed, WRONG, ""),
     (prefill_sends_what_is_not_computed_yet, WRONG, ""),
     (prefill_does_not_say_that_more_is_computed, STUCK, ""),
+    (a_token_that_is_being_drawn_is_forgotten, WRONG + "|AssertionError", ""),
 ]
 """plant, what the simulation must say, and the faults without which it would only take longer to find."""
 
