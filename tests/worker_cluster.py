@@ -49,22 +49,25 @@ class Answer:
 
 @dataclass(frozen=True)
 class Leave:
-    """When a client goes away: after so many tokens, or so many seconds."""
+    """When a client goes away: after so many tokens, so many seconds, or when a message of this kind is about it."""
 
     after_tokens: int | None = None
     after_s: float | None = None
+    at_message: type[AnyMessage] | None = None
 
 
 class WatchedController(Controller):
     """The router's mind, with somebody who is shown every message from one worker to another before it leaves."""
 
-    watch: Callable[[AnyMessage], None] = staticmethod(lambda message: None)
+    def __init__(self, launch: RouterLaunch, watch: Callable[[AnyMessage], None]) -> None:
+        super().__init__(launch)
+        self._watch = watch
 
     def receive(self, identity: bytes, data: bytes) -> list[Effect]:
         effects = super().receive(identity, data)
         for effect in effects:
             if isinstance(effect, Transmit):
-                self.watch(decode(effect.data).message)
+                self._watch(decode(effect.data).message)
         return effects
 
 
@@ -95,6 +98,8 @@ class WorkerCluster:
         self._groups = tuple(GroupSpec(role, group, tp) for role, num, tp in roles for group in range(num))
         self._loop = asyncio.new_event_loop()
         self._threads: list[threading.Thread] = []
+        self._leaving_at: dict[str, type[AnyMessage] | None] = {}
+        self._see: Callable[[AnyMessage], None] = lambda message: None
         self.errors: list[BaseException] = []
 
     def __enter__(self) -> "WorkerCluster":
@@ -121,6 +126,14 @@ class WorkerCluster:
         if error is None:
             assert not self.errors, self.errors
 
+    def leave_together(self) -> None:
+        """Let every client go away in one moment."""
+
+        async def leave() -> None:
+            self._control.cancel_all(GONE)
+
+        self._on_loop(leave())
+
     def submit(
         self, prompt: list[int], sampling: SamplingParams, salt: str = "", leave: "Leave | None" = None
     ) -> "Future[Answer]":
@@ -139,6 +152,7 @@ class WorkerCluster:
             future.set_result(answer)
 
         async def submit() -> None:
+            self._leaving_at[request.request_id] = leave.at_message if leave else None
             self._control.submit(request, time.monotonic() + DEADLINE_S, client)
             if leave and leave.after_s is not None:
                 self._loop.call_later(leave.after_s, self._control.cancel, request.request_id, GONE)
@@ -154,7 +168,7 @@ class WorkerCluster:
 
     def watch(self, see: Callable[[AnyMessage], None]) -> None:
         """Show see every message from one worker to another, on the router's thread, before it leaves."""
-        self.controller.watch = see
+        self._see = see
 
     def wait_until_ready(self) -> None:
         """Return when every rank of every group serves."""
@@ -183,6 +197,12 @@ class WorkerCluster:
             assert not self.errors, self.errors
             assert time.monotonic() < deadline, "waited in vain"
             time.sleep(0.01)
+
+    def _watch(self, message: AnyMessage) -> None:
+        attempt = getattr(message, "attempt", None)
+        if attempt and self._leaving_at.get(attempt.request_id) is type(message):
+            self._loop.call_soon(self._control.cancel, attempt.request_id, GONE)
+        self._see(message)
 
     @property
     def _num_ranks(self) -> int:
@@ -222,7 +242,7 @@ class WorkerCluster:
             groups=self._groups,
         )
         with mock.patch.dict(POLICIES, {launch.section.policy: self._policy}):
-            self.controller = WatchedController(launch)
+            self.controller = WatchedController(launch, self._watch)
         self._control = ControlPlane(self.controller, HOST)
         self._control.start()
 
