@@ -59,7 +59,7 @@ def check_topology(topology: Topology) -> ModelConfig:
     for role, section in roles(topology):
         with _about(f"{role}.tensor_parallel"):
             _check_split(role, section, model)
-        with _about("kv_cache.memory"):
+        with _about(_memory_key(role, section)):
             _check_cache(role, section, topology, model, max_context)
         with _about(f"{role}.gpus"):
             _check_gpu_share(role, section, topology)
@@ -146,19 +146,24 @@ def _check_split(role: RoleName, section: RoleSection, model: ModelConfig) -> No
         raise ConfigError(f"{role}.tensor_parallel: {error}") from None
 
 
+def _memory_key(role: RoleName, section: RoleSection) -> str:
+    """Return where it stands how much memory this role's cache has."""
+    return f"{role}.kv_cache.memory" if section.kv_cache.memory else "kv_cache.memory"
+
+
 def _check_cache(
     role: RoleName, section: RoleSection, topology: Topology, model: ModelConfig, max_context: int
 ) -> None:
     """Every rank must hold the KV of one request of full length, or that request could never be served."""
-    cache = topology.kv_cache
+    cache, key = topology.cache_of(section), _memory_key(role, section)
     num_blocks = -(-max_context // cache.block_size)
     one_block = block_bytes(model, topology.model.dtype, cache.block_size, section.tensor_parallel)
     held = parse_memory(cache.memory) // one_block
     if held < num_blocks:
         remedy = f" or model.max_context to {held * cache.block_size}" if held else ""
         raise ConfigError(
-            f"kv_cache.memory {cache.memory} holds {held * cache.block_size} tokens on each {role} rank, fewer "
-            f"than one context of {max_context}; raise it to {format_memory(num_blocks * one_block)}{remedy}"
+            f"{key} {cache.memory} holds {held * cache.block_size} tokens on each {role} rank, fewer than one context "
+            f"of {max_context}; raise it to {format_memory(num_blocks * one_block)}{remedy}"
         )
 
 

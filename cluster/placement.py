@@ -65,7 +65,7 @@ def start_ranks(topology: Topology, control: str, host: str) -> list[Rank]:
 def _launch(
     topology: Topology, role: RoleName, section: RoleSection, group: int, rank: int, control: str, host: str
 ) -> WorkerLaunch:
-    cache, model = topology.kv_cache, topology.model
+    cache, model = topology.cache_of(section), topology.model
     return WorkerLaunch(
         role=role,
         group=group,

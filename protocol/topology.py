@@ -15,6 +15,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Transport = Literal["auto", "shm", "zmq", "gloo"]
 Policy = Literal["round_robin", "least_loaded"]
 Device = Literal["cpu", "cuda"]
+BlockSize = Literal[16, 32, 64, 128]
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -40,6 +41,14 @@ class RouterSection(Section, frozen=True, kw_only=True):
     timeout_s: Seconds = 600.0
 
 
+class RoleCacheSection(Section, frozen=True, kw_only=True):
+    """What a role's KV cache has otherwise than the topology's kv_cache says; None: nothing."""
+
+    block_size: BlockSize | None = None
+    memory: str | None = None
+    prefix_caching: bool | None = None
+
+
 class RoleSection(Section, frozen=True, kw_only=True):
     """Groups of one role. batch_tokens bounds one forward pass, batch_requests what runs at once.
 
@@ -53,12 +62,13 @@ class RoleSection(Section, frozen=True, kw_only=True):
     batch_requests: Positive = 256
     cpus: Annotated[float, msgspec.Meta(gt=0)] = 0.25
     gpus: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    kv_cache: RoleCacheSection = RoleCacheSection()
 
 
 class KVCacheSection(Section, frozen=True, kw_only=True):
-    """memory: bytes per rank for KV blocks, as 512MiB or 20GiB."""
+    """memory: bytes per rank for KV blocks, as 512MiB or 20GiB. A role may say otherwise for itself."""
 
-    block_size: Literal[16, 32, 64, 128] = 16
+    block_size: BlockSize = 16
     memory: str = "512MiB"
     prefix_caching: bool = True
 
@@ -84,3 +94,8 @@ class Topology(Section, frozen=True, kw_only=True):
     kv_cache: KVCacheSection = KVCacheSection()
     kv_transfer: KVTransferSection = KVTransferSection()
     device: Device = "cpu"
+
+    def cache_of(self, section: RoleSection) -> KVCacheSection:
+        """Return the KV cache of a role: what it says itself, and kv_cache for the rest."""
+        own = {key: value for key, value in msgspec.structs.asdict(section.kv_cache).items() if value is not None}
+        return msgspec.structs.replace(self.kv_cache, **own)

@@ -63,6 +63,7 @@ def test_a_topology_that_fits_passes(topology):
         ("decode.tensor_parallel=3", "decode.tensor_parallel: 4 attention heads .* cannot be split over 3 ranks"),
         ("model.max_context=513", "model.max_context is 513, but the model was made for at most 512"),
         ("kv_cache.memory=1KiB", "kv_cache.memory 1KiB holds 0 tokens on each prefill rank.*raise it to 256KiB"),
+        ("decode.kv_cache.memory=1KiB", "decode.kv_cache.memory 1KiB holds 0 tokens on each decode rank"),
         ("kv_cache.memory=255KiB", "holds 496 tokens .* fewer than one context of 512.*or model.max_context to 496"),
     ],
 )
@@ -74,6 +75,15 @@ def test_what_the_model_cannot_do_is_refused_by_key(topology, override: str, com
 
 def test_the_memory_that_the_complaint_asks_for_is_enough(topology):
     checks.check_topology(topology("kv_cache.memory=256KiB"))
+
+
+def test_a_role_may_have_blocks_and_memory_of_its_own(topology):
+    checks.check_topology(
+        topology("kv_cache.memory=1KiB", *(f"{r}.kv_cache.memory=256KiB" for r in ("prefill", "decode")))
+    )
+    checks.check_topology(topology("decode.kv_cache.block_size=128", "decode.kv_cache.memory=256KiB"))
+    complaint = complaint_about(topology("decode.kv_cache.block_size=128", "decode.kv_cache.memory=255KiB"))
+    assert "decode.kv_cache.memory 255KiB holds 384 tokens on each decode rank" in complaint
 
 
 def test_the_context_that_the_complaint_allows_is_served(topology):
