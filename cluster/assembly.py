@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cluster.launch import WorkerLaunch
+from cluster.two_way_mover import TwoWayMover
 from decode_worker.inbox import LoopbackInbox, RemoteInbox
 from decode_worker.mover import ReceivingMover
+from decode_worker.prefix_server import NoPrefixServer, RemotePrefixServer
 from decode_worker.role import DecodeRole
 from engine.block_pool import BlockPool, Hold
 from engine.rank import Mover, Stationary
@@ -19,6 +21,7 @@ from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.loopback import Loopback
 from kv_transfer.transports.opening import open_receiver, open_sender
+from prefill_worker.fetcher import NoFetcher, RemoteFetcher
 from prefill_worker.mover import SendingMover
 from prefill_worker.outbox import LoopbackOutbox, RemoteOutbox
 from prefill_worker.role import PrefillRole
@@ -37,13 +40,14 @@ class Cache:
 
 @dataclass(frozen=True)
 class LeaderParts:
-    """What the leader's roles stand on."""
+    """What the leader's roles stand on. min_fetch_tokens: see KVTransferSection."""
 
     pool: BlockPool
     ranks: Ranks
     outlet: Outlet
     layout: KVLayout
     max_running: int
+    min_fetch_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,14 +69,28 @@ def _receiving_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
     return ReceivingMover(KVReceiver(cache.blocks, cache.layout, cache.rank, transport), cache.rank)
 
 
+def _prefill_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
+    mover = _sending_mover(launch, cache)
+    fetches = launch.kv_transfer.min_fetch_tokens > 0
+    return TwoWayMover(handoffs=mover, fetches=_receiving_mover(launch, cache)) if fetches else mover
+
+
+def _decode_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
+    mover = _receiving_mover(launch, cache)
+    fetches = launch.kv_transfer.min_fetch_tokens > 0
+    return TwoWayMover(handoffs=mover, fetches=_sending_mover(launch, cache)) if fetches else mover
+
+
 def _prefill_roles(parts: LeaderParts) -> list[Role]:
     outbox = RemoteOutbox(parts.pool, parts.ranks, parts.layout)
-    return [PrefillRole(parts.pool, outbox, parts.outlet, parts.layout.model_hash, parts.max_running)]
+    min_tokens = parts.min_fetch_tokens
+    fetcher = RemoteFetcher(parts.ranks, parts.outlet, min_tokens) if min_tokens else NoFetcher()
+    return [PrefillRole(parts.pool, outbox, fetcher, parts.outlet, parts.layout.model_hash, parts.max_running)]
 
 
 def _decode_roles(parts: LeaderParts) -> list[Role]:
-    inbox = RemoteInbox(parts.ranks, parts.layout)
-    return [DecodeRole(parts.pool, inbox, parts.outlet, parts.layout.model_hash, parts.max_running)]
+    inbox, prefixes = RemoteInbox(parts.ranks, parts.layout), RemotePrefixServer(parts.ranks, parts.outlet)
+    return [DecodeRole(parts.pool, inbox, prefixes, parts.outlet, parts.layout.model_hash, parts.max_running)]
 
 
 def _colocated_roles(parts: LeaderParts) -> list[Role]:
@@ -80,13 +98,13 @@ def _colocated_roles(parts: LeaderParts) -> list[Role]:
     loopback: Loopback[Hold] = Loopback()
     pool, outlet, model_hash = parts.pool, parts.outlet, parts.layout.model_hash
     return [
-        DecodeRole(pool, LoopbackInbox(loopback), outlet, model_hash, parts.max_running),
-        PrefillRole(pool, LoopbackOutbox(loopback), outlet, model_hash, parts.max_running),
+        DecodeRole(pool, LoopbackInbox(loopback), NoPrefixServer(), outlet, model_hash, parts.max_running),
+        PrefillRole(pool, LoopbackOutbox(loopback), NoFetcher(), outlet, model_hash, parts.max_running),
     ]
 
 
 ASSEMBLIES: dict[RoleName, Assembly] = {
-    "prefill": Assembly(_sending_mover, _prefill_roles, lambda launch: launch.kv_transfer.transport),
-    "decode": Assembly(_receiving_mover, _decode_roles, lambda launch: launch.kv_transfer.transport),
+    "prefill": Assembly(_prefill_mover, _prefill_roles, lambda launch: launch.kv_transfer.transport),
+    "decode": Assembly(_decode_mover, _decode_roles, lambda launch: launch.kv_transfer.transport),
     "colocated": Assembly(lambda launch, cache: Stationary(), _colocated_roles, lambda launch: "loopback"),
 }

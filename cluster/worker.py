@@ -90,7 +90,9 @@ class WorkerLife:
         assembly, engine = ASSEMBLIES[self._launch.role], loaded.engine
         ranks = GroupRanks(self._place.size, leader, loaded.rank)
         pool = BlockPool(engine.kv_cache.num_blocks, cache.block_size, cache.prefix_caching)
-        roles = assembly.roles(LeaderParts(pool, ranks, self._link, loaded.layout, section.batch_requests))
+        min_fetch_tokens = self._launch.kv_transfer.min_fetch_tokens
+        parts = LeaderParts(pool, ranks, self._link, loaded.layout, section.batch_requests, min_fetch_tokens)
+        roles = assembly.roles(parts)
         draw = Sampler(engine.vocab_size, engine.device).draw
         steps = StepLoop(
             roles, ranks.forward, draw, section.batch_tokens, cache.block_size, is_ahead=engine.is_asynchronous

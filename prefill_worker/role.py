@@ -2,7 +2,7 @@
 
 A job is waiting (no blocks yet), computing, or computed: its first token went to the client and its blocks are held
 until decode has committed to their content, or the attempt is aborted. Nothing is sent without a grant; with one, what
-is computed of a prompt leaves while the rest is being computed.
+is computed of a prompt leaves while the rest is being computed. What decode holds already may be fetched (fetcher.py).
 """
 
 import time
@@ -14,10 +14,11 @@ from engine.prefix_hash import HashChain, chain_root
 from engine.role import Outlet
 from engine.sampler import Drawn
 from engine.sequence import Chunk, Sequence
+from prefill_worker.fetcher import Fetcher
 from prefill_worker.outbox import Outbox
 from protocol.errors import FailureCode
 from protocol.identity import Attempt
-from protocol.messages import Abort, AnyMessage, Committed, Failed, Grant, Handoff, Prefill, TokenUpdate
+from protocol.messages import Abort, AnyMessage, Committed, Failed, Grant, Handoff, Prefill, TokenUpdate, Unfetched
 from protocol.orders import AnyReport, Broken
 
 
@@ -35,16 +36,29 @@ class Job:
 class PrefillRole:
     """See engine.role.Role."""
 
-    def __init__(self, pool: BlockPool, outbox: Outbox, outlet: Outlet, model_hash: str, max_computing: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        outbox: Outbox,
+        fetcher: Fetcher,
+        outlet: Outlet,
+        model_hash: str,
+        max_computing: int,
+    ) -> None:
         self._pool = pool
         self._outbox = outbox
+        self._fetcher = fetcher
         self._outlet = outlet
         self._model_hash = model_hash
         self._max_computing = max_computing
         self._jobs: dict[Attempt, Job] = {}
         self._waiting: deque[Job] = deque()
         self._computing: list[Job] = []
-        self.counters = {"handoffs": 0, "handoff_exposed_us": 0}
+        self._counters = {"handoffs": 0, "handoff_exposed_us": 0}
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return {**self._counters, **self._fetcher.counters}
 
     @property
     def num_running(self) -> int:
@@ -60,7 +74,11 @@ class PrefillRole:
                 self._enqueue(message)
             case Grant() if (job := self._jobs.get(message.attempt)) and job.grant is None:
                 job.grant = message
+                if job.sequence is not None:
+                    self._fetcher.granted(job.prefill, job.sequence, message)
                 self._send_computed(job)
+            case Unfetched():
+                self._fetcher.fail(message.attempt)
             case Committed():
                 self._count_handoff(message.attempt)
                 self._drop(message.attempt)
@@ -69,6 +87,7 @@ class PrefillRole:
                 self._drop(message.attempt)
 
     def heed(self, report: AnyReport) -> None:
+        self._fetcher.heed(report)
         if isinstance(report, Broken) and report.attempt in self._jobs:
             self._fail(report.attempt, "transfer_failed", f"sending KV failed on rank {report.rank}: {report.reason}")
 
@@ -79,7 +98,7 @@ class PrefillRole:
             if num_tokens <= 0:
                 break
             assert job.sequence is not None
-            if not job.sequence.num_drawing:
+            if not job.sequence.num_drawing and not self._fetcher.is_open(job.sequence.attempt):
                 chunks.append(job.sequence.next_chunk(num_tokens))
                 num_tokens -= chunks[-1].num_tokens
         return chunks
@@ -131,6 +150,7 @@ class PrefillRole:
         if hold is None:
             return False
         job.sequence = Sequence(attempt, request, hold, chain, hold.num_cached * self._pool.block_size)
+        self._fetcher.admit(job.prefill, job.sequence, job.grant)
         return True
 
     def _finish_computing(self, job: Job, sequence: Sequence, drawn: Drawn) -> None:
@@ -157,7 +177,7 @@ class PrefillRole:
     def _send_computed(self, job: Job) -> None:
         """Send what is computed and granted; when that is the whole prompt, hand it off."""
         sequence, grant, destination = job.sequence, job.grant, job.prefill.destination
-        if sequence is None or grant is None:
+        if sequence is None or grant is None or self._fetcher.is_open(sequence.attempt):
             return
         first_position = grant.num_cached_tokens
         if not 0 <= first_position <= sequence.num_prompt_tokens:
@@ -177,8 +197,8 @@ class PrefillRole:
         """What of a handoff computing did not hide: from the last token computed to decode's commitment."""
         job = self._jobs.get(attempt)
         if job and job.computed_at is not None:
-            self.counters["handoffs"] += 1
-            self.counters["handoff_exposed_us"] += int((time.monotonic() - job.computed_at) * 1e6)
+            self._counters["handoffs"] += 1
+            self._counters["handoff_exposed_us"] += int((time.monotonic() - job.computed_at) * 1e6)
 
     def _fail(self, attempt: Attempt, code: FailureCode, message: str) -> None:
         self._outlet.send(Failed(attempt, code, message))
@@ -189,6 +209,7 @@ class PrefillRole:
         job = self._jobs.pop(attempt, None)
         if job is None:
             return
+        self._fetcher.forget(attempt)
         if job.sequence is None:
             self._waiting.remove(job)
         else:

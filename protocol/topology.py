@@ -76,11 +76,13 @@ class KVCacheSection(Section, frozen=True, kw_only=True):
 class KVTransferSection(Section, frozen=True, kw_only=True):
     """How KV bytes get from prefill to decode. timeout_s bounds every single operation.
 
-    transport auto: shm where both ranks are on one host, zmq elsewhere.
+    transport auto: shm where both ranks are on one host, zmq elsewhere. min_fetch_tokens: prefill fetches the beginning
+    of a prompt from decode, instead of computing it, where decode holds at least so many tokens more; 0: it never does.
     """
 
     transport: Transport = "zmq"
     timeout_s: Seconds = 30.0
+    min_fetch_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Topology(Section, frozen=True, kw_only=True):

@@ -87,14 +87,16 @@ class WorkerCluster:
         batch_tokens: int = 256,
         policy: Policy = round_robin,
         timeout_s: float = 10,
+        min_fetch_tokens: int = 0,
     ) -> None:
         self._model = model
-        self._transport: Transport = transport
         self._memory_bytes = memory_bytes
         self._block_sizes = block_sizes
         self._batch_tokens = batch_tokens
         self._policy = policy
-        self._timeout_s = timeout_s
+        self._kv_transfer = KVTransferSection(
+            transport=transport, timeout_s=timeout_s, min_fetch_tokens=min_fetch_tokens
+        )
         self._groups = tuple(GroupSpec(role, group, tp) for role, num, tp in roles for group in range(num))
         self._loop = asyncio.new_event_loop()
         self._threads: list[threading.Thread] = []
@@ -224,7 +226,7 @@ class WorkerCluster:
             model=ModelLaunch(str(self._model), "float32"),
             role_section=RoleSection(tensor_parallel=spec.tensor_parallel, batch_tokens=self._batch_tokens),
             kv_cache=CacheLaunch(self._memory_bytes, self._block_sizes[spec.role == "decode"], prefix_caching=True),
-            kv_transfer=KVTransferSection(transport=self._transport, timeout_s=self._timeout_s),
+            kv_transfer=self._kv_transfer,
             device="cpu",
             control=self._control.address,
             host=HOST,
@@ -240,6 +242,7 @@ class WorkerCluster:
             max_context=config.max_context,
             vocab_size=config.vocab_size,
             groups=self._groups,
+            is_fetching=self._kv_transfer.min_fetch_tokens > 0,
         )
         with mock.patch.dict(POLICIES, {launch.section.policy: self._policy}):
             self.controller = WatchedController(launch, self._watch)

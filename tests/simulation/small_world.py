@@ -10,10 +10,12 @@ from collections import deque
 from collections.abc import Iterable
 
 from decode_worker.inbox import RemoteInbox
+from decode_worker.prefix_server import NoPrefixServer
 from decode_worker.role import DecodeRole
 from engine.block_pool import BlockPool
 from engine.sampler import Drawn
 from engine.step_loop import StepLoop
+from prefill_worker.fetcher import NoFetcher
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol.identity import Attempt, Epoch
@@ -95,9 +97,9 @@ class Life:
         self.frames: list[tuple[Attempt, int, KV]] = []
         layout = endpoint_of(epoch, block_size).layout
         if is_prefill:
-            self.role = PrefillRole(self.pool, RemoteOutbox(self.pool, self, layout), self, "m", 8)
+            self.role = PrefillRole(self.pool, RemoteOutbox(self.pool, self, layout), NoFetcher(), self, "m", 8)
         else:
-            self.role = DecodeRole(self.pool, RemoteInbox(self, layout), self, "m", 8)
+            self.role = DecodeRole(self.pool, RemoteInbox(self, layout), NoPrefixServer(), self, "m", 8)
         self.steps = StepLoop([self.role], self.forward, Tokenwise, step_tokens, block_size)
 
     def send(self, message: AnyMessage) -> None:

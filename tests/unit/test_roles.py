@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 
 from decode_worker.inbox import RemoteInbox
 from decode_worker.mover import ReceivingMover
+from decode_worker.prefix_server import RemotePrefixServer
 from decode_worker.role import DecodeRole
 from engine.block_pool import BlockPool
 from kv_transfer.receiver import KVReceiver
+from prefill_worker.fetcher import NoFetcher
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol.identity import Attempt
@@ -50,7 +52,8 @@ def attempt_of(number: int) -> Attempt:
 
 def decode_role(num_blocks: int) -> tuple[DecodeRole, Surroundings, BlockPool]:
     pool, around = BlockPool(num_blocks, 4), Surroundings()
-    return DecodeRole(pool, RemoteInbox(around, LAYOUT), around, "model", 8), around, pool
+    inbox, prefixes = RemoteInbox(around, LAYOUT), RemotePrefixServer(around, around)
+    return DecodeRole(pool, inbox, prefixes, around, "model", 8), around, pool
 
 
 def test_decode_refuses_at_once_what_can_never_fit_and_serves_the_next() -> None:
@@ -65,7 +68,7 @@ def test_decode_refuses_at_once_what_can_never_fit_and_serves_the_next() -> None
 
 def test_prefill_refuses_at_once_what_can_never_fit() -> None:
     pool, around = BlockPool(4, 4), Surroundings()
-    role = PrefillRole(pool, RemoteOutbox(pool, around, LAYOUT), around, "model", 8)
+    role = PrefillRole(pool, RemoteOutbox(pool, around, LAYOUT), NoFetcher(), around, "model", 8)
     role.receive(Prefill(attempt_of(1), request_of(17, 1), PEER))
     (failed,) = around.sent
     assert isinstance(failed, Failed)
