@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from cluster.kv_memory import block_bytes
-from cluster.memory_size import format_memory, parse_memory
+from cluster.memory_size import format_memory, parse_memory, parse_share
 from cluster.ports import check_port
 from protocol.errors import ConfigError
 from protocol.messages import RoleName
@@ -156,6 +156,9 @@ def _check_cache(
 ) -> None:
     """Every rank must hold the KV of one request of full length, or that request could never be served."""
     cache, key = topology.cache_of(section), _memory_key(role, section)
+    if parse_share(cache.memory) is not None:
+        _check_share(role, section, topology)
+        return
     num_blocks = -(-max_context // cache.block_size)
     one_block = block_bytes(model, topology.model.dtype, cache.block_size, section.tensor_parallel)
     held = parse_memory(cache.memory) // one_block
@@ -164,6 +167,20 @@ def _check_cache(
         raise ConfigError(
             f"{key} {cache.memory} holds {held * cache.block_size} tokens on each {role} rank, fewer than one context "
             f"of {max_context}; raise it to {format_memory(num_blocks * one_block)}{remedy}"
+        )
+
+
+def _check_share(role: RoleName, section: RoleSection, topology: Topology) -> None:
+    """Whether one context fits is known when the GPU has been asked; two ranks that ask at once would both take it."""
+    if topology.device != "cuda":
+        raise ConfigError(
+            f"kv_cache.memory {topology.kv_cache.memory} needs device cuda; on a CPU give bytes, as 512MiB"
+        )
+    share = gpu_share(topology, section)
+    if share < 1:
+        raise ConfigError(
+            f"kv_cache.memory {topology.kv_cache.memory} of a GPU that a {role} rank shares with others "
+            f"({role}.gpus is {share:g}); give bytes, as 20GiB"
         )
 
 

@@ -11,16 +11,18 @@ from protocol.topology import Device, Dtype, KVTransferSection, RoleSection
 
 
 class ModelLaunch(msgspec.Struct, frozen=True):
-    """path: a folder that exists on the worker's node, or a hub id."""
+    """path: a folder that exists on the worker's node, or a hub id. max_context: the longest context served."""
 
     path: str
     dtype: Dtype
+    max_context: int
 
 
 class CacheLaunch(msgspec.Struct, frozen=True):
-    """One rank's KV cache; memory_bytes bounds the bytes of all its blocks."""
+    """One rank's KV cache: bytes of all its blocks, or, where that is None, a share of what the device has free."""
 
-    memory_bytes: int
+    memory_bytes: int | None
+    share_of_free: float
     block_size: int
     prefix_caching: bool
 

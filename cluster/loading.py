@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from cluster.assembly import ASSEMBLIES, Cache
-from cluster.launch import WorkerLaunch
+from cluster.launch import CacheLaunch, WorkerLaunch
 from engine.engine import Engine
+from engine.limits import KVMemory, Limits, ShareOfFree
 from engine.rank import Rank
 from engine.tensor_parallel import TensorParallel
 from protocol.layout import KVLayout
@@ -36,12 +37,19 @@ def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: C
         torch.device(launch.device),
         tensor_parallel,
         launch.kv_cache.block_size,
-        launch.kv_cache.memory_bytes,
+        _kv_memory(launch.kv_cache),
+        Limits(launch.role_section.batch_tokens, launch.role_section.batch_requests, launch.model.max_context),
         progress,
     )
+    num_tokens = engine.kv_cache.num_blocks * launch.kv_cache.block_size
+    progress(f"KV cache of {num_tokens:,} tokens: {num_tokens / launch.model.max_context:,.1f} contexts of full length")
     layout = _layout(config, model_hash(folder), dtype, launch)
     mover = ASSEMBLIES[launch.role].mover(launch, Cache(engine.kv_cache.blocks, layout, launch.rank))
     return LoadedRank(engine, Rank(engine, mover), layout)
+
+
+def _kv_memory(launch: CacheLaunch) -> KVMemory:
+    return ShareOfFree(launch.share_of_free) if launch.memory_bytes is None else launch.memory_bytes
 
 
 def _layout(config: ModelConfig, fingerprint: str, dtype: str, launch: WorkerLaunch) -> KVLayout:

@@ -1,4 +1,4 @@
-"""Sizes as people write them in a topology: "512MiB", "20GiB", "1.5GiB".
+"""Sizes as people write them in a topology: "512MiB", "20GiB", "1.5GiB", or "90%" of what a GPU has free.
 
 Used where a topology is read and where its limits are checked. Binary units only, so that nobody has to guess.
 """
@@ -17,6 +17,19 @@ def parse_memory(text: str) -> int:
     if match is None or match["unit"] not in _UNITS:
         raise ConfigError(f'"{text}" is not a memory size; write it as 512MiB or 20GiB (units: {", ".join(_UNITS)})')
     return int(float(match["number"]) * _UNITS[match["unit"]])
+
+
+def parse_share(text: str) -> float | None:
+    """Return the share of free memory that text asks for, above 0 and at most 1, or None when it is a size.
+
+    Raise ConfigError for a share that cannot be.
+    """
+    number, is_share, rest = text.strip().partition("%")
+    if not is_share or rest:
+        return None
+    if not re.fullmatch(r"\d+(\.\d+)?", number) or not 0 < float(number) <= 100:
+        raise ConfigError(f'"{text}" is not a share of memory; write it as 90% (more than 0, at most 100)')
+    return float(number) / 100
 
 
 def format_memory(num_bytes: int) -> str:

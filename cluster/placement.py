@@ -16,7 +16,7 @@ from cluster import launch
 from cluster.actor import WorkerActor
 from cluster.checks import gpu_share, roles
 from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
-from cluster.memory_size import parse_memory
+from cluster.memory_size import parse_memory, parse_share
 from protocol.errors import TandemError
 from protocol.messages import RoleName
 from protocol.topology import RoleSection, Topology
@@ -50,29 +50,40 @@ class Rank:
         ray.kill(self.actor, no_restart=True)
 
 
-def start_ranks(topology: Topology, control: str, host: str) -> list[Rank]:
+def start_ranks(topology: Topology, max_context: int, control: str, host: str) -> list[Rank]:
     """Create the actors of every group. control is the router's address for them; host their own, "" to find it out."""
     ranks = []
     for role, section in roles(topology):
         for group in range(section.groups):
             launches = [
-                _launch(topology, role, section, group, rank, control, host) for rank in range(section.tensor_parallel)
+                _launch(topology, role, section, group, rank, max_context, control, host)
+                for rank in range(section.tensor_parallel)
             ]
             ranks += _start_group(launches, section.cpus, gpu_share(topology, section))
     return ranks
 
 
 def _launch(
-    topology: Topology, role: RoleName, section: RoleSection, group: int, rank: int, control: str, host: str
+    topology: Topology,
+    role: RoleName,
+    section: RoleSection,
+    group: int,
+    rank: int,
+    max_context: int,
+    control: str,
+    host: str,
 ) -> WorkerLaunch:
     cache, model = topology.cache_of(section), topology.model
+    share = parse_share(cache.memory)
     return WorkerLaunch(
         role=role,
         group=group,
         rank=rank,
-        model=ModelLaunch(absolute_path(model.path), model.dtype),
+        model=ModelLaunch(absolute_path(model.path), model.dtype, max_context),
         role_section=section,
-        kv_cache=CacheLaunch(parse_memory(cache.memory), cache.block_size, cache.prefix_caching),
+        kv_cache=CacheLaunch(
+            None if share else parse_memory(cache.memory), share or 0.0, cache.block_size, cache.prefix_caching
+        ),
         kv_transfer=topology.kv_transfer,
         device=topology.device,
         control=control,

@@ -15,7 +15,7 @@ import msgspec
 import yaml
 
 from cluster.checks import roles
-from cluster.memory_size import parse_memory
+from cluster.memory_size import parse_memory, parse_share
 from protocol.errors import ConfigError
 from protocol.topology import Topology
 
@@ -190,8 +190,10 @@ def _check_roles(topology: Topology, places: Places) -> None:
 
 def _check_memory(topology: Topology, places: Places) -> None:
     own = {f"{role}.kv_cache.memory": section.kv_cache.memory for role, section in roles(topology)}
-    for key, memory in {"kv_cache.memory": topology.kv_cache.memory, **own}.items():
+    for key, own_memory in {"kv_cache.memory": None, **own}.items():
+        memory = own_memory or topology.kv_cache.memory
         try:
-            parse_memory(memory or topology.kv_cache.memory)
+            if parse_share(memory) is None:
+                parse_memory(memory)
         except ConfigError as error:
             raise ConfigError(f"{place_of(key, places)}: {key}: {error}") from None

@@ -9,15 +9,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.batch_tensors import to_tensors
+from engine.batch_tensors import BatchTensors, to_tensors
+from engine.decode_graphs import DecodeGraphs, Scratch, cuda_capture, padded_sizes
 from engine.host_copy import upload
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVCache, bytes_per_block
+from engine.limits import DEFAULT_LIMITS, KVMemory, Limits, ShareOfFree
 from engine.model import Decoder
 from engine.tensor_parallel import TensorParallel
+from engine.warm_up import warm_up
 from engine.weights import load_weights
 from kernels.backend import operations_for
+from protocol.errors import ConfigError
 from protocol.model_config import ModelConfig
 from protocol.orders import Batch
+
+
+def say_nothing(doing: str) -> None:
+    """What an engine tells when nobody listens."""
 
 
 class Engine:
@@ -31,17 +39,25 @@ class Engine:
         device: torch.device,
         tensor_parallel: TensorParallel,
         block_size: int,
-        kv_bytes: int,
-        progress: Callable[[str], None] = lambda doing: None,
+        kv_memory: KVMemory,
+        limits: Limits = DEFAULT_LIMITS,
+        progress: Callable[[str], None] = say_nothing,
     ) -> None:
-        """Load the weights in folder and take kv_bytes for KV blocks. Raise ConfigError for what cannot be served."""
+        """Load the weights in folder, take memory for KV blocks, and make everything ready that limits allow.
+
+        Raise ConfigError for what cannot be served.
+        """
         config.check_tensor_parallel(tensor_parallel.size)
         self.device = device
         self.vocab_size = config.vocab_size
+        self._config = config
+        self._dtype = dtype
         self._tensor_parallel = tensor_parallel
-        self.kv_cache = KVCache(config, tensor_parallel, block_size, kv_bytes, dtype, device)
+        self._block_size = block_size
         weights = load_weights(folder, config, dtype, device, tensor_parallel, progress)
         self._model = Decoder(config, weights, tensor_parallel, operations_for(device))
+        self._graphs: DecodeGraphs | None = None
+        self._open(kv_memory, limits, progress)
 
     @property
     def is_asynchronous(self) -> bool:
@@ -53,11 +69,17 @@ class Engine:
         """Run one batch, all ranks at once; its KV is in the cache afterwards.
 
         drawn: int64, what the batch before draws, where this one carries tokens; on rank 0 only, the others hear of it.
-        Return float32 logits [len(batch.sampled), vocab_size] on rank 0, None on the others.
+        Return float32 logits [len(batch.sampled), vocab_size] on rank 0, None on the others; they stay as they are
+        until the next batch.
         """
-        tensors = to_tensors(batch, self.kv_cache.block_size, self.device)
+        tensors = to_tensors(batch, self._block_size, self.device)
         if batch.carried:
             self._carry(batch, tensors.token_ids, drawn)
+        if self._graphs is not None and self._graphs.can_run(tensors):
+            return self._graphs.run(tensors)
+        return self._compute(tensors)
+
+    def _compute(self, tensors: BatchTensors) -> Tensor | None:
         return self._model.forward(tensors, self.kv_cache)
 
     def _carry(self, batch: Batch, token_ids: Tensor, drawn: Tensor | None) -> None:
@@ -66,3 +88,43 @@ class Engine:
         places, rows_on_device = upload([torch.tensor(indices), torch.tensor(rows)], self.device)
         carried = torch.empty_like(places) if drawn is None else drawn[rows_on_device]
         token_ids[places] = self._tensor_parallel.broadcast(carried)
+
+    def _open(self, kv_memory: KVMemory, limits: Limits, progress: Callable[[str], None]) -> None:
+        """Take the KV cache and, where kernels are compiled and launches captured, do so before the first request."""
+        num_bytes = kv_memory if isinstance(kv_memory, int) else self._free_bytes(kv_memory, limits, progress)
+        block_bytes = bytes_per_block(self._config, self._tensor_parallel, self._block_size, self._dtype)
+        if num_bytes < block_bytes:
+            raise ConfigError(f"{num_bytes} bytes hold no KV block; one block takes {block_bytes} bytes on each rank")
+        self._take_cache(self._tensor_parallel.least(num_bytes // block_bytes, self.device))
+        if self.is_asynchronous:
+            self._make_ready(limits, padded_sizes(limits.batch_requests), progress)
+
+    def _free_bytes(self, kv_memory: ShareOfFree, limits: Limits, progress: Callable[[str], None]) -> int:
+        """Return what may be taken for KV: a share of what a warm-up with almost no cache, and a graph, leave free."""
+        self._take_cache(num_blocks=1)
+        self._make_ready(limits, [limits.batch_requests], progress)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        self._graphs = None
+        del self.kv_cache
+        torch.cuda.empty_cache()  # a graph's memory is of no use to anything else before
+        return int(free * kv_memory.share)
+
+    def _take_cache(self, num_blocks: int) -> None:
+        self.kv_cache = KVCache(
+            self._config, self._tensor_parallel, self._block_size, num_blocks, self._dtype, self.device
+        )
+
+    @torch.inference_mode()
+    def _make_ready(self, limits: Limits, sizes: list[int], progress: Callable[[str], None]) -> None:
+        scratch = Scratch(self.kv_cache.scratch_block, self._block_size, self.device)
+        max_blocks = -(-limits.max_context // self._block_size)
+        try:
+            progress("warming up")
+            warm_up(self.forward, limits, self._block_size, self.kv_cache.scratch_block)
+            progress(f"capturing {len(sizes)} CUDA graphs")
+            self._graphs = DecodeGraphs(self._compute, sizes, max_blocks, scratch, cuda_capture())
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"beside the weights and {self.kv_cache.num_blocks} KV blocks there is no memory for a step of "
+                f"{limits.batch_tokens} tokens; lower batch_tokens, batch_requests or kv_cache.memory ({error})"
+            ) from error

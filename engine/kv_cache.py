@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from engine.tensor_parallel import TensorParallel
-from protocol.errors import ConfigError
 from protocol.model_config import ModelConfig
 
 
@@ -18,25 +17,25 @@ def bytes_per_block(config: ModelConfig, tensor_parallel: TensorParallel, block_
 
 
 class KVCache:
-    """blocks: [num_layers, 2 (keys, values), num_blocks, num_local_kv_heads, block_size, head_dim]."""
+    """blocks: [num_layers, 2 (keys, values), num_blocks + 1, num_local_kv_heads, block_size, head_dim].
+
+    The last one is the scratch block: no sequence ever owns it, so a step may write there what nobody reads.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         tensor_parallel: TensorParallel,
         block_size: int,
-        max_bytes: int,
+        num_blocks: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """Take as many blocks as fit in max_bytes. Raise ConfigError when that is none."""
-        block_bytes = bytes_per_block(config, tensor_parallel, block_size, dtype)
-        if max_bytes < block_bytes:
-            raise ConfigError(f"{max_bytes} bytes hold no KV block; one block takes {block_bytes} bytes on each rank")
         self.block_size = block_size
-        self.num_blocks = max_bytes // block_bytes
+        self.num_blocks = num_blocks
+        self.scratch_block = num_blocks
         num_heads = len(tensor_parallel.kv_heads(config.num_kv_heads))
-        shape = (config.num_layers, 2, self.num_blocks, num_heads, block_size, config.head_dim)
+        shape = (config.num_layers, 2, num_blocks + 1, num_heads, block_size, config.head_dim)
         self.blocks = torch.zeros(shape, dtype=dtype, device=device)
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:

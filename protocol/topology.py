@@ -66,7 +66,10 @@ class RoleSection(Section, frozen=True, kw_only=True):
 
 
 class KVCacheSection(Section, frozen=True, kw_only=True):
-    """memory: bytes per rank for KV blocks, as 512MiB or 20GiB. A role may say otherwise for itself."""
+    """memory: bytes per rank for KV blocks, as 512MiB or 20GiB; on a GPU also as 90% of what is free at the end.
+
+    A role may say otherwise for itself.
+    """
 
     block_size: BlockSize = 16
     memory: str = "512MiB"

@@ -223,9 +223,11 @@ class WorkerCluster:
             role=spec.role,
             group=spec.group,
             rank=rank,
-            model=ModelLaunch(str(self._model), "float32"),
+            model=ModelLaunch(str(self._model), "float32", load_model_config(self._model).max_context),
             role_section=RoleSection(tensor_parallel=spec.tensor_parallel, batch_tokens=self._batch_tokens),
-            kv_cache=CacheLaunch(self._memory_bytes, self._block_sizes[spec.role == "decode"], prefix_caching=True),
+            kv_cache=CacheLaunch(
+                self._memory_bytes, 0.0, self._block_sizes[spec.role == "decode"], prefix_caching=True
+            ),
             kv_transfer=self._kv_transfer,
             device="cpu",
             control=self._control.address,

@@ -43,7 +43,8 @@ def _serve(topology: Topology, model: ModelConfig, session: RaySession, progress
 
     router = RouterProcess(_router_launch(topology, model, session.host))
     try:
-        ranks = start_ranks(topology, router.addresses.control, session.host if session.is_local else "")
+        host = session.host if session.is_local else ""
+        ranks = start_ranks(topology, longest_context(topology, model), router.addresses.control, host)
         supervisor = Supervisor(router, ranks, progress, session.logs)
         try:
             if supervisor.wait_until_ready(stop):

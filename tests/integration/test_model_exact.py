@@ -100,7 +100,7 @@ def generate(engine: Engine, texts: list[Text], chunk_tokens: int, expected: Tok
 
 def run_engine(group: TensorParallel, folder: Path, block_size: int, chunk_tokens: int, expected: Tokens) -> Tokens:
     config = load_model_config(folder)
-    engine = Engine(config, folder, torch.float32, CPU, group, block_size, kv_bytes=8 << 20)
+    engine = Engine(config, folder, torch.float32, CPU, group, block_size, kv_memory=8 << 20)
     engine.kv_cache.blocks.fill_(torch.nan)  # what an earlier owner left in a block must not matter
     texts = make_texts(config.vocab_size, engine)
     generate(engine, texts, chunk_tokens, expected)
@@ -152,7 +152,7 @@ def test_logits_at_every_position_agree_within_noise(block_size: int, tmp_path: 
     """Positions far beyond llama3's original context, in chunks and one by one."""
     folder = make_model("llama3_rope", tmp_path)
     config = load_model_config(folder)
-    engine = Engine(config, folder, torch.float32, CPU, TensorParallel(0, 1), block_size, kv_bytes=16 << 20)
+    engine = Engine(config, folder, torch.float32, CPU, TensorParallel(0, 1), block_size, kv_memory=16 << 20)
     rng = random.Random(5)
     token_ids = [rng.randrange(config.vocab_size) for _ in range(400)]
     expected = reference_logits(folder, token_ids)
@@ -171,7 +171,7 @@ def test_only_the_leader_has_logits_and_only_of_sampled_rows(tmp_path: Path) -> 
     config = load_model_config(folder)
 
     def shapes(group: TensorParallel) -> list[tuple[int, ...] | None]:
-        engine = Engine(config, folder, torch.float32, CPU, group, 16, kv_bytes=1 << 20)
+        engine = Engine(config, folder, torch.float32, CPU, group, 16, kv_memory=1 << 20)
         batches = (Batch((1, 2, 3), (1, 2), (1, 2), ((0,), (1,)), sampled) for sampled in ((), (1,), (0, 1)))
         return [None if logits is None else tuple(logits.shape) for logits in map(engine.forward, batches)]
 
@@ -183,7 +183,7 @@ def test_only_the_leader_has_logits_and_only_of_sampled_rows(tmp_path: Path) -> 
 def test_bfloat16_stays_close_to_float32(tmp_path: Path) -> None:
     folder = make_model("qwen3", tmp_path, initializer_range=0.05)
     config = load_model_config(folder)
-    engine = Engine(config, folder, torch.bfloat16, CPU, TensorParallel(0, 1), 16, kv_bytes=1 << 20)
+    engine = Engine(config, folder, torch.bfloat16, CPU, TensorParallel(0, 1), 16, kv_memory=1 << 20)
     token_ids = make_prompts(config.vocab_size)[3]
     expected = reference_logits(folder, token_ids)[-1]
     logits = engine.forward(Batch(tuple(token_ids), (45,), (45,), ((2, 0, 1),), (0,)))
@@ -196,7 +196,7 @@ def test_a_model_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path, num_attention_heads=6, hidden_size=96, num_key_value_heads=3)
 
     def build(group: TensorParallel) -> None:
-        Engine(load_model_config(folder), folder, torch.float32, CPU, group, 16, kv_bytes=1 << 20)
+        Engine(load_model_config(folder), folder, torch.float32, CPU, group, 16, kv_memory=1 << 20)
 
     with pytest.raises(ConfigError, match="3 KV heads cannot be split over 2 ranks"):
         run_ranks(2, build)
@@ -205,11 +205,11 @@ def test_a_model_that_does_not_divide_is_refused(tmp_path: Path) -> None:
 def test_a_memory_budget_below_one_block_is_refused(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path)
     with pytest.raises(ConfigError, match="one block takes 24576 bytes"):
-        Engine(load_model_config(folder), folder, torch.float32, CPU, TensorParallel(0, 1), 16, kv_bytes=24575)
+        Engine(load_model_config(folder), folder, torch.float32, CPU, TensorParallel(0, 1), 16, kv_memory=24575)
 
 
 def test_a_block_table_too_short_for_its_context_is_refused(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path)
-    engine = Engine(load_model_config(folder), folder, torch.float32, CPU, TensorParallel(0, 1), 16, kv_bytes=1 << 20)
+    engine = Engine(load_model_config(folder), folder, torch.float32, CPU, TensorParallel(0, 1), 16, kv_memory=1 << 20)
     with pytest.raises(ValueError, match="sequence 0 has 17 tokens and 1 blocks of 16; it needs 2"):
         engine.forward(Batch((1,), (1,), (17,), ((0,),), (0,)))

@@ -65,6 +65,7 @@ def test_a_topology_that_fits_passes(topology):
         ("kv_cache.memory=1KiB", "kv_cache.memory 1KiB holds 0 tokens on each prefill rank.*raise it to 256KiB"),
         ("decode.kv_cache.memory=1KiB", "decode.kv_cache.memory 1KiB holds 0 tokens on each decode rank"),
         ("kv_cache.memory=255KiB", "holds 496 tokens .* fewer than one context of 512.*or model.max_context to 496"),
+        ("kv_cache.memory=90%", "90% needs device cuda; on a CPU give bytes, as 512MiB"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused_by_key(topology, override: str, complaint: str):
@@ -88,6 +89,12 @@ def test_a_role_may_have_blocks_and_memory_of_its_own(topology):
 
 def test_the_context_that_the_complaint_allows_is_served(topology):
     checks.check_topology(topology("kv_cache.memory=255KiB", "model.max_context=496"))
+
+
+def test_a_share_of_what_is_free_is_for_whole_graphics_cards(topology):
+    checks.check_topology(topology("device=cuda", "kv_cache.memory=90%"))
+    shared = topology("device=cuda", "kv_cache.memory=90%", "decode.gpus=0.5")
+    assert "90% of a GPU that a decode rank shares with others (decode.gpus is 0.5)" in complaint_about(shared)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -162,6 +162,11 @@ def test_an_override_can_exchange_the_roles(tmp_path: Path):
         ("device.x=1", "--set device.x=1: device is 'cpu', which has no keys"),
         ("router.port=[", "--set router.port=[: expected the node content"),
         ("kv_cache.memory=lots", '--set kv_cache.memory=lots: kv_cache.memory: "lots" is not a memory size'),
+        (
+            "kv_cache.memory=0%",
+            '--set kv_cache.memory=0%: kv_cache.memory: "0%" is not a share of memory; write it as 90%',
+        ),
+        ("kv_cache.memory=101%", '"101%" is not a share of memory'),
         ("colocated.groups=1", "--set colocated.groups=1: a topology has either prefill and decode, or colocated"),
     ],
 )
