@@ -54,6 +54,8 @@ def check_topology(topology: Topology) -> ModelConfig:
         folder = find_model(topology.model.path, TOKENIZER_FILES)
         model = load_model_config(folder)
         _check_files(folder, has_weights=Path(topology.model.path).expanduser().is_dir())
+    with _about("kv_transfer.min_fetch_tokens"):
+        _check_fetching(topology)
     with _about("model.max_context"):
         max_context = longest_context(topology, model)
     for role, section in roles(topology):
@@ -170,17 +172,24 @@ def _check_cache(
         )
 
 
+def _check_fetching(topology: Topology) -> None:
+    num_tokens, decode = topology.kv_transfer.min_fetch_tokens, topology.decode
+    if num_tokens and decode and not topology.cache_of(decode).prefix_caching:
+        raise ConfigError(
+            f"kv_transfer.min_fetch_tokens is {num_tokens}, but decode keeps no prefixes that prefill could fetch; "
+            f"set it to 0, or prefix_caching of decode's kv_cache to true"
+        )
+
+
 def _check_share(role: RoleName, section: RoleSection, topology: Topology) -> None:
     """Whether one context fits is known when the GPU has been asked; two ranks that ask at once would both take it."""
+    memory = f"{_memory_key(role, section)} {topology.cache_of(section).memory}"
     if topology.device != "cuda":
-        raise ConfigError(
-            f"kv_cache.memory {topology.kv_cache.memory} needs device cuda; on a CPU give bytes, as 512MiB"
-        )
+        raise ConfigError(f"{memory} needs device cuda; on a CPU give bytes, as 512MiB")
     share = gpu_share(topology, section)
     if share < 1:
         raise ConfigError(
-            f"kv_cache.memory {topology.kv_cache.memory} of a GPU that a {role} rank shares with others "
-            f"({role}.gpus is {share:g}); give bytes, as 20GiB"
+            f"{memory} of a GPU that a {role} rank shares with others ({role}.gpus is {share:g}); give bytes, as 20GiB"
         )
 
 

@@ -38,7 +38,7 @@ CASES: dict[str, tuple[list[tuple[RoleName, int, int]], Transport, tuple[int, in
     "2P1D": ([("prefill", 2, 1), ("decode", 1, 1)], "zmq", (16, 16)),
     "TP1-TP2": ([("prefill", 1, 1), ("decode", 1, 2)], "zmq", (16, 16)),
     "TP2-TP1": ([("prefill", 1, 2), ("decode", 1, 1)], "zmq", (16, 16)),
-    "TP2-TP4, blocks of 32 to 16": ([("prefill", 1, 2), ("decode", 1, 4)], "shm", (32, 16)),
+    "TP2-TP2, blocks of 32 to 16": ([("prefill", 1, 2), ("decode", 1, 2)], "shm", (32, 16)),
 }
 
 

@@ -63,6 +63,10 @@ def test_a_topology_that_fits_passes(topology):
         ("decode.tensor_parallel=3", "decode.tensor_parallel: 4 attention heads .* cannot be split over 3 ranks"),
         ("model.max_context=513", "model.max_context is 513, but the model was made for at most 512"),
         ("kv_cache.memory=1KiB", "kv_cache.memory 1KiB holds 0 tokens on each prefill rank.*raise it to 256KiB"),
+        (
+            "kv_transfer.min_fetch_tokens=64 kv_cache.prefix_caching=false",
+            "min_fetch_tokens is 64, but decode keeps no pre",
+        ),
         ("decode.kv_cache.memory=1KiB", "decode.kv_cache.memory 1KiB holds 0 tokens on each decode rank"),
         ("kv_cache.memory=255KiB", "holds 496 tokens .* fewer than one context of 512.*or model.max_context to 496"),
         ("kv_cache.memory=90%", "90% needs device cuda; on a CPU give bytes, as 512MiB"),
@@ -71,7 +75,7 @@ def test_a_topology_that_fits_passes(topology):
 def test_what_the_model_cannot_do_is_refused_by_key(topology, override: str, complaint: str):
     import re
 
-    assert re.search(complaint, complaint_about(topology(override)))
+    assert re.search(complaint, complaint_about(topology(*override.split())))
 
 
 def test_the_memory_that_the_complaint_asks_for_is_enough(topology):
