@@ -21,6 +21,7 @@ from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.loopback import Loopback
 from kv_transfer.transports.opening import open_receiver, open_sender
+from kv_transfer.transports.transport import Site
 from prefill_worker.fetcher import NoFetcher, RemoteFetcher
 from prefill_worker.mover import SendingMover
 from prefill_worker.outbox import LoopbackOutbox, RemoteOutbox
@@ -60,13 +61,17 @@ class Assembly:
 
 
 def _sending_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
-    transport = open_sender(launch.kv_transfer.transport, launch.host, launch.kv_transfer.timeout_s)
+    transport = open_sender(launch.kv_transfer.transport, _site(launch, cache))
     return SendingMover(KVSender(cache.blocks, cache.layout, cache.rank, transport))
 
 
 def _receiving_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
-    transport = open_receiver(launch.kv_transfer.transport, launch.host, launch.kv_transfer.timeout_s)
+    transport = open_receiver(launch.kv_transfer.transport, _site(launch, cache))
     return ReceivingMover(KVReceiver(cache.blocks, cache.layout, cache.rank, transport), cache.rank)
+
+
+def _site(launch: WorkerLaunch, cache: Cache) -> Site:
+    return Site(launch.host, cache.blocks.device, cache.layout, launch.kv_transfer.timeout_s)
 
 
 def _prefill_mover(launch: WorkerLaunch, cache: Cache) -> Mover:

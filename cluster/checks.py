@@ -17,7 +17,7 @@ from protocol.errors import ConfigError
 from protocol.messages import RoleName
 from protocol.model_config import ModelConfig, load_model_config
 from protocol.model_files import TOKENIZER_FILES, find_model
-from protocol.topology import RoleSection, Topology
+from protocol.topology import GPU_TRANSPORTS, RoleSection, Topology
 
 
 class MisfitError(ConfigError):
@@ -65,6 +65,8 @@ def check_topology(topology: Topology) -> ModelConfig:
             _check_cache(role, section, topology, model, max_context)
         with _about(f"{role}.gpus"):
             _check_gpu_share(role, section, topology)
+    with _about("kv_transfer.transport"):
+        _check_transport(topology)
     return model
 
 
@@ -197,3 +199,12 @@ def _check_gpu_share(role: RoleName, section: RoleSection, topology: Topology) -
     share = gpu_share(topology, section)
     if topology.device == "cuda" and (share == 0 or (share > 1 and share % 1)):
         raise ConfigError(f"{role}.gpus is {share:g}; with device cuda it is a fraction of one GPU, or a whole number")
+
+
+def _check_transport(topology: Topology) -> None:
+    name = topology.kv_transfer.transport
+    if name in GPU_TRANSPORTS and topology.device != "cuda":
+        raise ConfigError(
+            f"kv_transfer.transport {name} moves KV between GPUs, but device is {topology.device}; "
+            f"set device: cuda, or a transport that needs none (auto, shm, zmq, gloo)"
+        )

@@ -17,7 +17,18 @@ from engine.sampler import Drawn
 from engine.sequence import Chunk, Sequence
 from protocol.errors import FailureCode
 from protocol.identity import Attempt
-from protocol.messages import Abort, AnyMessage, Committed, Failed, Fetch, Grant, Handoff, Reserve, TokenUpdate
+from protocol.messages import (
+    Abort,
+    AnyMessage,
+    Committed,
+    Failed,
+    Fetch,
+    FinishReason,
+    Grant,
+    Handoff,
+    Reserve,
+    TokenUpdate,
+)
 from protocol.orders import AnyReport, Broken, Expecting, Received
 
 
@@ -114,10 +125,12 @@ class DecodeRole:
         if not drawn.is_valid:
             self._fail(reservation, "model_output_invalid", "the model's output for this request is not finite")
             return
-        self._pool.name_blocks(sequence.hold, sequence.block_names)
+        if chunk.end % self._pool.block_size == 0:
+            self._pool.name_blocks(sequence.hold, sequence.block_names)
         sequence.token_ids.append(drawn.token_id)
-        self._emit(sequence, drawn)
-        if sequence.finish_reason:
+        finish_reason = sequence.finish_reason
+        self._emit(sequence, drawn, finish_reason)
+        if finish_reason:
             self._drop(sequence.attempt)
 
     def fail(self, chunk: Chunk, code: FailureCode, message: str) -> None:
@@ -199,9 +212,9 @@ class DecodeRole:
         self._running.append(reservation)
         self._outlet.send(Committed(reserve.attempt))
 
-    def _emit(self, sequence: Sequence, drawn: Drawn) -> None:
+    def _emit(self, sequence: Sequence, drawn: Drawn, finish_reason: FinishReason | None) -> None:
         index = len(sequence.token_ids) - sequence.num_prompt_tokens - 1
-        self._outlet.emit(TokenUpdate(sequence.attempt, index, drawn.token_id, drawn.logprobs, sequence.finish_reason))
+        self._outlet.emit(TokenUpdate(sequence.attempt, index, drawn.token_id, drawn.logprobs, finish_reason))
 
     def _fail(self, reservation: Reservation, code: FailureCode, message: str) -> None:
         self._outlet.send(Failed(reservation.attempt, code, message))

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.host_copy import HostCopy, upload
 from engine.token_counts import Text, TokenCounts
 from kernels.backend import operations_for
+from kernels.plain.argmax import argmax
 from protocol.messages import TokenLogprobs
 from protocol.request import SamplingParams
 
@@ -70,11 +71,11 @@ class Sampler:
 
         The draws of one text must come in order, each exactly once: penalties count them.
         """
-        low, high = torch.aminmax(logits, dim=-1)  # both are NaN in a row that holds one
+        are_valid = logits.sum(dim=-1).isfinite()  # no sum with a NaN or an infinity is; cheaper than looking at each
         adjusted = self._adjusted(logits, rows)
         token_ids = self._drawn(adjusted, rows)
         self._count(rows, token_ids)
-        return Drawing(token_ids, low.isfinite() & high.isfinite(), self._logprobs(logits, rows, token_ids))
+        return Drawing(token_ids, are_valid, self._logprobs(logits, rows, token_ids))
 
     def _adjusted(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """Return logits with penalties, biases and min_tokens applied; the same tensor when no row asks for any."""
@@ -102,7 +103,7 @@ class Sampler:
 
     def _drawn(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """Return int64 [num_rows]; noise is made for the rows that need it only."""
-        token_ids = logits.argmax(dim=-1)
+        token_ids = argmax(logits)
         random = [index for index, row in enumerate(rows) if not row.params.is_greedy]
         if not random:
             return token_ids

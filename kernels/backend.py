@@ -24,6 +24,7 @@ class Operations:
     silu_mul: Callable[..., Tensor]
     gather_kv: Callable[..., Tensor]
     scatter_kv: Callable[..., None]
+    digest_kv: Callable[..., Tensor]
     penalize: Callable[..., None]
     sample: Callable[..., Tensor]
 

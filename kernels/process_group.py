@@ -4,7 +4,11 @@ Called by engine for tensor parallelism and by kv_transfer for pairs of ranks. i
 a process can be in any number of groups, several of its threads can be ranks, and a broken group is simply let go.
 """
 
+import os
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -44,11 +48,51 @@ def open_group(
     """
     device = torch.device(device)
     timeout = timedelta(seconds=timeout_s)
-    group = dist.ProcessGroup(store, rank, size)
     if device.type == "cuda":
-        kind, backend = dist.ProcessGroup.BackendType.NCCL, _nccl(store, rank, size, device, timeout)
-    else:
-        kind, backend = dist.ProcessGroup.BackendType.GLOO, _gloo(store, rank, size, host, timeout)
+        return _group_over(store, rank, size, device, _nccl(store, rank, size, device, timeout))
+    return _group_over(store, rank, size, device, _gloo(store, rank, size, host, timeout))
+
+
+def open_fragile_group(store: dist.Store, rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
+    """Open rank's end of a group over NCCL whose failure is its caller's business alone.
+
+    By default torch ends the process when an operation of NCCL's fails or takes too long, on a thread of its own. Here
+    nothing watches: the caller sets a deadline for every operation and calls abort() when it has passed. Blocks until
+    all ranks have come, so be sure that they are there.
+    """
+    with _set_while_opening(_UNWATCHED):
+        return _group_over(store, rank, size, device, _nccl(store, rank, size, device, timedelta(days=365)))
+
+
+_UNWATCHED = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+}
+"""Read by torch when a group is made, and never again for that group."""
+
+_environment = threading.Lock()
+
+
+@contextmanager
+def _set_while_opening(variables: dict[str, str]) -> Iterator[None]:
+    """Let a group be made under these variables of the environment; other groups wait meanwhile."""
+    with _environment:
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _group_over(
+    store: dist.Store, rank: int, size: int, device: torch.device, backend: dist.Backend
+) -> dist.ProcessGroup:
+    kinds = dist.ProcessGroup.BackendType
+    kind = kinds.NCCL if device.type == "cuda" else kinds.GLOO
+    group = dist.ProcessGroup(store, rank, size)
     group._set_default_backend(kind)
     group._register_backend(device, kind, backend)
     return group
@@ -65,6 +109,8 @@ def _nccl(store: dist.Store, rank: int, size: int, device: torch.device, timeout
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     backend = dist.ProcessGroupNCCL(store, rank, size, options)
+    if device.index is None:
+        device = torch.device(device.type, torch.cuda.current_device())
     backend.eager_connect_single_device(device)  # a missing rank shows now, not at the first collective
     return backend
 

@@ -11,9 +11,9 @@ from typing import Literal
 
 import torch
 
-from kernels.backend import operations_for
 from kv_transfer.frames import FrameHeader
 from kv_transfer.plan import FRAME_BYTES, Piece, check_table, frames_of, local_heads, plan_transfer
+from kv_transfer.staging import staging_for
 from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault, ReceivingTransport
 from protocol.identity import Attempt, Epoch
 from protocol.layout import KVLayout
@@ -64,7 +64,7 @@ class KVReceiver:
         frame_bytes: int = FRAME_BYTES,
     ) -> None:
         self._cache = cache
-        self._operations = operations_for(cache.device)
+        self._staging = staging_for(cache)
         self._layout = layout
         self._rank = rank
         self._transport = transport
@@ -102,8 +102,8 @@ class KVReceiver:
     def poll(self, max_bytes: int = POLL_BYTES) -> list[Received | Broken]:
         """Copy what has arrived, about max_bytes at most, and return what has become whole or failed."""
         for arrival in self._transport.arrivals.take(max_bytes):
-            self._land(arrival)
-            arrival.done()
+            if not self._use(arrival):
+                arrival.done()
         reports, self._reports = self._reports, []
         return reports
 
@@ -126,6 +126,7 @@ class KVReceiver:
     def close(self) -> None:
         self._transfers.clear()
         self._transport.close()
+        self._staging.close()
 
     def _plan(self, order: ExpectBlocks) -> dict[_FrameKey, tuple[Piece, int]]:
         """Return every frame that this rank must get for order; ValueError when it cannot be."""
@@ -139,45 +140,41 @@ class KVReceiver:
                 frames |= {(link.source_rank, piece.index): (piece, len(pieces)) for piece in pieces}
         return frames
 
-    def _land(self, arrival: Arrival) -> None:
-        """Copy one frame into its blocks, or refuse it: frames of no live attempt and doubles are only counted."""
-        header, payload, fault, _ = arrival
+    def _use(self, arrival: Arrival) -> bool:
+        """Copy a frame into its blocks, or refuse it and return False: then its payload has been read for good."""
+        header, payload, fault, done = arrival
         transfer = self._transfers.get(header.attempt)
         if transfer is None:
             self._odd["unknown_attempt"] += 1
-            return
-        key = (header.source_rank, header.piece.index)
-        if fault in DAMAGE:  # refused and counted by the transport; it stays missing until its sender sends it again
-            transfer.damaged.add(key)
-            return
-        if payload is None:
+        elif payload is None and fault in DAMAGE:  # it stays missing until its sender sends it again
+            transfer.damaged.add(_key(header))
+        elif payload is None:
             self._fail(header.attempt, f"frame {header.piece.index} from rank {header.source_rank}: {fault}")
-            return
+        elif self._is_wanted(header, transfer):
+            self._count_order(header, transfer)
+            heads = local_heads(self._layout, self._rank, header.piece.heads)
+            self._staging.scatter(header.piece, heads, transfer.block_table, payload, done)
+            transfer.missing.remove(_key(header))
+            self._finish_if_whole(header.attempt)
+            return True
+        return False
+
+    def _is_wanted(self, header: FrameHeader, transfer: _Transfer) -> bool:
+        """Return whether a frame is in the plan and has not come yet; the first is what every frame must be."""
+        key = _key(header)
         if header.destination_rank != self._rank or transfer.frames.get(key) != (header.piece, header.num_frames):
             self._odd["wrong_piece"] += 1
             self._fail(header.attempt, f"frame {header.piece.index} from rank {header.source_rank} is not in the plan")
-        elif key not in transfer.missing:
-            self._odd["duplicate_frame"] += 1
-        else:
-            self._count_order(transfer, key)
-            self._copy(header, payload, transfer.block_table)
-            transfer.missing.remove(key)
-            self._finish_if_whole(header.attempt)
+            return False
+        is_missing = key in transfer.missing
+        self._odd["duplicate_frame"] += not is_missing
+        return is_missing
 
-    def _count_order(self, transfer: _Transfer, key: _FrameKey) -> None:
+    def _count_order(self, header: FrameHeader, transfer: _Transfer) -> None:
         """A frame that was overtaken is as good as any: it says itself where it belongs."""
-        source_rank, index = key
+        source_rank, index = key = _key(header)
         self._odd["reordered_frame"] += index < transfer.awaited[source_rank] and key not in transfer.damaged
         transfer.awaited[source_rank] = max(transfer.awaited[source_rank], index + 1)
-
-    def _copy(self, header: FrameHeader, payload: torch.Tensor, block_table: torch.Tensor) -> None:
-        piece = header.piece
-        sizes = [stop - start for start, stop in (piece.layers, piece.heads, piece.tokens)]
-        shaped = payload.view(self._cache.dtype).view(sizes[0], 2, *sizes[1:], self._layout.head_dim)
-        heads = local_heads(self._layout, self._rank, piece.heads)
-        self._operations.scatter_kv(
-            shaped.to(self._cache.device), self._cache, block_table, piece.layers, heads, piece.tokens
-        )
 
     def _finish_if_whole(self, attempt: Attempt) -> None:
         if not self._transfers[attempt].missing:
@@ -187,3 +184,7 @@ class KVReceiver:
     def _fail(self, attempt: Attempt, reason: str) -> None:
         del self._transfers[attempt]
         self._reports.append(Broken(self._rank, attempt, reason))
+
+
+def _key(header: FrameHeader) -> _FrameKey:
+    return header.source_rank, header.piece.index

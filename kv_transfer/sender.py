@@ -7,12 +7,11 @@ was dropped, or every destination has committed: what was gathered is a copy. De
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
-import msgspec
 import torch
 
-from kernels.backend import operations_for
-from kv_transfer.frames import FrameHeader, unit_digests
+from kv_transfer.frames import FrameHeader
 from kv_transfer.plan import FRAME_BYTES, check_table, frames_of, local_heads, plan_transfer
+from kv_transfer.staging import staging_for
 from kv_transfer.transports.transport import DROPPED, REFUSED, Destination, OutgoingFrame, SendingTransport, Settled
 from protocol.identity import Attempt, Epoch
 from protocol.layout import KVLayout
@@ -65,7 +64,7 @@ class KVSender:
         frame_bytes: int = FRAME_BYTES,
     ) -> None:
         self._cache = cache
-        self._operations = operations_for(cache.device)
+        self._staging = staging_for(cache)
         self._layout = layout
         self._rank = rank
         self._transport = transport
@@ -139,6 +138,7 @@ class KVSender:
         self._transfers.clear()
         self._lanes.clear()
         self._transport.close()
+        self._staging.close()
 
     def _headers(self, order: SendBlocks) -> list[tuple[Destination, FrameHeader]]:
         """Plan this rank's frames; the digests are filled in when the payloads have been gathered."""
@@ -147,14 +147,14 @@ class KVSender:
             raise ValueError(f"the destination group has {num_ranks} ranks but {num_addresses} addresses")
         num_positions = order.first_position + order.num_tokens
         check_table(order.block_ids, self._layout.block_size, self._cache.shape[2], num_positions)
-        headers = []
+        kind, headers = self._staging.digest_kind, []
         for link in plan_transfer(self._layout, order.destination.layout):
             if link.source_rank == self._rank:
                 rank = link.destination_rank
                 destination = Destination(order.destination.epoch, order.destination.addresses[rank])
                 pieces = frames_of(link, self._layout, order.first_position, order.num_tokens, self._frame_bytes)
                 headers += [
-                    (destination, FrameHeader(order.attempt, self._rank, rank, len(pieces), piece, unit_digests=b""))
+                    (destination, FrameHeader(order.attempt, self._rank, rank, len(pieces), piece, kind, b""))
                     for piece in pieces
                 ]
         return headers
@@ -171,31 +171,19 @@ class KVSender:
             header = lane.waiting[0]
             transfer = self._transfers.get(header.attempt)
             if transfer:
-                staging = self._staging(destination, lane, header.piece.num_bytes)
-                if staging is None:
+                room = self._room(destination, lane, header.piece.num_bytes)
+                if room is None:
                     return
                 lane.staged_bytes += header.piece.num_bytes
-                self._transport.send(self._gather(destination, header, transfer.block_table, staging))
+                heads = local_heads(self._layout, self._rank, header.piece.heads)
+                digests = self._staging.gather(header.piece, heads, transfer.block_table, room)
+                self._transport.send(OutgoingFrame(destination, header, room, digests))
             lane.waiting.popleft()
 
-    def _staging(self, destination: Destination, lane: _Lane, num_bytes: int) -> torch.Tensor | None:
+    def _room(self, destination: Destination, lane: _Lane, num_bytes: int) -> torch.Tensor | None:
         if lane.staged_bytes and lane.staged_bytes + num_bytes > WINDOW_BYTES:
             return None
         return self._transport.staging(destination, num_bytes)
-
-    def _gather(
-        self, destination: Destination, header: FrameHeader, block_table: torch.Tensor, staging: torch.Tensor
-    ) -> OutgoingFrame:
-        """Copy a piece into staging, uint8 [num_bytes] of the host, and say what it is."""
-        piece = header.piece
-        heads = local_heads(self._layout, self._rank, piece.heads)
-        gather, out = self._operations.gather_kv, staging.view(self._cache.dtype)
-        if self._cache.device == out.device:
-            gather(self._cache, block_table, piece.layers, heads, piece.tokens, out)
-        else:
-            out.copy_(gather(self._cache, block_table, piece.layers, heads, piece.tokens).flatten())
-        header = msgspec.structs.replace(header, unit_digests=unit_digests(piece, staging.numpy().data))
-        return OutgoingFrame(destination, header, staging)
 
     def _settle(self, settled: Settled) -> None:
         frame, fault = settled

@@ -5,7 +5,7 @@ most once: the ranks expect, decode is asked to send, and when every rank has ch
 behind them. Whatever goes wrong, the sequence goes on from where it was, and computes. Its blocks stay held throughout,
 and nothing of a fetch that failed is written once its ranks were told to drop it.
 
-Waiting for a grant cannot deadlock: see docs/decisions/0008-fetching-from-decode.md.
+Waiting for a grant cannot deadlock: see docs/decisions/0010-fetching-from-decode.md.
 """
 
 from dataclasses import dataclass

@@ -12,7 +12,10 @@ Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Transport = Literal["auto", "shm", "zmq", "gloo"]
+Transport = Literal["auto", "cuda_ipc", "nccl", "shm", "zmq", "gloo"]
+GPU_TRANSPORTS: tuple[Transport, ...] = ("cuda_ipc", "nccl")
+"""Those that need device: cuda."""
+
 Policy = Literal["round_robin", "least_loaded"]
 Device = Literal["cpu", "cuda"]
 BlockSize = Literal[16, 32, 64, 128]
@@ -79,8 +82,10 @@ class KVCacheSection(Section, frozen=True, kw_only=True):
 class KVTransferSection(Section, frozen=True, kw_only=True):
     """How KV bytes get from prefill to decode. timeout_s bounds every single operation.
 
-    transport auto: shm where both ranks are on one host, zmq elsewhere. min_fetch_tokens: prefill fetches the beginning
-    of a prompt from decode, instead of computing it, where decode holds at least so many tokens more; 0: it never does.
+    transport auto: between GPUs cuda_ipc where both ranks are on one host and one GPU can read the other, nccl
+    elsewhere; otherwise shm where both ranks are on one host, zmq elsewhere. min_fetch_tokens: prefill fetches the
+    beginning of a prompt from decode, instead of computing it, where decode holds at least so many tokens more; 0: it
+    never does.
     """
 
     transport: Transport = "zmq"

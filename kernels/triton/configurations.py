@@ -96,6 +96,7 @@ KV_COPY = {
     256: Configuration(rows=16, tile=256),
 }
 
+DIGEST = Configuration(rows=4, tile=512)  # units x words per step
 SILU_MUL = Configuration(tile=1024)
 PENALIZE = Configuration(tile=1024, fuse_multiply_add=False)
 SAMPLE_FILTER_BITS = 3  # of a threshold found per pass over the vocabulary

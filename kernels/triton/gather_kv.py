@@ -17,10 +17,11 @@ def gather_kv(
     layers: tuple[int, int],
     heads: tuple[int, int],
     tokens: tuple[int, int],
+    out: Tensor | None = None,
 ) -> Tensor:
     """Copy a range of layers, local heads and token positions out of the cache; as kernels/plain/gather_kv.py."""
     shape = (layers[1] - layers[0], 2, heads[1] - heads[0], tokens[1] - tokens[0], cache.shape[-1])
-    payload = cache.new_empty(shape)
+    payload = cache.new_empty(shape) if out is None else out.view(shape)
     launch_copy(_gather_kv, payload, cache, block_table, layers, heads, tokens)
     return payload
 

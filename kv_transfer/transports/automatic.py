@@ -1,16 +1,16 @@
 """The transport "auto": a receiver listens on all that its machine can do, a sender takes the best that reaches it.
 
-Decided for each pair of ranks when its first frame is sent, from the receiver's offers: shared memory on one host, TCP
-elsewhere. Both transports of one end share a queue, so that KVSender and KVReceiver see a single transport.
+Decided for each pair of ranks when its first frame is sent, from the receiver's offers: between GPUs, the GPU's memory
+where it reaches and NCCL elsewhere; otherwise shared memory on one host, and TCP. All transports of one end share a
+queue, so that KVSender and KVReceiver see a single one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports.offers import join_offers, offers_in
-from kv_transfer.transports.shm_wire import is_reachable
 from kv_transfer.transports.transport import (
     Arrival,
     Destination,
@@ -23,11 +23,21 @@ from protocol.identity import Attempt, Epoch
 
 
 class AutomaticSender:
-    """A SendingTransport over others that all put into settled. Names are those in offers; "zmq" reaches everywhere."""
+    """A SendingTransport over others, best first, that all put into settled.
 
-    def __init__(self, transports: Mapping[str, SendingTransport], settled: Mailbox[Settled]) -> None:
+    "zmq" is one of them and reaches everywhere. reaches: of those that do not reach every receiver that offers them,
+    whether they reach this address.
+    """
+
+    def __init__(
+        self,
+        transports: Mapping[str, SendingTransport],
+        reaches: Mapping[str, Callable[[str], bool]],
+        settled: Mailbox[Settled],
+    ) -> None:
         self.settled = settled
         self._transports = transports
+        self._reaches = reaches
         self._chosen: dict[Destination, SendingTransport] = {}
 
     @property
@@ -55,13 +65,15 @@ class AutomaticSender:
 
     def _for(self, destination: Destination) -> SendingTransport:
         if destination not in self._chosen:
-            self._chosen[destination] = self._transports[best_of(offers_in(destination.address))]
+            name = best_of(self._transports, offers_in(destination.address), self._reaches)
+            self._chosen[destination] = self._transports[name]
         return self._chosen[destination]
 
 
-def best_of(offers: Mapping[str, str]) -> str:
-    """Return the name of the best transport that is offered and reaches the receiver from here."""
-    return "shm" if is_reachable(offers.get("shm", "")) else "zmq"
+def best_of(names: Iterable[str], offers: Mapping[str, str], reaches: Mapping[str, Callable[[str], bool]]) -> str:
+    """Return the first of names that is offered and reaches the receiver; "zmq" when there is none."""
+    suiting = (name for name in names if name in offers and (name not in reaches or reaches[name](offers[name])))
+    return next(suiting, "zmq")
 
 
 class AutomaticReceiver:

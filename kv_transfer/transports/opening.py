@@ -5,45 +5,71 @@ from collections.abc import Callable
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports.automatic import AutomaticReceiver, AutomaticSender
 from kv_transfer.transports.host_identity import host_identity
-from kv_transfer.transports.shm_receiver import open_shm_receiver
-from kv_transfer.transports.shm_sender import open_shm_sender
-from kv_transfer.transports.torch_receiver import TorchReceiver
-from kv_transfer.transports.torch_sender import TorchSender
-from kv_transfer.transports.transport import INBOX_BYTES, Arrival, ReceivingTransport, SendingTransport, Settled
+from kv_transfer.transports.slab_transports import (
+    device_reach,
+    host_reach,
+    open_cuda_ipc_receiver,
+    open_cuda_ipc_sender,
+    open_shm_receiver,
+    open_shm_sender,
+)
+from kv_transfer.transports.torch_transports import (
+    open_gloo_receiver,
+    open_gloo_sender,
+    open_nccl_receiver,
+    open_nccl_sender,
+)
+from kv_transfer.transports.transport import INBOX_BYTES, Arrival, ReceivingTransport, SendingTransport, Settled, Site
 from kv_transfer.transports.zmq_receiver import ZmqReceiver
-from kv_transfer.transports.zmq_sender import open_zmq_sender
+from kv_transfer.transports.zmq_sender import ZmqSender
 from protocol.topology import Transport
 
-
-def _open_automatic_sender(host: str, timeout_s: float, settled: Mailbox[Settled]) -> AutomaticSender:
-    names: tuple[Transport, ...] = ("shm", "zmq")
-    return AutomaticSender({name: _SENDERS[name](host, timeout_s, settled) for name in names}, settled)
+_ON_ONE_HOST: tuple[Transport, ...] = ("cuda_ipc", "shm")
+_BETWEEN_GPUS: tuple[Transport, ...] = ("cuda_ipc", "nccl")
 
 
-def _open_automatic_receiver(host: str, timeout_s: float, arrivals: Mailbox[Arrival]) -> AutomaticReceiver:
-    names: tuple[Transport, ...] = ("shm", "zmq") if host_identity() else ("zmq",)
-    return AutomaticReceiver({name: _RECEIVERS[name](host, timeout_s, arrivals) for name in names}, arrivals)
+def automatic_names(site: Site) -> tuple[Transport, ...]:
+    """Return the transports that "auto" can choose from at this end, best first."""
+    best_first: tuple[Transport, ...] = ("cuda_ipc", "nccl", "shm", "zmq")
+    missing = {*(() if host_identity() else _ON_ONE_HOST), *(() if site.device.type == "cuda" else _BETWEEN_GPUS)}
+    return tuple(name for name in best_first if name not in missing)
 
 
-_SENDERS: dict[Transport, Callable[[str, float, Mailbox[Settled]], SendingTransport]] = {
+def _open_automatic_sender(site: Site, settled: Mailbox[Settled]) -> AutomaticSender:
+    names = automatic_names(site)
+    reaches = {"shm": host_reach().reaches}
+    if "cuda_ipc" in names:
+        reaches["cuda_ipc"] = device_reach(site).reaches
+    return AutomaticSender({name: _SENDERS[name](site, settled) for name in names}, reaches, settled)
+
+
+def _open_automatic_receiver(site: Site, arrivals: Mailbox[Arrival]) -> AutomaticReceiver:
+    return AutomaticReceiver({name: _RECEIVERS[name](site, arrivals) for name in automatic_names(site)}, arrivals)
+
+
+_SENDERS: dict[Transport, Callable[[Site, Mailbox[Settled]], SendingTransport]] = {
     "auto": _open_automatic_sender,
+    "cuda_ipc": open_cuda_ipc_sender,
+    "nccl": open_nccl_sender,
     "shm": open_shm_sender,
-    "zmq": open_zmq_sender,
-    "gloo": TorchSender,
+    "zmq": ZmqSender,
+    "gloo": open_gloo_sender,
 }
-_RECEIVERS: dict[Transport, Callable[[str, float, Mailbox[Arrival]], ReceivingTransport]] = {
+_RECEIVERS: dict[Transport, Callable[[Site, Mailbox[Arrival]], ReceivingTransport]] = {
     "auto": _open_automatic_receiver,
+    "cuda_ipc": open_cuda_ipc_receiver,
+    "nccl": open_nccl_receiver,
     "shm": open_shm_receiver,
     "zmq": ZmqReceiver,
-    "gloo": TorchReceiver,
+    "gloo": open_gloo_receiver,
 }
 
 
-def open_sender(name: Transport, host: str, timeout_s: float) -> SendingTransport:
-    """Open the sending side. host is where it may listen; timeout_s bounds every wait for a peer."""
-    return _SENDERS[name](host, timeout_s, Mailbox(0))
+def open_sender(name: Transport, site: Site) -> SendingTransport:
+    """Open the sending side."""
+    return _SENDERS[name](site, Mailbox(0))
 
 
-def open_receiver(name: Transport, host: str, timeout_s: float) -> ReceivingTransport:
-    """Open the receiving side, which listens on host only."""
-    return _RECEIVERS[name](host, timeout_s, Mailbox(INBOX_BYTES))
+def open_receiver(name: Transport, site: Site) -> ReceivingTransport:
+    """Open the receiving side, which listens on the site's host only."""
+    return _RECEIVERS[name](site, Mailbox(INBOX_BYTES))

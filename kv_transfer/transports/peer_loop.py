@@ -1,6 +1,7 @@
 """What sending transports with one thread for all destinations share: the thread, which sleeps until something happens.
 
 It turns calls of the main thread into calls of peers.py, which keeps the books: queues, deadlines, who hears of what.
+Where payloads lie is each transport's own business: with staging() a PeerLoop is a SendingTransport.
 """
 
 import threading
@@ -9,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-import torch
 import zmq
 
 from kv_transfer.mailbox import Mailbox
@@ -27,7 +27,7 @@ class PollablePeer(Peer, Protocol):
 
 
 class PeerLoop:
-    """A SendingTransport. open_peer may raise OSError: then the frame that wanted it is settled with that."""
+    """open_peer may raise OSError: then the frame that wanted it is settled with that."""
 
     def __init__(
         self, name: str, open_peer: Callable[[Destination], PollablePeer], timeout_s: float, settled: Mailbox[Settled]
@@ -44,10 +44,6 @@ class PeerLoop:
     @property
     def counters(self) -> dict[str, int]:
         return {f"connections_{self._name}": self._peers.num_opened}
-
-    def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
-        del destination
-        return torch.empty(num_bytes, dtype=torch.uint8)
 
     def send(self, frame: OutgoingFrame) -> None:
         self._commands.put(partial(self._peers.add, frame))

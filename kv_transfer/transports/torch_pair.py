@@ -1,24 +1,24 @@
-"""One pair of ranks and its communicator: how a sending and a receiving rank open a process group of exactly two.
+"""What the two ends of the torch transports say to one another beside payloads, through one ZMQ connection per pair.
 
-On the wire, through ZMQ: [OPEN, pair id, Announcement] once, then [FRAME, pair id, header] before every payload, which
-goes through the process group and is answered there. Used by torch_sender.py and torch_receiver.py.
+Sender -> receiver: [OPEN, Announcement] once, then [FRAME, sequence, num_bytes, header] before every payload, which
+goes through the pair's communicator. Receiver -> sender: [sequence, fault or nothing]; and before all that, through
+the sender's store, whether it is welcome. Used by torch_sender.py and torch_receiver.py.
 """
 
-import msgspec
-import torch
-import torch.distributed as dist
+import struct
 
-from kernels.process_group import open_group, open_store
-from kv_transfer.transports.transport import RECEIVING_FAULTS, REFUSED, ReceivingFault
+import msgspec
+
 from protocol.errors import WireError
 from protocol.identity import Epoch
 
 OPEN = b"open"
 FRAME = b"frame"
-SENDER, RECEIVER = 0, 1
-"""Ranks within a pair's group."""
-PAYLOAD, ANSWER = 0, 1
-"""Tags: a payload, and the single byte that answers it."""
+VERDICT_KEY = "verdict"
+WELCOME = "welcome"
+"""In the sender's store; any other verdict says why it was refused."""
+
+_num_bytes = struct.Struct("<I")
 
 
 class Announcement(msgspec.Struct, frozen=True, array_like=True):
@@ -28,6 +28,7 @@ class Announcement(msgspec.Struct, frozen=True, array_like=True):
     source_rank: int
     host: str
     port: int
+    greeting: bytes
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -47,20 +48,14 @@ def decode_announcement(data: bytes | memoryview) -> Announcement:
         raise WireError(f"announcement does not parse: {error}") from error
 
 
-def encode_answer(fault: ReceivingFault | None) -> torch.Tensor:
-    """Return the answer to a payload, uint8 [1]: 0, or 1 + the index of the fault."""
-    return torch.tensor([RECEIVING_FAULTS.index(fault) + 1 if fault else 0], dtype=torch.uint8)
+def encode_size(num_bytes: int) -> bytes:
+    """Return the size of a payload as it is announced."""
+    return _num_bytes.pack(num_bytes)
 
 
-def decode_answer(answer: torch.Tensor) -> str | None:
-    """Return what the receiver says is wrong with a payload; None when nothing is."""
-    code = int(answer[0])
-    if not code:
-        return None
-    return REFUSED + (RECEIVING_FAULTS[code - 1] if code <= len(RECEIVING_FAULTS) else "unknown fault")
-
-
-def join_pair(announcement: Announcement, host: str, timeout_s: float) -> dist.ProcessGroup:
-    """Open the receiving end of an announced pair. Raises RuntimeError when the sender cannot be reached in time."""
-    store = open_store(announcement.host, announcement.port, is_server=False, timeout_s=timeout_s)
-    return open_group(store, RECEIVER, 2, host, "cpu", timeout_s)
+def decode_size(data: bytes, most: int) -> int:
+    """Return the size of the payload that will come, or raise WireError when it is none up to most."""
+    num_bytes: int = _num_bytes.unpack(data)[0] if len(data) == _num_bytes.size else 0
+    if not 0 < num_bytes <= most:
+        raise WireError(f"a payload of {num_bytes} bytes is announced; a frame has 1 to {most}")
+    return num_bytes

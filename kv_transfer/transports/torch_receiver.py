@@ -1,34 +1,40 @@
-"""The receiving side of the torch transport: headers through one ZMQ socket, payloads through pairs of ranks.
+"""The receiving side of the torch transports: headers through one ZMQ socket, payloads through pairs of ranks.
 
-Every pair has its own thread and two-rank process group, so that a stalled or dead sender costs its own pair only. On
-any failure the pair is given up; the sender announces another when it needs one. The backend is gloo.
+Every pair has its own thread and communicator, so that a stalled or dead sender costs its own pair only. On any failure
+the pair is given up; the sender announces another when it needs one. Where payloads land, the host's memory or a GPU,
+is what gloo and nccl differ in: see torch_transports.py.
 """
 
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import NamedTuple
 
-import torch
-import torch.distributed as dist
 import zmq
 
-from kv_transfer.frames import MAX_HEADER_BYTES, FrameError, FrameHeader, check_payload, decode_header
+from kernels.process_group import open_store
+from kv_transfer.frames import MAX_HEADER_BYTES, FrameError, FrameHeader, decode_header
+from kv_transfer.handshake import refusal
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.plan import FRAME_BYTES
+from kv_transfer.staging import landing_for
+from kv_transfer.transports.buffers import Buffers
+from kv_transfer.transports.communicator import RECEIVER, Communicator, OpenCommunicator
+from kv_transfer.transports.intake import Intake
 from kv_transfer.transports.listener import Listener
 from kv_transfer.transports.torch_pair import (
-    ANSWER,
     FRAME,
     OPEN,
-    PAYLOAD,
-    SENDER,
+    VERDICT_KEY,
+    WELCOME,
     Announcement,
     decode_announcement,
-    encode_answer,
-    join_pair,
+    decode_size,
 )
-from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault
+from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault, Site
 from protocol.errors import WireError
 from protocol.identity import Epoch
 
@@ -40,17 +46,29 @@ _CLOSE_S = 1.0
 _log = logging.getLogger(__name__)
 
 
-class TorchReceiver:
-    """A ReceivingTransport. Raises zmq.ZMQError when host cannot be bound."""
+class Announced(NamedTuple):
+    """A frame whose payload comes next."""
 
-    def __init__(self, host: str, timeout_s: float, arrivals: Mailbox[Arrival]) -> None:
+    sequence: bytes
+    num_bytes: int
+    header: FrameHeader
+
+
+class TorchReceiver:
+    """A ReceivingTransport. Raises zmq.ZMQError when the site's host cannot be bound."""
+
+    def __init__(
+        self, site: Site, arrivals: Mailbox[Arrival], open_communicator: OpenCommunicator, buffers: Buffers
+    ) -> None:
         self.arrivals = arrivals
         self.counters: dict[str, int] = dict.fromkeys(RECEIVING_FAULTS, 0)
-        self._host = host
-        self._timeout_s = timeout_s
+        self._site = site
+        self._open_communicator = open_communicator
+        self._buffers = buffers
+        self._intake = Intake(arrivals, self.counters, landing_for(site.device))
         self._pairs: dict[bytes, _Pair] = {}
         self._lock = threading.Lock()
-        self._listener = Listener(zmq.PULL, host, _MAX_MESSAGE_BYTES, self._handle, self.counters)
+        self._listener = Listener(zmq.ROUTER, site.host, _MAX_MESSAGE_BYTES, self._handle, self.counters)
         self.address = self._listener.address
 
     def close_peer(self, epoch: Epoch) -> None:
@@ -73,125 +91,115 @@ class TorchReceiver:
 
     def _handle(self, parts: list[zmq.Frame]) -> None:
         """Open a pair, or pass a header to its pair; runs on the listener's thread."""
+        peer, *message = (part.bytes for part in parts)
         try:
-            kind, pair_id, body = (part.bytes for part in parts)
-            if kind == OPEN:
-                self._open(pair_id, decode_announcement(body))
-            elif kind == FRAME:
-                self._announce(pair_id, decode_header(body))
-            else:
-                self.counters["bad_message"] += 1
+            match message:
+                case [kind, body] if kind == OPEN:
+                    self._open(peer, decode_announcement(body))
+                case [kind, sequence, size, header] if kind == FRAME:
+                    announced = Announced(sequence, decode_size(size, FRAME_BYTES), decode_header(header))
+                    self._announce(peer, announced)
+                case _:
+                    self.counters["bad_message"] += 1
         except FrameError as error:
             self.counters[error.fault] += 1
-            self._give_up(pair_id)
+            self._give_up(peer)
         except (ValueError, WireError):
             self.counters["bad_message"] += 1
+            self._give_up(peer)
 
-    def _open(self, pair_id: bytes, announcement: Announcement) -> None:
+    def _open(self, peer: bytes, announcement: Announcement) -> None:
         origin = announcement.source_epoch, announcement.source_rank
         self._close_pairs(lambda earlier: (earlier.source_epoch, earlier.source_rank) == origin)
         with self._lock:
-            self._pairs[pair_id] = _Pair(announcement, self._host, self._timeout_s, self.arrivals, self.counters)
+            self._pairs[peer] = _Pair(announcement, partial(self._run_pair, peer), self._intake)
 
-    def _announce(self, pair_id: bytes, header: FrameHeader) -> None:
-        pair = self._pairs.get(pair_id)
-        if pair is None or not pair.add(header):
-            self.counters["broken_pair"] += 1
-            self.arrivals.put(Arrival(header, None, "broken_pair"))
-            self._give_up(pair_id)
+    def _announce(self, peer: bytes, announced: Announced) -> None:
+        pair = self._pairs.get(peer)
+        if pair is None or not pair.add(announced):
+            self._intake.lose(announced.header)
+            self._give_up(peer)
 
-    def _give_up(self, pair_id: bytes) -> None:
+    def _give_up(self, peer: bytes) -> None:
         """Whatever its sender says next has lost its place."""
         with self._lock:
-            pair = self._pairs.pop(pair_id, None)
+            pair = self._pairs.pop(peer, None)
         if pair:
             pair.close()
 
+    # --- everything below runs on a pair's own thread -----------------------------------------------------------------
+
+    def _run_pair(self, peer: bytes, pair: "_Pair") -> None:
+        try:
+            self._serve(peer, pair)
+        except ConnectionRefusedError as error:
+            _log.warning("rank %s refused: %s", pair.announcement.source_rank, error)
+            self.counters["refused_peer"] += 1
+            pair.close()
+        except Exception as error:  # whatever torch raises, it ends this pair and nothing else
+            _log.warning("KV pair from rank %s given up: %s", pair.announcement.source_rank, error)
+            self.counters["broken_pair"] += 1
+            pair.close()
+
+    def _serve(self, peer: bytes, pair: "_Pair") -> None:
+        where, reason = pair.announcement, refusal(self._site.layout, pair.announcement.greeting)
+        store = open_store(where.host, where.port, is_server=False, timeout_s=self._site.timeout_s)
+        store.set(VERDICT_KEY, reason or WELCOME)
+        if reason:
+            raise ConnectionRefusedError(reason)
+        with ExitStack() as cleanup:
+            communicator = self._open_communicator(store, RECEIVER)
+            cleanup.callback(communicator.abort)
+            while announced := pair.next():
+                fault = self._receive(announced, communicator)
+                self._listener.send([peer, announced.sequence, (fault or "").encode()])
+
+    def _receive(self, announced: Announced, communicator: Communicator) -> ReceivingFault | None:
+        payload = self._buffers.take(announced.num_bytes)
+        try:
+            communicator.receive(payload)
+        except Exception:
+            communicator.abort()  # before anybody else may use that memory
+            self._intake.lose(announced.header)
+            raise
+        return self._intake.take(announced.header, payload, partial(self._buffers.give_back, payload))
+
 
 class _Pair:
-    """One sending rank: the headers it has announced, and the thread that owns the communicator to it."""
+    """One sending rank: the frames that it has announced, and the thread that takes them."""
 
-    def __init__(
-        self,
-        announcement: Announcement,
-        host: str,
-        timeout_s: float,
-        arrivals: Mailbox[Arrival],
-        counters: dict[str, int],
-    ) -> None:
+    def __init__(self, announcement: Announcement, run: "Callable[[_Pair], None]", intake: Intake) -> None:
         self.announcement = announcement
-        self._host = host
-        self._timeout_s = timeout_s
-        self._arrivals = arrivals
-        self._counters = counters
-        self._headers: deque[FrameHeader] = deque()
+        self._intake = intake
+        self._announced: deque[Announced] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="kv-pair-receiver", daemon=True)
+        self._thread = threading.Thread(target=run, args=[self], name="kv-pair-receiver", daemon=True)
         self._thread.start()
 
-    def add(self, header: FrameHeader) -> bool:
-        """Queue a header; False when this pair has failed or its sender does not keep to the rules."""
+    def add(self, announced: Announced) -> bool:
+        """Queue a frame; False when this pair has failed or its sender does not keep to the rules."""
         with self._changed:
-            if self._closed or len(self._headers) >= MAX_QUEUED_HEADERS:
+            if self._closed or len(self._announced) >= MAX_QUEUED_HEADERS:
                 return False
-            self._headers.append(header)
+            self._announced.append(announced)
             self._changed.notify_all()
             return True
+
+    def next(self) -> Announced | None:
+        """Wait for a frame; None when this pair is over."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._announced or self._closed)
+            return None if self._closed else self._announced.popleft()
 
     def close(self) -> None:
         """Let the thread end; frames that were announced and have not come are reported as faults."""
         with self._changed:
             self._closed = True
-            lost, self._headers = self._headers, deque()
+            lost, self._announced = self._announced, deque()
             self._changed.notify_all()
-        for header in lost:
-            self._arrivals.put(Arrival(header, None, "broken_pair"))
+        for announced in lost:
+            self._intake.lose(announced.header)
 
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
-
-    # --- everything below runs on the pair's own thread ---------------------------------------------------------------
-
-    def _run(self) -> None:
-        try:
-            group = join_pair(self.announcement, self._host, self._timeout_s)
-            try:
-                while header := self._next():
-                    self._receive(header, group)
-            finally:
-                group.abort()
-        except Exception as error:  # whatever torch raises, it ends this pair and nothing else
-            _log.warning("KV pair from rank %s given up: %s", self.announcement.source_rank, error)
-            self._counters["broken_pair"] += 1
-            self.close()
-
-    def _next(self) -> FrameHeader | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._headers or self._closed)
-            return None if self._closed else self._headers.popleft()
-
-    def _receive(self, header: FrameHeader, group: dist.ProcessGroup) -> None:
-        """Receive one payload, into room for the largest: gloo ends the process when a message exceeds its room."""
-        staging = torch.empty(FRAME_BYTES, dtype=torch.uint8)
-        try:
-            group.recv([staging], SENDER, PAYLOAD).wait()
-        except Exception:
-            self._arrivals.put(Arrival(header, None, "broken_pair"))
-            raise
-        payload = staging[: header.piece.num_bytes]
-        fault = _fault_of(header, payload)
-        if fault:
-            self._counters[fault] += 1
-            self._arrivals.put(Arrival(header, None, fault))
-        else:
-            self._arrivals.put(Arrival(header, payload, None), header.piece.num_bytes)
-        group.send([encode_answer(fault)], SENDER, ANSWER).wait()
-
-
-def _fault_of(header: FrameHeader, payload: torch.Tensor) -> ReceivingFault | None:
-    try:
-        check_payload(header, payload.numpy().data)
-    except FrameError as error:
-        return error.fault
-    return None

@@ -1,35 +1,40 @@
-"""The sending side of the torch transport: one thread and one two-rank process group per destination.
+"""The sending side of the torch transports: one thread and one communicator per destination.
 
-Opened for the first frame to a destination; on any failure the group is given up with everything that waited for it,
-and the next frame opens another. A stalled destination stalls its own thread only. The backend is gloo.
+Opened for the first frame to a destination; on any failure the communicator is given up with everything that waited for
+it, and the next frame opens another. A stalled destination stalls its own thread only. What gloo and nccl differ in:
+see torch_transports.py.
 """
 
 import logging
-import secrets
 import threading
+import time
 from collections import deque
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import zmq
+from torch.distributed.distributed_c10d import Store
 
-from kernels.process_group import open_group, open_store
+from kernels.process_group import open_store
 from kv_transfer.frames import encode_header
+from kv_transfer.handshake import greeting
 from kv_transfer.mailbox import Mailbox
+from kv_transfer.transports.buffers import Buffers
+from kv_transfer.transports.communicator import SENDER, Communicator, OpenCommunicator
 from kv_transfer.transports.kv_socket import prepare_for_kv
+from kv_transfer.transports.offers import offered
+from kv_transfer.transports.peers import fault_in
 from kv_transfer.transports.torch_pair import (
-    ANSWER,
     FRAME,
     OPEN,
-    PAYLOAD,
-    RECEIVER,
-    SENDER,
+    VERDICT_KEY,
+    WELCOME,
     Announcement,
-    decode_answer,
     encode_announcement,
+    encode_size,
 )
-from kv_transfer.transports.transport import DROPPED, Destination, OutgoingFrame, Settled
+from kv_transfer.transports.transport import DROPPED, Destination, OutgoingFrame, Settled, Site
 from protocol.identity import Attempt, Epoch
 
 _CLOSE_S = 1.0
@@ -39,25 +44,44 @@ _UNANSWERED_FRAMES = 2  # one is checked over there while the next is under way
 _log = logging.getLogger(__name__)
 
 
+class Wire(NamedTuple):
+    """What a pair's thread speaks through."""
+
+    socket: "zmq.Socket[bytes]"
+    communicator: Communicator
+
+
 class TorchSender:
     """A SendingTransport."""
 
-    def __init__(self, host: str, timeout_s: float, settled: Mailbox[Settled]) -> None:
+    def __init__(
+        self,
+        name: str,
+        site: Site,
+        settled: Mailbox[Settled],
+        open_communicator: OpenCommunicator,
+        buffers: Buffers,
+    ) -> None:
         self.settled = settled
-        self.counters = {"connections_gloo": 0}
-        self._host = host
-        self._timeout_s = timeout_s
+        self.counters = {f"connections_{name}": 0}
+        self._name = name
+        self._site = site
+        self._open_communicator = open_communicator
+        self._buffers = buffers
         self._pairs: dict[Destination, _Pair] = {}
 
     def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
         del destination
-        return torch.empty(num_bytes, dtype=torch.uint8)
+        return self._buffers.take(num_bytes)
 
     def send(self, frame: OutgoingFrame) -> None:
         pair = self._pairs.get(frame.destination)
         if pair is None or not pair.add(frame):
-            self.counters["connections_gloo"] += 1
-            self._pairs[frame.destination] = _Pair(frame, self._host, self._timeout_s, self.settled)
+            self.counters[f"connections_{self._name}"] += 1
+            address = offered(frame.destination.address, self._name)
+            self._pairs[frame.destination] = _Pair(
+                frame, address, self._site, self.settled, self._open_communicator, self._buffers
+            )
 
     def drop(self, attempt: Attempt) -> None:
         for pair in self._pairs.values():
@@ -82,97 +106,141 @@ class _Pair:
     def __init__(
         self,
         frame: OutgoingFrame,
-        host: str,
-        timeout_s: float,
+        address: str,
+        site: Site,
         settled: Mailbox[Settled],
+        open_communicator: OpenCommunicator,
+        buffers: Buffers,
     ) -> None:
-        self._address = frame.destination.address
+        self._address = address
         self._source = frame.header.attempt.prefill_epoch, frame.header.source_rank
-        self._host = host
-        self._timeout_s = timeout_s
+        self._site = site
         self._settled = settled
-        self._id = secrets.token_bytes(8)
+        self._open_communicator = open_communicator
+        self._buffers = buffers
         self._waiting = deque([frame])
-        self._changed = threading.Condition()
-        self._unanswered: deque[tuple[OutgoingFrame, torch.Tensor, dist.Work]] = deque()  # the thread's own
+        self._lock = threading.Lock()
+        self._bell: Mailbox[None] = Mailbox(0)
+        self._unanswered: dict[bytes, OutgoingFrame] = {}  # the thread's own
+        self._num_sent = 0
         self._fault: str | None = None
         self._thread = threading.Thread(target=self._run, name="kv-pair-sender", daemon=True)
         self._thread.start()
 
     def add(self, frame: OutgoingFrame) -> bool:
         """Queue a frame; False when this pair has failed or was closed."""
-        with self._changed:
+        with self._lock:
             if self._fault:
                 return False
             self._waiting.append(frame)
-            self._changed.notify_all()
-            return True
+        self._bell.ring()
+        return True
 
     def drop(self, attempt: Attempt) -> None:
-        with self._changed:
+        with self._lock:
             dropped = [frame for frame in self._waiting if frame.header.attempt == attempt]
             self._waiting = deque(frame for frame in self._waiting if frame.header.attempt != attempt)
         for frame in dropped:
-            self._settled.put(Settled(frame, DROPPED))
+            self._settle(frame, DROPPED)
 
     def close(self, fault: str) -> None:
         """Settle all that waits with fault, and let the thread end."""
-        with self._changed:
+        with self._lock:
             self._fault = self._fault or fault
             lost, self._waiting = self._waiting, deque()
-            self._changed.notify_all()
+        self._bell.ring()
         for frame in lost:
             self._settled.put(Settled(frame, self._fault))
 
     def join(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
 
+    def _settle(self, frame: OutgoingFrame, fault: str | None) -> None:
+        """Of a frame that nobody reads any more."""
+        self._buffers.give_back(frame.payload)
+        self._settled.put(Settled(frame, fault))
+
     # --- everything below runs on the pair's own thread ---------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             with ExitStack() as resources:
-                socket, group = self._open(resources)
-                while frame := self._next():
-                    self._send(frame, socket, group)
+                self._serve(self._open(resources))
         except Exception as error:  # whatever torch or ZMQ raise, it ends this pair and nothing else
             _log.warning("KV pair to %s given up: %s", self._address, error)
             self.close(f"pair to {self._address} failed: {error}")
         finally:
-            for frame, _, _ in self._unanswered:
+            self._bell.close()
+            for frame in self._unanswered.values():
                 self._settled.put(Settled(frame, self._fault))
 
-    def _open(self, resources: ExitStack) -> "tuple[zmq.Socket[bytes], dist.ProcessGroup]":
+    def _open(self, resources: ExitStack) -> Wire:
         """Wait on a store of our own for the receiver to come, after telling it where."""
-        store = open_store(self._host, 0, is_server=True, timeout_s=self._timeout_s)
+        site = self._site
+        store = open_store(site.host, 0, is_server=True, timeout_s=site.timeout_s)
         context: zmq.Context[zmq.Socket[bytes]] = resources.enter_context(zmq.Context())
-        socket = prepare_for_kv(resources.enter_context(context.socket(zmq.PUSH)), _MAX_ANSWER_BYTES, _QUEUED_HEADERS)
+        socket = prepare_for_kv(resources.enter_context(context.socket(zmq.DEALER)), _MAX_ANSWER_BYTES, _QUEUED_HEADERS)
         socket.setsockopt(zmq.IMMEDIATE, 1)
-        socket.setsockopt(zmq.SNDTIMEO, int(self._timeout_s * 1000))
+        socket.setsockopt(zmq.SNDTIMEO, int(site.timeout_s * 1000))
         socket.connect(self._address)
-        announcement = Announcement(*self._source, self._host, store.port)
-        socket.send_multipart([OPEN, self._id, encode_announcement(announcement)])
-        group = open_group(store, SENDER, 2, self._host, "cpu", self._timeout_s)
-        resources.callback(group.abort)
-        return socket, group
+        announcement = Announcement(*self._source, site.host, store.port, greeting(site.layout))
+        socket.send_multipart([OPEN, encode_announcement(announcement)])
+        verdict = store.get(VERDICT_KEY).decode(errors="replace")
+        if verdict != WELCOME:
+            raise ConnectionRefusedError(verdict)
+        communicator = self._open_within(site.timeout_s, store)
+        resources.callback(communicator.abort)
+        return Wire(socket, communicator)
+
+    def _open_within(self, timeout_s: float, store: Store) -> Communicator:
+        """The receiver has just answered, so it is nearly there; should it die now, nobody waits for this thread."""
+        timer = threading.Timer(timeout_s, self.close, [f"pair to {self._address} did not open in {timeout_s:g} s"])
+        timer.daemon = True
+        timer.start()
+        try:
+            return self._open_communicator(store, SENDER)
+        finally:
+            timer.cancel()
+
+    def _serve(self, wire: Wire) -> None:
+        poller = zmq.Poller()
+        poller.register(wire.socket, zmq.POLLIN)
+        poller.register(self._bell.fileno(), zmq.POLLIN)
+        progress_at = time.monotonic()
+        while not self._fault:
+            if self._take_answers(wire.socket) or not self._unanswered:
+                progress_at = time.monotonic()
+            elif time.monotonic() - progress_at > self._site.timeout_s:
+                raise TimeoutError(f"no answer for {self._site.timeout_s:g} s")
+            frame = self._next()
+            if frame:
+                self._send(frame, wire)
+            else:
+                poller.poll(min(1000, int(self._site.timeout_s * 250)))
+                self._bell.take(1)
 
     def _next(self) -> OutgoingFrame | None:
-        """Return the next frame when there is one and few are unanswered; None when this pair is over."""
-        while self._unanswered and (len(self._unanswered) == _UNANSWERED_FRAMES or not self._waiting):
-            self._take_answer()
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._fault)
-            return None if self._fault else self._waiting.popleft()
+        """Return the next frame when there is one and few are unanswered."""
+        with self._lock:
+            may_send = self._waiting and len(self._unanswered) < _UNANSWERED_FRAMES
+            return self._waiting.popleft() if may_send else None
 
-    def _take_answer(self) -> None:
-        frame, answer, receiving = self._unanswered[0]
-        receiving.wait()
-        self._unanswered.popleft()
-        self._settled.put(Settled(frame, decode_answer(answer)))
+    def _take_answers(self, socket: "zmq.Socket[bytes]") -> int:
+        """Return how many frames were settled; answers that mean nothing are passed over."""
+        num_settled = 0
+        while socket.poll(0):
+            parts = socket.recv_multipart(zmq.NOBLOCK)
+            frame = self._unanswered.pop(parts[0], None)
+            if frame:
+                self._settle(frame, fault_in(parts[-1]))
+                num_settled += 1
+        return num_settled
 
-    def _send(self, frame: OutgoingFrame, socket: "zmq.Socket[bytes]", group: dist.ProcessGroup) -> None:
-        answer = torch.empty(1, dtype=torch.uint8)
-        # Asked for before the payload goes: the receiver's answer, like any send of gloo's, waits until it is wanted.
-        self._unanswered.append((frame, answer, group.recv([answer], RECEIVER, ANSWER)))
-        socket.send_multipart([FRAME, self._id, encode_header(frame.header)])
-        group.send([frame.payload], RECEIVER, PAYLOAD).wait()
+    def _send(self, frame: OutgoingFrame, wire: Wire) -> None:
+        sequence = self._num_sent.to_bytes(8, "little")
+        self._num_sent += 1
+        self._unanswered[sequence] = frame
+        sealed = frame.sealed()
+        header = encode_header(sealed.header)
+        wire.socket.send_multipart([FRAME, sequence, encode_size(len(sealed.payload)), header])
+        wire.communicator.send(sealed.payload)

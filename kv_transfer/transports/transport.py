@@ -10,22 +10,27 @@ each of which outlives every bad message.
 from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
+import msgspec
 import torch
 
 from kv_transfer.frames import FrameFault, FrameHeader
 from kv_transfer.mailbox import Mailbox
+from kv_transfer.staging import Digests
 from protocol.identity import Attempt, Epoch
+from protocol.layout import KVLayout
 
 INBOX_BYTES = 256 << 20
 """Checked payloads that may wait for one receiving rank's main thread; beyond it the senders wait."""
 
-ReceivingFault = FrameFault | Literal["bad_message", "unreachable_sender", "broken_pair", "internal_error"]
+ConnectionFault = Literal["bad_message", "refused_peer", "unreachable_sender", "broken_pair", "internal_error"]
+ReceivingFault = FrameFault | ConnectionFault
 RECEIVING_FAULTS: tuple[ReceivingFault, ...] = (
     "bad_version",
     "bad_header",
     "wrong_size",
     "bad_digest",
     "bad_message",
+    "refused_peer",
     "unreachable_sender",
     "broken_pair",
     "internal_error",
@@ -38,6 +43,18 @@ REFUSED = "refused by the receiver: "
 """How the fault of a frame begins that arrived, but not as it was sent; the name of what was wrong follows."""
 
 
+class Site(NamedTuple):
+    """One end of a transport: whose cache it serves, on which device, and where it may listen.
+
+    timeout_s bounds every wait for a peer.
+    """
+
+    host: str
+    device: torch.device
+    layout: KVLayout
+    timeout_s: float
+
+
 class Destination(NamedTuple):
     """One receiving rank in one life of its group. The same address under another epoch is another peer."""
 
@@ -46,11 +63,22 @@ class Destination(NamedTuple):
 
 
 class OutgoingFrame(NamedTuple):
-    """A header, and its payload as flat bytes, uint8 [num_bytes], which nobody writes to any more."""
+    """A header, and its payload as flat bytes, uint8 [num_bytes].
+
+    While digests is there, the header is without them and the payload may still be on its way into its memory.
+    """
 
     destination: Destination
     header: FrameHeader
     payload: torch.Tensor
+    digests: Digests | None = None
+
+    def sealed(self) -> "OutgoingFrame":
+        """Wait until the payload is whole, and return the frame as it is sent; called on a transport's thread."""
+        if self.digests is None:
+            return self
+        header = msgspec.structs.replace(self.header, unit_digests=self.digests())
+        return self._replace(header=header, digests=None)
 
 
 class Settled(NamedTuple):
@@ -61,7 +89,8 @@ class Settled(NamedTuple):
 
 
 class Arrival(NamedTuple):
-    """A frame whose header is sound. payload, uint8 [num_bytes], is there if and only if fault is None.
+    """A frame whose header is sound. payload, uint8 [num_bytes], is there if and only if fault is None: it was checked,
+    and is on the device of the site.
 
     Whoever takes it calls done when the payload has been copied, or will not be: it may then be overwritten.
     """
@@ -82,6 +111,8 @@ class SendingTransport(Protocol):
 
     def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
         """Return memory for the next frame to destination, uint8 [num_bytes]; what is taken must be sent.
+
+        It is the host's, or that of the site's device where the transport reads it there.
 
         None while there is none: there will be some when the next frame to destination is settled.
         """

@@ -3,6 +3,7 @@
 The heads of a rank are written down here a second time, from the definition, so that a mistake in the plan shows.
 """
 
+import os
 import select
 import time
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ from kv_transfer.mailbox import Mailbox
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.opening import open_receiver, open_sender
-from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled
+from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled, Site
 from protocol.identity import Attempt, Epoch, new_attempt, new_epoch, new_request_id
 from protocol.layout import Endpoint, KVLayout
 from protocol.orders import Broken, ExpectBlocks, Received, SendBlocks
 
 HOST = "127.0.0.1"
+DEVICE = os.environ.get("KV_DEVICE", "cpu")
 TRANSPORTS = ["zmq", "gloo", "shm", "auto"]
 NUM_LAYERS, NUM_BLOCKS, BLOCK_SIZE, HEAD_DIM = 3, 16, 16, 8
 SMALL_FRAME_BYTES = 4096
@@ -28,6 +30,10 @@ SMALL_FRAME_BYTES = 4096
 
 def layout(tensor_parallel: int, num_kv_heads: int, dtype: str = "float32", block_size: int = BLOCK_SIZE) -> KVLayout:
     return KVLayout("model", NUM_LAYERS, num_kv_heads, HEAD_DIM, dtype, block_size, tensor_parallel)
+
+
+def site_of(shape: KVLayout, timeout_s: float = 10) -> Site:
+    return Site(HOST, torch.device(DEVICE), shape, timeout_s)
 
 
 def heads_of(shape: KVLayout, rank: int) -> list[int]:
@@ -52,7 +58,7 @@ def write_tokens(cache: torch.Tensor, shape: KVLayout, rank: int, block_ids: lis
 
 def random_caches(shape: KVLayout, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     return [
-        torch.randn(NUM_LAYERS, 2, NUM_BLOCKS, len(heads_of(shape, rank)), shape.block_size, HEAD_DIM).to(dtype)
+        torch.randn(NUM_LAYERS, 2, NUM_BLOCKS, len(heads_of(shape, rank)), shape.block_size, HEAD_DIM).to(DEVICE, dtype)
         for rank in range(shape.tensor_parallel)
     ]
 
@@ -66,7 +72,7 @@ class Source:
         self.caches = random_caches(shape, dtype)
         self.endpoint = Endpoint(self.epoch, shape, name, ("",) * shape.tensor_parallel)
         self.senders = [
-            KVSender(cache, shape, rank, open_sender(name, HOST, timeout_s), SMALL_FRAME_BYTES)  # type: ignore[arg-type]
+            KVSender(cache, shape, rank, open_sender(name, site_of(shape, timeout_s)), SMALL_FRAME_BYTES)  # type: ignore[arg-type]
             for rank, cache in enumerate(self.caches)
         ]
 
@@ -88,7 +94,7 @@ class Sink:
         self.caches = random_caches(shape, dtype)
         self.expected = [cache.clone() for cache in self.caches]
         self.receivers = [
-            KVReceiver(cache, shape, rank, open_receiver(name, HOST, timeout_s), SMALL_FRAME_BYTES)  # type: ignore[arg-type]
+            KVReceiver(cache, shape, rank, open_receiver(name, site_of(shape, timeout_s)), SMALL_FRAME_BYTES)  # type: ignore[arg-type]
             for rank, cache in enumerate(self.caches)
         ]
         addresses = tuple(receiver.address for receiver in self.receivers)
@@ -210,7 +216,7 @@ class Recorder:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def send(self, frame: OutgoingFrame) -> None:
-        self.frames.append(frame)
+        self.frames.append(frame.sealed())
 
     def drop(self, attempt: Attempt) -> None:
         self.dropped.append(attempt)

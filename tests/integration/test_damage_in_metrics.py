@@ -17,9 +17,9 @@ import kv_transfer.plan
 from kv_transfer.frames import FrameHeader, encode_header
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
-from kv_transfer.transports import shm_sender, torch_sender, zmq_sender
+from kv_transfer.transports import slab_sender, torch_sender, zmq_sender
 from kv_transfer.transports.opening import open_sender
-from kv_transfer.transports.transport import OutgoingFrame, Settled
+from kv_transfer.transports.transport import OutgoingFrame, Settled, Site
 from protocol.request import SamplingParams
 from router.metrics import ClusterMetrics
 from tests.integration.test_transports_faults import GARBAGE, talking_to
@@ -37,18 +37,19 @@ FLIPPED, OLD = 98, 99
 class Wire:
     """A real SendingTransport; of one frame a test decides what becomes. Of what it adds KVSender hears nothing."""
 
-    def __init__(self, name: str, host: str, timeout_s: float) -> None:
+    def __init__(self, name: str, site: Site) -> None:
         self.name = name
         self.damage: Callable[[Wire, OutgoingFrame], None] | None = None
         self.settled = self
         self.counters: dict[str, int] = {}
-        self._transport = real = open_sender(name, host, timeout_s)  # type: ignore[arg-type]
+        self._transport = real = open_sender(name, site)  # type: ignore[arg-type]
         self._late: OutgoingFrame | None = None
         self._added: list[FrameHeader] = []
         self.staging, self.drop, self.close_peer, self.close = real.staging, real.drop, real.close_peer, real.close
         self.fileno, self.ring = real.settled.fileno, real.settled.ring
 
     def send(self, frame: OutgoingFrame) -> None:
+        frame = frame.sealed()
         damage, self.damage = self.damage, None
         if damage:
             damage(self, frame)
@@ -166,8 +167,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scene(request: pytest.FixtureRequest, model: Path) -> Iterator["Scene"]:
     wires: list[Wire] = []
 
-    def open_wire(name: str, host: str, timeout_s: float) -> Wire:
-        wires.append(Wire(name, host, timeout_s))
+    def open_wire(name: str, site: Site) -> Wire:
+        wires.append(Wire(name, site))
         return wires[0]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -175,7 +176,7 @@ def scene(request: pytest.FixtureRequest, model: Path) -> Iterator["Scene"]:
         patch.setattr(kv_transfer.plan, "SEGMENT_TOKENS", 32)
         for sized in (kv_transfer.plan.frames_of, kv_transfer.plan.manifest_of, KVSender.__init__, KVReceiver.__init__):
             patch.setattr(sized, "__defaults__", (FRAME_BYTES,))
-        for module in (zmq_sender, torch_sender, shm_sender):
+        for module in (zmq_sender, torch_sender, slab_sender):
             patch.setattr(module, "encode_header", damaged_header)
         with WorkerCluster(model, [("prefill", 1, 1), ("decode", 1, 1)], request.param) as cluster:
             yield Scene(cluster, wires[0])

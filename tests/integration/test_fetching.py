@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kv_transfer.transports.opening import open_sender
-from kv_transfer.transports.transport import OutgoingFrame
+from kv_transfer.transports.transport import OutgoingFrame, Site
 from protocol.messages import AnyMessage, Fetch, Handoff, RoleName, Unfetched
 from protocol.request import SamplingParams
 from protocol.topology import Transport
@@ -117,9 +117,9 @@ class Wire:
     is_holding = False
     held: list[OutgoingFrame]
 
-    def __init__(self, name: Transport, host: str, timeout_s: float) -> None:
+    def __init__(self, name: Transport, site: Site) -> None:
         self.held = []
-        self.real = real = open_sender(name, host, timeout_s)
+        self.real = real = open_sender(name, site)
         self.settled, self.staging, self.drop = real.settled, real.staging, real.drop
         self.close_peer, self.close = real.close_peer, real.close
 
@@ -128,6 +128,7 @@ class Wire:
         return self.real.counters
 
     def send(self, frame: OutgoingFrame) -> None:
+        frame = frame.sealed()
         is_fetch = frame.destination.epoch == frame.header.attempt.prefill_epoch
         if is_fetch and self.is_damaging:
             frame.payload[0] ^= 1
@@ -142,8 +143,8 @@ def cluster_over_wires(conversation: Conversation, case: str) -> Iterator[tuple[
     wires: list[Wire] = []
 
     class OwnWire(Wire):
-        def __init__(self, name: Transport, host: str, timeout_s: float) -> None:
-            super().__init__(name, host, timeout_s)
+        def __init__(self, name: Transport, site: Site) -> None:
+            super().__init__(name, site)
             wires.append(self)
 
     with pytest.MonkeyPatch.context() as patch:

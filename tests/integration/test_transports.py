@@ -17,7 +17,6 @@ from protocol.identity import new_attempt
 from protocol.layout import Endpoint, KVLayout
 from protocol.orders import Broken, ExpectBlocks, Received, SendBlocks
 from tests.integration.kv_groups import (
-    HOST,
     SMALL_FRAME_BYTES,
     TRANSPORTS,
     attempt_between,
@@ -27,6 +26,7 @@ from tests.integration.kv_groups import (
     poll_until,
     random_tokens,
     send_order,
+    site_of,
     transfer,
 )
 from tests.integration.test_process_group import LOOPBACK, listening_hosts, num_threads
@@ -86,8 +86,8 @@ def test_many_transfers_at_once_do_not_mix(name):
 def test_frames_of_full_size_arrive(name):
     shape = KVLayout("large", 6, 4, 64, "float32", 16, 1)
     source, sink = torch.randn(6, 2, 80, 4, 16, 64), torch.zeros(6, 2, 80, 4, 16, 64)
-    sender = KVSender(source, shape, 0, open_sender(name, HOST, 10))
-    receiver = KVReceiver(sink, shape, 0, open_receiver(name, HOST, 10))
+    sender = KVSender(source, shape, 0, open_sender(name, site_of(shape)))
+    receiver = KVReceiver(sink, shape, 0, open_receiver(name, site_of(shape)))
     attempt = new_attempt("0" * 32, 0, 1, 2)
     manifest = manifest_of(shape, shape, 16, 1200)
     assert manifest.num_bytes / manifest.num_frames > 2 << 20
@@ -107,8 +107,8 @@ def test_a_receiver_that_is_busy_for_seconds_loses_nothing(name, monkeypatch):
     monkeypatch.setattr("kv_transfer.transports.opening.INBOX_BYTES", 8 << 20)
     shape = KVLayout("large", 20, 4, 64, "float32", 16, 1)
     source, sink = torch.ones(20, 2, 80, 4, 16, 64), torch.zeros(20, 2, 80, 4, 16, 64)
-    sender = KVSender(source, shape, 0, open_sender(name, HOST, 10))
-    receiver = KVReceiver(sink, shape, 0, open_receiver(name, HOST, 10))
+    sender = KVSender(source, shape, 0, open_sender(name, site_of(shape)))
+    receiver = KVReceiver(sink, shape, 0, open_receiver(name, site_of(shape)))
     attempt = new_attempt("0" * 32, 0, 1, 2)
     receiver.expect(ExpectBlocks(attempt, Endpoint(1, shape, name, ("",)), tuple(range(80)), 0, 1280))
     sender.send(SendBlocks(attempt, Endpoint(2, shape, name, (receiver.address,)), tuple(range(80)), 0, 1280))

@@ -12,14 +12,24 @@ import pytest
 import torch
 import zmq
 
-from kv_transfer.frames import unit_digests
+from kv_transfer.digests import unit_digests
+from kv_transfer.handshake import greeting
 from kv_transfer.plan import FRAME_BYTES
 from kv_transfer.receiver import COUNTERS
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.offers import offered
 from kv_transfer.transports.opening import open_sender
-from kv_transfer.transports.shm_wire import HELLO, FramePacket, encode_frame, name_at, new_socket
 from kv_transfer.transports.slab import NUM_SLOTS
+from kv_transfer.transports.slab_transports import host_reach
+from kv_transfer.transports.slab_wire import (
+    GREETING,
+    FramePacket,
+    Hello,
+    encode_answer,
+    encode_frame,
+    encode_hello,
+    new_socket,
+)
 from kv_transfer.transports.transport import OutgoingFrame, SendingTransport, Settled
 from protocol.identity import Attempt
 from protocol.layout import Endpoint
@@ -38,6 +48,7 @@ from tests.integration.kv_groups import (
     poll_until,
     poll_until_counted,
     send_order,
+    site_of,
     transfer,
 )
 
@@ -59,7 +70,7 @@ def tampering(name: str) -> Iterator[tuple[Source, Sink, Attempt, list[OutgoingF
     with connected(name) as (source, sink):
         attempt = attempt_between(source, sink)
         sink.receivers[0].expect(expect_order(source, attempt, [9, 4, 7, 2], 60))
-        transport = open_sender(name, HOST, 5)  # type: ignore[arg-type]
+        transport = open_sender(name, site_of(source.layout, 5))  # type: ignore[arg-type]
         try:
             yield source, sink, attempt, frames_for(source, sink, attempt, [0, 1, 2, 3], 60), transport
         finally:
@@ -77,7 +88,7 @@ def with_attempt(frame: OutgoingFrame, **changes: object) -> OutgoingFrame:
 def with_piece(frame: OutgoingFrame, **changes: object) -> OutgoingFrame:
     """Another piece of the same size, with digests to match: only the plan can tell that it is wrong."""
     piece = msgspec.structs.replace(frame.header.piece, **changes)
-    return with_header(frame, piece=piece, unit_digests=unit_digests(piece, frame.payload.numpy().data))
+    return with_header(frame, piece=piece, unit_digests=unit_digests("xxh3", piece, frame.payload))
 
 
 def flipped(frame: OutgoingFrame) -> OutgoingFrame:
@@ -157,6 +168,7 @@ class DamagingTransport:
         self.close = transport.close
 
     def send(self, frame: OutgoingFrame) -> None:
+        frame = frame.sealed()
         if self.num_damaged:
             self.num_damaged -= 1
             frame.payload[100] ^= 1
@@ -167,7 +179,7 @@ class DamagingTransport:
 @pytest.mark.parametrize("num_damaged", [1, 4])
 def test_damage_on_the_wire_is_mended_while_prefill_still_holds_the_blocks(name, num_damaged):
     with connected(name, 1, 1) as (source, sink):
-        real = open_sender(name, HOST, 5)
+        real = open_sender(name, site_of(source.layout, 5))
         source.senders[0].close()
         sender = KVSender(source.caches[0], source.layout, 0, DamagingTransport(real, num_damaged), SMALL_FRAME_BYTES)
         source.senders = [sender]
@@ -180,7 +192,7 @@ def test_damage_on_the_wire_is_mended_while_prefill_still_holds_the_blocks(name,
 @transports
 def test_damage_that_does_not_end_breaks_the_transfer_and_nothing_of_it_is_used(name):
     with connected(name, 1, 1) as (source, sink):
-        transport = DamagingTransport(open_sender(name, HOST, 5), 1000)
+        transport = DamagingTransport(open_sender(name, site_of(source.layout, 5)), 1000)
         sender = KVSender(source.caches[0], source.layout, 0, transport, SMALL_FRAME_BYTES)
         attempt, before = attempt_between(source, sink), sink.caches[0].clone()
         sink.receivers[0].expect(expect_order(source, attempt, [1, 2, 3, 4], 60))
@@ -273,7 +285,7 @@ def talking_to(name: str, address: str) -> Iterator[Callable[[list[bytes]], None
         def send(parts: list[bytes]) -> None:
             peer = new_socket()
             opened.append(peer)
-            peer.connect(name_at(address))
+            peer.connect(host_reach().name_at(address))
             for part in parts:
                 with suppress(OSError):
                     peer.send(part)
@@ -282,7 +294,7 @@ def talking_to(name: str, address: str) -> Iterator[Callable[[list[bytes]], None
         for peer in opened:
             peer.close()
         return
-    with zmq.Context() as context, context.socket(zmq.PUSH if name == "gloo" else zmq.DEALER) as peer:
+    with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
         peer.setsockopt(zmq.LINGER, 0)
         peer.connect(address)
         yield peer.send_multipart
@@ -291,11 +303,13 @@ def talking_to(name: str, address: str) -> Iterator[Callable[[list[bytes]], None
 GARBAGE = [
     [b""],
     [b"x"] * 2,
-    [b"open", b"12345678", b"\xff" * 40],
-    [b"open", b"12345678", msgspec.msgpack.encode([1, 0, HOST, 1])],
-    [b"frame", b"12345678", b"\x01" * 60],
+    [b"open", b"\xff" * 40],
+    [b"open", msgspec.msgpack.encode([1, 0, HOST, 1, b"\xff" * 40])],
+    [b"frame", b"12345678", b"\x01\x00\x00\x00", b"\x01" * 60],
+    [b"frame", b"12345678", b"\xff\xff\xff\xff", b"\x01" * 60],
     [b"seq", b"\x01" * 60, b"payload"],
     [b"seq", b"\x02" * 60, b"payload"],
+    [b"greeting", b"\x03\x90"],
     [b"a"] * 50,
 ]
 
@@ -328,8 +342,8 @@ def slab_like(num_bytes: int, is_sealed: bool) -> int:
 def test_shared_memory_that_could_vanish_under_its_reader_is_not_accepted(num_bytes, is_sealed):
     with connected("shm") as (source, sink), new_socket() as peer:
         fd = slab_like(num_bytes, is_sealed)
-        peer.connect(name_at(sink.receivers[0].address))
-        socket.send_fds(peer, [HELLO], [fd])
+        peer.connect(host_reach().name_at(sink.receivers[0].address))
+        socket.send_fds(peer, [encode_hello(Hello(greeting(sink.layout), b""))], [fd])
         os.close(fd)
         poll_until_counted(sink, {"bad_message": 1})
         peer.settimeout(5)
@@ -342,11 +356,12 @@ def test_frames_outside_the_shared_memory_cost_their_sender_the_connection_only(
         for packet in (FramePacket(0, NUM_SLOTS, 16, b""), FramePacket(0, 0, 0, b""), FramePacket(0, 0, 2**31, b"")):
             with new_socket() as peer:
                 fd = slab_like(NUM_SLOTS * FRAME_BYTES, True)
-                peer.connect(name_at(sink.receivers[0].address))
-                socket.send_fds(peer, [HELLO], [fd])
+                peer.connect(host_reach().name_at(sink.receivers[0].address))
+                socket.send_fds(peer, [encode_hello(Hello(greeting(sink.layout), b""))], [fd])
                 os.close(fd)
-                peer.send(encode_frame(packet))
                 peer.settimeout(5)
+                assert peer.recv(10) == encode_answer(GREETING, ""), "welcome"
+                peer.send(encode_frame(packet))
                 with suppress(ConnectionResetError):
                     assert peer.recv(10) == b""
         poll_until_counted(sink, {"bad_message": 3})

@@ -11,7 +11,8 @@ import torch
 import zmq
 
 from kv_transfer.transports.listener import Listener
-from kv_transfer.transports.shm_wire import address_of, new_socket
+from kv_transfer.transports.slab_transports import host_reach
+from kv_transfer.transports.slab_wire import new_socket
 from protocol.identity import new_epoch
 from protocol.layout import Endpoint
 from protocol.orders import Broken, ExpectBlocks, Received
@@ -44,7 +45,7 @@ def deaf_address(name: str) -> Iterator[str]:
         with new_socket() as deaf:
             deaf.bind(f"\0{os.urandom(8).hex()}".encode())
             deaf.listen(1)
-            yield f"shm={address_of(deaf)} zmq=tcp://{HOST}:1"
+            yield f"shm={host_reach().address_of(deaf)} zmq=tcp://{HOST}:1"
         return
     with zmq.Context() as context, context.socket(zmq.PULL) as deaf:
         yield f"tcp://{HOST}:{deaf.bind_to_random_port(f'tcp://{HOST}')}"

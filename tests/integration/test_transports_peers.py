@@ -39,7 +39,7 @@ signals = pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
 PROCESS = """
 import select, sys, torch
 torch.set_num_threads(1)
-from tests.integration.kv_groups import Sink, Source, frames_for, layout
+from tests.integration.kv_groups import Sink, Source, frames_for, layout, site_of
 from kv_transfer.transports.opening import open_sender
 from protocol.identity import Attempt
 from protocol.layout import Endpoint
@@ -56,7 +56,7 @@ class Target:
 source = Source(name, layout(1, 2))
 attempt = Attempt(sys.argv[6], 0, int(sys.argv[7]), int(sys.argv[5]), int(sys.argv[8]))
 frames = frames_for(source, Target, attempt, [0, 1, 2, 3], 60)
-transport = open_sender(name, "127.0.0.1", 10)
+transport = open_sender(name, site_of(layout(1, 2)))
 while True:  # everything but the last frame over and over, or everything
     for frame in frames[: len(frames) - (sys.argv[3] == "endless")]:
         transport.send(frame)

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from kernels.backend import operations_for  # noqa: E402
 from kernels.triton import attention_decode, attention_prefill  # noqa: E402
 from kernels.triton import configurations as table  # noqa: E402
+from kernels.triton.digest_kv import digest_kv  # noqa: E402
 from kernels.triton.gather_kv import gather_kv  # noqa: E402
 from kernels.triton.penalize import penalize  # noqa: E402
 from kernels.triton.rms_norm import add_rms_norm, rms_norm  # noqa: E402
@@ -135,6 +136,9 @@ def test_rope_norms_of_heads_and_kv_copies_compile(compiler, head_dim, dtype):
     payload = gather_kv(cache, slots, (0, 1), (1, 2), (3, 40))
     scatter_kv(payload, cache, slots, (0, 1), (1, 2), (3, 40))
     compiler.check(table.KV_COPY[dims].max_spill_bytes)
+    unit_bytes = 16 * head_dim * dtype.itemsize
+    digest_kv(torch.empty(2 * unit_bytes, dtype=torch.uint8), unit_bytes, unit_bytes)
+    compiler.check(table.DIGEST.max_spill_bytes)
 
 
 def test_the_gate_and_sampling_compile(compiler):
@@ -160,6 +164,7 @@ def test_a_batch_of_another_size_needs_no_other_machine_code(compiler):
         add_rms_norm(q[:, 0].contiguous(), q[:, 0].contiguous(), q[0, 0], 1e-5)
         payload = gather_kv(k.view(num, 1, 1, *k.shape[1:]).expand(num, 2, 1, -1, -1, -1).contiguous(), *kv_ranges(num))
         scatter_kv(payload, k.view(num, 1, 1, *k.shape[1:]).expand(num, 2, 1, -1, -1, -1).contiguous(), *kv_ranges(num))
+        digest_kv(payload.flatten().view(torch.uint8)[: num * 256], num * 256, 2048)
         sample(torch.empty(num, 1000), *sampling_arguments(num))
     variants = {(kernel.name, kernel.hash) for kernel in compiler.kernels}
     assert len(variants) == len({name for name, _ in variants})

@@ -80,6 +80,11 @@ def test_rope_norms_of_heads_and_kv_copies(triton_operations, head_dim, dtype):
         twins.check_kv_copies(triton_operations, PLAIN, shape, ranges, dtype, "cuda")
 
 
+def test_digests(triton_operations):
+    for num_rows, row_words, unit_words in ((512, 2048, 1024), (3, 5000, 4096), (1, 8, 1024), (4096, 16, 16)):
+        twins.check_digests(triton_operations, PLAIN, num_rows, row_words, unit_words, "cuda")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gate(triton_operations, dtype):
     for num_rows in (1, 2049):

@@ -8,12 +8,14 @@ import itertools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels.backend import Operations
 from kernels.plain.attention_decode import attention_decode as plain_decode
 from kernels.plain.attention_prefill import attention_prefill as plain_prefill
+from kernels.plain.digest_kv import START, digest_keys
 
 LIMITS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Largest relative norm of the difference to float64: some roundings of each type."""
@@ -190,10 +192,29 @@ def check_kv_copies(
     with poisoned_memory():
         payload = operations.gather_kv(source, sending, *ranges)
     assert torch.equal(payload, plain.gather_kv(source, sending, *ranges))
+    room = torch.empty_like(payload).flatten()
+    assert operations.gather_kv(source, sending, *ranges, room).data_ptr() == room.data_ptr()
+    assert torch.equal(room, payload.flatten())
     expected = target.clone()
     plain.scatter_kv(payload, expected, receiving, *ranges)
     operations.scatter_kv(payload, target, receiving, *ranges)
     assert torch.equal(target, expected)
+
+
+def check_digests(
+    operations: Operations, plain: Operations, num_rows: int, row_words: int, unit_words: int, device: str
+) -> None:
+    """To the last bit, and against sums in Python for the first and the last unit."""
+    payload = torch.randint(0, 256, (num_rows * row_words * 4,), dtype=torch.uint8, device=device)
+    with poisoned_memory():
+        digests = operations.digest_kv(payload, row_words * 4, unit_words * 4)
+    assert torch.equal(digests, plain.digest_kv(payload, row_words * 4, unit_words * 4))
+    words = payload.view(torch.int32).view(num_rows, row_words).cpu().numpy().astype(np.uint32)
+    keys = digest_keys(unit_words, torch.device("cpu")).tolist()
+    last = (row_words - 1) // unit_words * unit_words
+    for unit, found in ((words[0, :unit_words], digests[0]), (words[-1, last:], digests[-1])):
+        total = START + sum(word * key for word, key in zip(unit.tolist(), keys, strict=False))
+        assert int(found) % 2**64 == total % 2**64
 
 
 def check_penalties(

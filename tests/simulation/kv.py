@@ -14,7 +14,8 @@ from typing import Generic, TypeVar
 import torch
 
 from kv_transfer.frames import encode_header
-from kv_transfer.transports.intake import accept
+from kv_transfer.staging import HostLanding
+from kv_transfer.transports.intake import Intake, as_payload
 from kv_transfer.transports.peers import Peers, fault_in
 from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, Destination, OutgoingFrame, Settled
 from protocol.identity import Attempt, Epoch
@@ -125,13 +126,11 @@ class SimulatedReceiver:
         self.address = address
         self.arrivals: WakingMailbox[Arrival] = WakingMailbox(wake)
         self.counters: dict[str, int] = dict.fromkeys(RECEIVING_FAULTS, 0)
+        self._intake = Intake(self.arrivals, self.counters, HostLanding())  # type: ignore[arg-type]
         network.listeners[address] = self
 
     def take(self, parts: list[bytes]) -> str | None:
-        fault = accept(memoryview(parts[1]), memoryview(bytearray(parts[2])), self.arrivals)  # type: ignore[arg-type]
-        if fault:
-            self.counters[fault] += 1
-        return fault
+        return self._intake.accept(parts[1], as_payload(memoryview(bytearray(parts[2]))))
 
     def close_peer(self, epoch: Epoch) -> None:
         """Nothing to do, as in ZmqReceiver."""
@@ -157,7 +156,7 @@ class SimulatedPeer:
 
     def send_waiting(self) -> None:
         while self.waiting and self._num_under_way < MAX_UNANSWERED:
-            frame = self.waiting.popleft()
+            frame = self.waiting.popleft().sealed()
             sequence = self._num_sent.to_bytes(8, "little")
             self._num_sent += 1
             self._num_under_way += 1

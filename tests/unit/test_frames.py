@@ -6,26 +6,33 @@ from typing import get_args
 import msgspec
 import numpy as np
 import pytest
+import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kv_transfer.digests import check_payload, unit_digests
 from kv_transfer.frames import (
     FRAME_VERSION,
     MAX_HEADER_BYTES,
+    DigestKind,
     FrameError,
     FrameFault,
     FrameHeader,
-    check_payload,
     decode_header,
     encode_header,
-    unit_digests,
 )
 from kv_transfer.plan import FRAME_BYTES, Link, Piece, frames_of, num_units
 from protocol.identity import Attempt, new_attempt, new_request_id
 from protocol.layout import KVLayout
 
 PAYLOAD = bytes(range(256))
+kinds = pytest.mark.parametrize("kind", get_args(DigestKind))
+
+
+def tensor_of(data: bytes | bytearray) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
 
 counts = st.integers(0, 2**31)
 ranges = st.tuples(counts, counts)
@@ -36,13 +43,15 @@ headers = st.builds(
     counts,
     st.integers(1, 2**31),
     st.builds(Piece, counts, ranges, ranges, ranges, st.integers(1, FRAME_BYTES)),
+    st.sampled_from(get_args(DigestKind)),
     st.binary(max_size=64),
 )
 
 
-def some_header() -> FrameHeader:
+def some_header(kind: DigestKind = "xxh3") -> FrameHeader:
     piece = Piece(1, (0, 2), (0, 1), (16, 48), len(PAYLOAD))
-    return FrameHeader(new_attempt(new_request_id(), 1, 5, 6), 0, 1, 3, piece, unit_digests(piece, memoryview(PAYLOAD)))
+    digests = unit_digests(kind, piece, tensor_of(PAYLOAD))
+    return FrameHeader(new_attempt(new_request_id(), 1, 5, 6), 0, 1, 3, piece, kind, digests)
 
 
 def with_digest(body: bytes, version: int = FRAME_VERSION) -> bytes:
@@ -115,37 +124,46 @@ def test_deep_nesting_and_long_headers_are_refused():
     assert fault_of(with_digest(b"\x00" * MAX_HEADER_BYTES)) == "bad_header"
 
 
-def test_a_payload_is_checked_for_size_and_content():
-    header = some_header()
-    check_payload(header, memoryview(PAYLOAD))
+@kinds
+def test_a_payload_is_checked_for_size_and_content(kind):
+    header = some_header(kind)
+    check_payload(header, tensor_of(PAYLOAD))
     with pytest.raises(FrameError) as short:
-        check_payload(header, memoryview(PAYLOAD[:-1]))
+        check_payload(header, tensor_of(PAYLOAD[:-1]))
     with pytest.raises(FrameError, match="1 of 8 units .* layer 0, keys of KV head 0, tokens 16 to 31") as flipped:
-        check_payload(header, memoryview(b"\x01" + PAYLOAD[1:]))
+        check_payload(header, tensor_of(b"\x01" + PAYLOAD[1:]))
     assert (short.value.fault, flipped.value.fault) == ("wrong_size", "bad_digest")
 
 
-@given(st.data())
-def test_one_flipped_bit_is_found_and_the_unit_it_is_in_is_named(data):
+def test_digests_of_one_kind_are_not_those_of_another():
+    header = msgspec.structs.replace(some_header("words"), digest_kind="xxh3")
+    with pytest.raises(FrameError, match="8 of 8 units"):
+        check_payload(header, tensor_of(PAYLOAD))
+
+
+@given(st.sampled_from(get_args(DigestKind)), st.data())
+def test_one_flipped_bit_is_found_and_the_unit_it_is_in_is_named(kind, data):
     layers, heads, tokens = (data.draw(st.integers(1, size)) for size in (3, 3, 50))
     first, token_bytes = 16 * data.draw(st.integers(0, 9)), 4
     row_bytes = tokens * token_bytes
     piece = Piece(0, (5, 5 + layers), (7, 7 + heads), (first, first + tokens), layers * 2 * heads * row_bytes)
     payload = bytearray(data.draw(st.binary(min_size=piece.num_bytes, max_size=piece.num_bytes)))
-    header = msgspec.structs.replace(some_header(), piece=piece, unit_digests=unit_digests(piece, memoryview(payload)))
-    check_payload(header, memoryview(payload))
+    digests = unit_digests(kind, piece, tensor_of(payload))
+    header = msgspec.structs.replace(some_header(), piece=piece, digest_kind=kind, unit_digests=digests)
+    check_payload(header, tensor_of(payload))
     bit = data.draw(st.integers(0, 8 * len(payload) - 1))
     payload[bit // 8] ^= 1 << bit % 8
     row, offset = divmod(bit // 8, row_bytes)
     start = offset // (16 * token_bytes) * 16
     where = f"layer {5 + row // heads // 2}, {('keys', 'values')[row // heads % 2]} of KV head {7 + row % heads}"
     with pytest.raises(FrameError) as error:
-        check_payload(header, memoryview(payload))
+        check_payload(header, tensor_of(payload))
     assert error.value.fault == "bad_digest"
     assert f"{where}, tokens {first + start} to {first + min(start + 16, tokens) - 1}" in str(error.value)
 
 
-def test_a_units_digest_is_the_same_however_the_prompt_is_laid_out():
+@kinds
+def test_a_units_digest_is_the_same_however_the_prompt_is_laid_out(kind):
     """One piece of two heads, and pieces of one head or cut elsewhere: equal digests, unit by unit."""
     num_layers, num_heads, num_tokens, token_bytes = 2, 2, 70, 8
     kv = np.random.default_rng(0).integers(0, 256, (num_layers, 2, num_heads, num_tokens, token_bytes), np.uint8)
@@ -153,7 +171,7 @@ def test_a_units_digest_is_the_same_however_the_prompt_is_laid_out():
     def by_unit(heads: tuple[int, int], tokens: tuple[int, int]) -> dict[tuple[int, ...], bytes]:
         part = np.ascontiguousarray(kv[:, :, slice(*heads), slice(*tokens)])
         piece = Piece(0, (0, num_layers), heads, tokens, part.nbytes)
-        digests = unit_digests(piece, memoryview(part.reshape(-1)))
+        digests = unit_digests(kind, piece, torch.from_numpy(part.reshape(-1)))
         units = itertools.product(
             range(num_layers), range(2), range(*heads), range(tokens[0] // 16, -(-tokens[1] // 16))
         )
@@ -167,11 +185,12 @@ def test_a_units_digest_is_the_same_however_the_prompt_is_laid_out():
 @pytest.mark.parametrize(
     "change", [{"tokens": (16, 16)}, {"layers": (0, 2**31)}, {"heads": (3, 1)}, {"tokens": (0, 3)}]
 )
-def test_a_header_that_contradicts_itself_is_refused_before_anything_is_computed(change):
-    header = some_header()
+@kinds
+def test_a_header_that_contradicts_itself_is_refused_before_anything_is_computed(change, kind):
+    header = some_header(kind)
     header = msgspec.structs.replace(header, piece=msgspec.structs.replace(header.piece, **change))
     with pytest.raises(FrameError) as error:
-        check_payload(header, memoryview(PAYLOAD))
+        check_payload(header, tensor_of(PAYLOAD))
     assert error.value.fault == "bad_header"
 
 

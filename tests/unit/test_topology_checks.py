@@ -7,13 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from cluster import checks
 from cluster.topology_file import load_topology
 from protocol.errors import ConfigError
-from protocol.topology import Topology
+from protocol.topology import Topology, Transport
 
 ROOT = Path(__file__).parents[2]
 MODEL = {
@@ -68,6 +69,14 @@ def test_a_topology_that_fits_passes(topology):
             "min_fetch_tokens is 64, but decode keeps no pre",
         ),
         ("decode.kv_cache.memory=1KiB", "decode.kv_cache.memory 1KiB holds 0 tokens on each decode rank"),
+        (
+            "kv_transfer.transport=nccl",
+            "kv_transfer.transport nccl moves KV between GPUs, but device is cpu",
+        ),
+        (
+            "kv_transfer.transport=cuda_ipc",
+            "transport cuda_ipc moves KV.*a transport that needs none .auto",
+        ),
         ("kv_cache.memory=255KiB", "holds 496 tokens .* fewer than one context of 512.*or model.max_context to 496"),
         ("kv_cache.memory=90%", "90% needs device cuda; on a CPU give bytes, as 512MiB"),
     ],
@@ -76,6 +85,11 @@ def test_what_the_model_cannot_do_is_refused_by_key(topology, override: str, com
     import re
 
     assert re.search(complaint, complaint_about(topology(*override.split())))
+
+
+@pytest.mark.parametrize("transport", get_args(Transport))
+def test_every_transport_fits_a_gpu(topology, transport: str):
+    checks.check_topology(topology("device=cuda", f"kv_transfer.transport={transport}"))
 
 
 def test_the_memory_that_the_complaint_asks_for_is_enough(topology):

@@ -98,6 +98,13 @@ def test_kv_copies(head_dim, tokens):
         twins.check_kv_copies(TRITON, PLAIN, (3, 5, 4, 16, head_dim), (layers, heads, tokens), BF16, "cpu")
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "row_words", "unit_words"), [(3, 2048, 1024), (5, 700, 512), (2, 24, 64), (1, 1, 16), (3, 1300, 600)]
+)
+def test_digests(num_rows, row_words, unit_words):
+    twins.check_digests(TRITON, PLAIN, num_rows, row_words, unit_words, "cpu")
+
+
 @pytest.mark.parametrize("num_penalized", [1, 9])
 def test_penalties(num_penalized):
     twins.check_penalties(TRITON, PLAIN, 9, 1057, num_penalized, "cpu")

@@ -1,4 +1,4 @@
-"""The receiving side of the shm transport: one thread that checks payloads where they lie, in the senders' slabs.
+"""The receiving side of shm and cuda_ipc: one thread that checks payloads where they lie, in the senders' slabs.
 
 A slot is staging: it belongs to this side from its frame's packet until the answer, which the main thread gives when it
 has copied the payload (or the thread, when there is nothing to copy). A peer that breaks the rules, or runs as another
@@ -12,21 +12,27 @@ import selectors
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-import torch
-
-from kv_transfer.frames import FrameError, FrameHeader, check_payload, decode_header
+from kv_transfer.handshake import refusal
 from kv_transfer.mailbox import Mailbox
-from kv_transfer.transports import shm_wire
-from kv_transfer.transports.slab import Slab
-from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault
+from kv_transfer.staging import landing_for
+from kv_transfer.transports import slab_wire
+from kv_transfer.transports.intake import Intake
+from kv_transfer.transports.slab import Lent, Slab
+from kv_transfer.transports.slab_wire import Reach
+from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, Site
 from protocol.identity import Epoch
+from protocol.layout import KVLayout
 
 _BACKLOG = 128
 _PEER_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _log = logging.getLogger(__name__)
+
+OpenSlab = Callable[[Lent], Slab]
+"""Raises ValueError or OSError for what cannot be opened."""
 
 
 class _Connection:
@@ -37,19 +43,30 @@ class _Connection:
         self.socket = accepted
         self.slab: Slab | None = None
 
-    def greet(self, data: bytes, fds: list[int]) -> None:
-        """Take the sender's slab; raises ValueError or OSError for anything else."""
+    def greet(self, data: bytes, fds: list[int], layout: KVLayout, open_slab: OpenSlab) -> None:
+        """Take the sender's slab. Raises ConnectionRefusedError when it may not send, else ValueError or OSError."""
         try:
-            if data != shm_wire.HELLO or len(fds) != 1:
-                raise ValueError("a connection that does not begin with a slab")
-            self.slab = Slab(fds[0])
+            hello = slab_wire.decode_hello(data)
+            if len(fds) != 1:
+                raise ValueError(f"a hello with {len(fds)} descriptors")
+            reason = refusal(layout, hello.greeting) or self._open(Lent(hello.slab, fds[0]), open_slab)
+            self.answer(slab_wire.GREETING, reason)
+            if reason:
+                raise ConnectionRefusedError(reason)
         finally:
             for fd in fds:
                 os.close(fd)
 
+    def _open(self, lent: Lent, open_slab: OpenSlab) -> str:
+        try:
+            self.slab = open_slab(lent)
+        except OSError as error:
+            return str(error)
+        return ""
+
     def answer(self, sequence: int, fault: str) -> None:
         try:
-            self.socket.send(shm_wire.encode_answer(sequence, fault))
+            self.socket.send(slab_wire.encode_answer(sequence, fault))
         except OSError:  # the sender is gone, or does not read its answers: it will hear of nothing any more
             self.hang_up()
 
@@ -59,16 +76,19 @@ class _Connection:
             self.socket.shutdown(socket.SHUT_RDWR)
 
 
-class ShmReceiver:
-    """A ReceivingTransport; reached by senders on this host only."""
+class SlabReceiver:
+    """A ReceivingTransport; reached by senders on this host only. Listens on no network, never waits for a peer."""
 
-    def __init__(self, arrivals: Mailbox[Arrival]) -> None:
+    def __init__(self, reach: Reach, open_slab: OpenSlab, site: Site, arrivals: Mailbox[Arrival]) -> None:
         self.arrivals = arrivals
         self.counters: dict[str, int] = dict.fromkeys(RECEIVING_FAULTS, 0)
-        self._listener = shm_wire.new_socket()
+        self._layout = site.layout
+        self._open_slab = open_slab
+        self._intake = Intake(arrivals, self.counters, landing_for(site.device))
+        self._listener = slab_wire.new_socket()
         self._listener.bind(b"\0tandem-kv-" + secrets.token_hex(8).encode())
         self._listener.listen(_BACKLOG)
-        self.address = shm_wire.address_of(self._listener)
+        self.address = reach.address_of(self._listener)
         self._stop: Mailbox[None] = Mailbox(0)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._stop, selectors.EVENT_READ)
@@ -110,7 +130,9 @@ class ShmReceiver:
         except BlockingIOError:
             pass
         except (OSError, ValueError) as error:
-            if not isinstance(error, ConnectionError):
+            if isinstance(error, ConnectionRefusedError):
+                self.counters["refused_peer"] += 1
+            elif not isinstance(error, ConnectionError):
                 self.counters["bad_message"] += 1
             self._close(connection)
         except Exception:
@@ -136,38 +158,16 @@ class ShmReceiver:
 
     def _receive(self, connection: _Connection) -> None:
         if connection.slab is None:
-            data, fds, _, _ = socket.recv_fds(connection.socket, shm_wire.MAX_PACKET_BYTES, 4)
+            data, fds, _, _ = socket.recv_fds(connection.socket, slab_wire.MAX_PACKET_BYTES, 4)
             if not data:
                 raise ConnectionResetError
-            connection.greet(data, fds)
+            connection.greet(data, fds, self._layout, self._open_slab)
             return
-        data = connection.socket.recv(shm_wire.MAX_PACKET_BYTES)
+        data = connection.socket.recv(slab_wire.MAX_PACKET_BYTES)
         if not data:
             raise ConnectionResetError
-        packet = shm_wire.decode_frame(data)
-        fault = self._deliver(connection, packet, connection.slab.slot(packet.slot, packet.num_bytes))
+        packet = slab_wire.decode_frame(data)
+        payload = connection.slab.slot(packet.slot, packet.num_bytes)
+        fault = self._intake.accept(packet.header, payload, partial(connection.answer, packet.sequence, ""))
         if fault:
             connection.answer(packet.sequence, fault)
-
-    def _deliver(
-        self, connection: _Connection, packet: shm_wire.FramePacket, payload: torch.Tensor
-    ) -> ReceivingFault | None:
-        """Deliver a sound frame, and one of which only the payload is bad; return its fault."""
-        header: FrameHeader | None = None
-        try:
-            header = decode_header(packet.header)
-            check_payload(header, payload.numpy().data)
-        except FrameError as error:
-            self.counters[error.fault] += 1
-            if header is not None:
-                self.arrivals.put(Arrival(header, None, error.fault))
-            return error.fault
-        done = partial(connection.answer, packet.sequence, "")
-        self.arrivals.put(Arrival(header, payload, None, done), packet.num_bytes)
-        return None
-
-
-def open_shm_receiver(host: str, timeout_s: float, arrivals: Mailbox[Arrival]) -> ShmReceiver:
-    """Return a ReceivingTransport through shared memory. It listens on no network, and never waits for a peer."""
-    del host, timeout_s
-    return ShmReceiver(arrivals)

@@ -1,0 +1,189 @@
+"""Between a rank's cache and the payloads of frames: gathered with their digests, checked, and scattered.
+
+KVSender gathers and KVReceiver scatters on the rank's main thread; transports wait for digests, and check payloads that
+have arrived, on threads of their own. A cache on a GPU is never waited for by the main thread.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from kernels.backend import operations_for
+from kv_transfer.digests import check_payload, check_size, unit_digests, words_digests
+from kv_transfer.frames import DigestKind, FrameHeader
+from kv_transfer.plan import Piece, Range
+from kv_transfer.streams import Afterwards, CudaStreams, Streams
+
+Digests = Callable[[], bytes]
+"""Waits until a payload is whole in its staging, and returns its digests; may be called by any thread."""
+
+
+class Staging(Protocol):
+    """Of one cache, [num_layers, 2, num_blocks, num_local_kv_heads, block_size, head_dim].
+
+    block_table: int64 [num_blocks of the prompt], on the cache's device. heads: within the cache.
+    """
+
+    digest_kind: DigestKind
+
+    def gather(self, piece: Piece, heads: Range, block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
+        """Copy a piece out of the cache into staging, uint8 [num_bytes], of the host or of the cache's device.
+
+        The blocks may be written again by whatever is launched after this.
+        """
+        ...
+
+    def scatter(
+        self,
+        piece: Piece,
+        heads: Range,
+        block_table: torch.Tensor,
+        payload: torch.Tensor,
+        done: Callable[[], None],
+    ) -> None:
+        """Copy a payload that was landed into the cache; done is called, by any thread, when it is not read any more.
+
+        Whatever is launched after this reads what was written.
+        """
+        ...
+
+    def close(self) -> None:
+        """Let go of threads."""
+        ...
+
+
+class HostStaging:
+    """A cache in the host's memory: copies are over when they return, digests are computed by who asks for them."""
+
+    digest_kind: DigestKind = "xxh3"
+
+    def __init__(self, cache: torch.Tensor) -> None:
+        self._cache = cache
+        self._operations = operations_for(cache.device)
+
+    def gather(self, piece: Piece, heads: Range, block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
+        out = staging.view(self._cache.dtype)
+        self._operations.gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens, out)
+        return lambda: unit_digests(self.digest_kind, piece, staging)
+
+    def scatter(
+        self,
+        piece: Piece,
+        heads: Range,
+        block_table: torch.Tensor,
+        payload: torch.Tensor,
+        done: Callable[[], None],
+    ) -> None:
+        shaped = _shaped(piece, payload, self._cache)
+        self._operations.scatter_kv(shaped, self._cache, block_table, piece.layers, heads, piece.tokens)
+        done()
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+class DeviceStaging:
+    """A cache on a GPU. Payloads are digested there; copies to the host run beside the main stream."""
+
+    digest_kind: DigestKind = "words"
+
+    def __init__(self, cache: torch.Tensor, streams: Streams) -> None:
+        self._cache = cache
+        self._operations = operations_for(cache.device)
+        self._streams = streams
+        self._afterwards = Afterwards()
+
+    def gather(self, piece: Piece, heads: Range, block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
+        gathered = staging if self._is_here(staging) else torch.empty_like(staging, device=self._cache.device)
+        out = gathered.view(self._cache.dtype)
+        self._operations.gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens, out)
+        digests = words_digests(piece, gathered)
+        on_host = torch.empty_like(digests, device="cpu", pin_memory=self._cache.is_cuda)
+
+        def copy_out() -> None:
+            on_host.copy_(digests, non_blocking=True)
+            if gathered is not staging:
+                staging.copy_(gathered, non_blocking=True)
+
+        wait = self._streams.aside(copy_out, digests, gathered)
+        return lambda: _after(wait, on_host)
+
+    def scatter(
+        self,
+        piece: Piece,
+        heads: Range,
+        block_table: torch.Tensor,
+        payload: torch.Tensor,
+        done: Callable[[], None],
+    ) -> None:
+        shaped = _shaped(piece, payload, self._cache)
+        self._operations.scatter_kv(shaped, self._cache, block_table, piece.layers, heads, piece.tokens)
+        self._afterwards.call(self._streams.mark(payload), done)
+
+    def close(self) -> None:
+        self._afterwards.close()
+
+    def _is_here(self, staging: torch.Tensor) -> bool:
+        return staging.device == self._cache.device
+
+
+class Landing(Protocol):
+    """How a receiving transport checks what has arrived, on its own threads."""
+
+    def land(self, header: FrameHeader, payload: torch.Tensor) -> torch.Tensor:
+        """Return the payload, checked, on the cache's device: itself if it is there. Raises FrameError if it is bad."""
+        ...
+
+
+class HostLanding:
+    """For a cache in the host's memory."""
+
+    def land(self, header: FrameHeader, payload: torch.Tensor) -> torch.Tensor:
+        check_payload(header, payload)
+        return payload
+
+
+class DeviceLanding:
+    """For a cache on a GPU: payloads are brought there, and checked there when they were digested on a GPU."""
+
+    def __init__(self, device: torch.device, streams: Streams) -> None:
+        self._device = device
+        self._streams = streams
+
+    def land(self, header: FrameHeader, payload: torch.Tensor) -> torch.Tensor:
+        check_size(header, payload)
+        if header.digest_kind == "xxh3":
+            check_payload(header, payload)
+            return self._streams.alone(lambda: self._bring(payload))
+
+        def check_there() -> torch.Tensor:
+            there = self._bring(payload)
+            check_payload(header, there)
+            return there
+
+        return self._streams.alone(check_there)
+
+    def _bring(self, payload: torch.Tensor) -> torch.Tensor:
+        return payload.to(self._device, non_blocking=True)
+
+
+def staging_for(cache: torch.Tensor) -> Staging:
+    """Return what gathers from and scatters into cache."""
+    return DeviceStaging(cache, CudaStreams(cache.device)) if cache.is_cuda else HostStaging(cache)
+
+
+def landing_for(device: torch.device) -> Landing:
+    """Return what checks payloads that are meant for a cache on device."""
+    return DeviceLanding(device, CudaStreams(device)) if device.type == "cuda" else HostLanding()
+
+
+def _shaped(piece: Piece, payload: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
+    """Return payload as [num_layers, 2, num_heads, num_tokens, head_dim] of the cache's type."""
+    layers, heads, tokens = (stop - start for start, stop in (piece.layers, piece.heads, piece.tokens))
+    return payload.view(cache.dtype).view(layers, 2, heads, tokens, cache.shape[-1])
+
+
+def _after(wait: Callable[[], None], digests: torch.Tensor) -> bytes:
+    wait()
+    return digests.numpy().tobytes()
