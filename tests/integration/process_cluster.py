@@ -59,12 +59,13 @@ class ProcessCluster(WorkerCluster):
         """Return what the router knows of this group's leader, dead or alive."""
         return self.controller.membership.groups[role, group].ranks[0]
 
-    def start_again(self, role: RoleName, group: int) -> None:
-        """Make sure that this life is over, and begin another, as Ray would."""
-        name = f"{role}-{group}-rank0"
-        self._processes[name].kill()
-        self._processes[name].join(5)
-        self._start_rank(self._launches[name])
+    def start_again(self, *groups: tuple[RoleName, int]) -> None:
+        """Make sure that these lives are over, and begin others, as Ray would."""
+        for role, group in groups:
+            name = f"{role}-{group}-rank0"
+            self._processes[name].kill()
+            self._processes[name].join(5)
+            self._start_rank(self._launches[name])
         self.wait_until_ready()
 
     def _start_rank(self, launch: WorkerLaunch) -> None:

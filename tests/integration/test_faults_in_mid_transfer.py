@@ -1,8 +1,9 @@
-"""Workers that are killed or stopped in the middle of a transfer, in a cluster of two prefill and two decode groups.
+"""Workers that are killed or stopped in the middle of transfers, in a cluster of two prefill and two decode groups.
 
 Real processes, and a model whose KV takes a moment to move: the signal falls between the handoff, which says that all
-frames are on their way, and the commit, which says that they have come. What must hold: the other pairs go on serving,
-the client hears what happened, every pool is whole soon after the fence, and the pair works again after a restart.
+frames are on their way, and the commit, which says that they have come. One pair loses its sender and the other pair
+its receiver. What must hold: the two that are left serve with one another, clients hear what happened, pools are whole
+soon after the fence, and both pairs work again after a restart.
 """
 
 import os
@@ -15,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from protocol.identity import Attempt, new_request_id
-from protocol.messages import AnyMessage, Committed, Handoff, RoleName
+from protocol.identity import Attempt, Epoch, new_request_id
+from protocol.messages import AnyMessage, Committed, Handoff
 from protocol.request import SamplingParams
 from tests.integration.process_cluster import ProcessCluster, Route
 from tests.models import make_model
@@ -55,9 +56,11 @@ class Scene:
         self.route.prefill, self.route.decode = prefill, decode
         return self.cluster.submit(prompt, GREEDY, salt=new_request_id())
 
-    def ask_the_others(self, lost: RoleName) -> list["Future[Answer]"]:
-        """Ask every pair that does without group 0 of this role, first the one with which it had to do."""
-        return [self.ask(*(pair if lost == "decode" else pair[::-1]), SHORT_PROMPT) for pair in ((0, 1), (1, 1))]
+    def serve_short(self, prefill: int, decode: int) -> float:
+        """Return how many seconds this pair took for the right answer to the short prompt."""
+        asked_at = time.monotonic()
+        assert self.ask(prefill, decode, SHORT_PROMPT).result(20).token_ids == self.short_answer
+        return time.monotonic() - asked_at
 
     def are_pools_whole(self) -> bool:
         """Whether all living groups have said that nothing is held."""
@@ -84,48 +87,45 @@ def scene(request: pytest.FixtureRequest, model: Path) -> Iterator[Scene]:
         yield Scene(cluster, route)
 
 
-class Trap:
-    """Sends a signal to a process when a handoff passes the router, and notes whether that transfer was committed."""
+class Traps:
+    """Sends a signal to a process when the handoff of a prefill group passes the router, and notes commits of those."""
 
-    def __init__(self, pid: int, how: signal.Signals) -> None:
-        self.sprung_at: float | None = None
+    def __init__(self, victims: dict[Epoch, int], how: signal.Signals) -> None:
+        self.sprung: dict[Attempt, float] = {}
         self.has_committed = False
-        self._pid, self._how = pid, how
-        self._attempt: Attempt | None = None
+        self._victims, self._how = victims, how
 
     def see(self, message: AnyMessage) -> None:
-        if isinstance(message, Handoff) and self.sprung_at is None:
-            os.kill(self._pid, self._how)
-            self.sprung_at, self._attempt = time.monotonic(), message.attempt
-        self.has_committed |= isinstance(message, Committed) and message.attempt == self._attempt
+        if isinstance(message, Handoff) and (pid := self._victims.pop(message.attempt.prefill_epoch, None)):
+            os.kill(pid, self._how)
+            self.sprung[message.attempt] = time.monotonic()
+        self.has_committed |= isinstance(message, Committed) and message.attempt in self.sprung
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_worker_lost_in_mid_transfer_costs_its_own_transfer_only(
-    scene: Scene, role: RoleName, how: signal.Signals
-) -> None:
+def test_workers_lost_in_mid_transfer_cost_their_own_transfers_only(scene: Scene, how: signal.Signals) -> None:
     cluster = scene.cluster
-    trap = Trap(cluster.pid(role, 0), how)
-    cluster.watch(trap.see)
-    lost = scene.ask(0, 0, LONG_PROMPT)
-    cluster.wait_until(lambda: trap.sprung_at is not None)
-    assert trap.sprung_at
-    for answer in scene.ask_the_others(role):
-        assert answer.result(20).token_ids == scene.short_answer
-    assert time.monotonic() - trap.sprung_at < SERVING_WITHIN_S[how]
+    quiet_s = max(scene.serve_short(1, 0) for _ in range(2))  # this machine may be busy with other things
+    sender, receiver = cluster.pid("prefill", 0), cluster.pid("decode", 1)
+    epochs = [cluster.leader("prefill", group).info.epoch for group in (0, 1)]
+    traps = Traps({epochs[0]: sender, epochs[1]: receiver}, how)
+    cluster.watch(traps.see)
+    lost = [scene.ask(0, 0, LONG_PROMPT), scene.ask(1, 1, LONG_PROMPT)]
+    cluster.wait_until(lambda: len(traps.sprung) == 2)
+    sprung_at = max(traps.sprung.values())
+    scene.serve_short(1, 0)
+    assert time.monotonic() - sprung_at < SERVING_WITHIN_S[how] + 2 * quiet_s
 
-    outcome = lost.result(20).outcome
-    assert outcome
-    assert outcome.code in ("worker_lost", "transfer_failed")
-    assert not trap.has_committed, "the signal came too late: this was not in mid-transfer"
-    cluster.wait_until(lambda: not cluster.leader(role, 0).is_alive, timeout_s=10)
-    fenced_at = time.monotonic()
-    assert fenced_at - trap.sprung_at < FENCED_WITHIN_S[how]
+    codes = {answer.outcome.code for answer in (future.result(20) for future in lost) if answer.outcome}
+    assert codes <= {"worker_lost", "transfer_failed"}
+    assert not traps.has_committed, "the signal came too late: this was not in mid-transfer"
+    gone = [cluster.leader("prefill", 0), cluster.leader("decode", 1)]
+    cluster.wait_until(lambda: not any(rank.is_alive for rank in gone), timeout_s=10)
+    assert time.monotonic() - sprung_at < FENCED_WITHIN_S[how]
     cluster.wait_until(scene.are_pools_whole, WHOLE_WITHIN_S)
-    for answer in scene.ask_the_others(role):
-        assert answer.result(20).token_ids == scene.short_answer
+    scene.serve_short(1, 0)
 
-    cluster.start_again(role, 0)
-    assert scene.ask(0, 0, LONG_PROMPT).result(20).token_ids == scene.long_answer
+    cluster.start_again(("prefill", 0), ("decode", 1))
+    answers = [scene.ask(group, group, LONG_PROMPT).result(20).token_ids for group in (0, 1)]
+    assert answers == [scene.long_answer] * 2
     cluster.assert_pools_whole()

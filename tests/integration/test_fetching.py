@@ -23,8 +23,8 @@ from tests.models import make_model, reference_model
 from tests.worker_cluster import Leave, WorkerCluster
 
 torch.set_num_threads(1)
-NUM_TURNS = 4
-NUM_TOKENS = 70
+NUM_TURNS = 3
+NUM_TOKENS = 50
 MIN_FETCH_TOKENS = 32
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0)
 ONE_PAIR: list[tuple[RoleName, int, int]] = [("prefill", 1, 1), ("decode", 1, 1)]
@@ -32,13 +32,11 @@ CASES: dict[str, tuple[list[tuple[RoleName, int, int]], Transport, tuple[int, in
     "1P1D over zmq": (ONE_PAIR, "zmq", (16, 16)),
     "1P1D over gloo": (ONE_PAIR, "gloo", (16, 16)),
     "1P1D over shm": (ONE_PAIR, "shm", (16, 16)),
-    "1P1D over the best": (ONE_PAIR, "auto", (16, 16)),
     "1P1D, blocks of 16 to 32": (ONE_PAIR, "zmq", (16, 32)),
     "1P1D, blocks of 32 to 16": (ONE_PAIR, "zmq", (32, 16)),
     "2P1D": ([("prefill", 2, 1), ("decode", 1, 1)], "zmq", (16, 16)),
     "TP1-TP2": ([("prefill", 1, 1), ("decode", 1, 2)], "zmq", (16, 16)),
     "TP2-TP1": ([("prefill", 1, 2), ("decode", 1, 1)], "zmq", (16, 16)),
-    "TP2-TP2, blocks of 32 to 16": ([("prefill", 1, 2), ("decode", 1, 2)], "shm", (32, 16)),
 }
 
 
@@ -153,7 +151,7 @@ def cluster_over_wires(conversation: Conversation, case: str) -> Iterator[tuple[
             yield cluster, OwnWire, wires
 
 
-@pytest.mark.parametrize("case", ["1P1D over zmq", "1P1D over shm", "TP2-TP1", "TP1-TP2"])
+@pytest.mark.parametrize("case", ["1P1D over shm", "TP2-TP1", "TP1-TP2"])
 def test_a_fetch_that_fails_is_computed_instead(conversation: Conversation, case: str) -> None:
     seen: list[AnyMessage] = []
     with cluster_over_wires(conversation, case) as (cluster, wire, _):
@@ -218,6 +216,6 @@ def test_a_decode_worker_that_dies_in_mid_fetch_is_replaced_and_asked_for_nothin
         assert outcome
         assert outcome.code == "worker_lost"
         cluster.watch(lambda message: None)
-        cluster.start_again("decode", 0)
+        cluster.start_again(("decode", 0))
         conversation.hold(cluster)
         cluster.assert_pools_whole()
