@@ -10,10 +10,11 @@ from torch import Tensor
 
 from cluster.launch import WorkerLaunch
 from cluster.two_way_mover import TwoWayMover
-from decode_worker.inbox import LoopbackInbox, RemoteInbox
+from decode_worker.inbox import Inbox, LoopbackInbox, RemoteInbox
 from decode_worker.mover import ReceivingMover
-from decode_worker.prefix_server import NoPrefixServer, RemotePrefixServer
+from decode_worker.prefix_server import NoPrefixServer, PrefixServer, RemotePrefixServer
 from decode_worker.role import DecodeRole
+from decode_worker.running import ALL_AT_ONCE, Growth, Running
 from engine.block_pool import BlockPool, Hold
 from engine.rank import Mover, Stationary
 from engine.role import Outlet, Ranks, Role
@@ -41,13 +42,15 @@ class Cache:
 
 @dataclass(frozen=True)
 class LeaderParts:
-    """What the leader's roles stand on. min_fetch_tokens: see KVTransferSection."""
+    """What the leader's roles stand on, and what each of them may take. min_fetch_tokens: see KVTransferSection."""
 
     pool: BlockPool
     ranks: Ranks
     outlet: Outlet
     layout: KVLayout
     max_running: int
+    outbox_share: float = 1.0
+    growth: Growth = ALL_AT_ONCE
     min_fetch_tokens: int = 0
 
 
@@ -87,24 +90,29 @@ def _decode_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
 
 
 def _prefill_roles(parts: LeaderParts) -> list[Role]:
-    outbox = RemoteOutbox(parts.pool, parts.ranks, parts.layout)
+    outbox = RemoteOutbox(parts.pool, parts.ranks, parts.layout, parts.outbox_share)
     min_tokens = parts.min_fetch_tokens
     fetcher = RemoteFetcher(parts.ranks, parts.outlet, min_tokens) if min_tokens else NoFetcher()
     return [PrefillRole(parts.pool, outbox, fetcher, parts.outlet, parts.layout.model_hash, parts.max_running)]
 
 
 def _decode_roles(parts: LeaderParts) -> list[Role]:
-    inbox, prefixes = RemoteInbox(parts.ranks, parts.layout), RemotePrefixServer(parts.ranks, parts.outlet)
-    return [DecodeRole(parts.pool, inbox, prefixes, parts.outlet, parts.layout.model_hash, parts.max_running)]
+    inbox = RemoteInbox(parts.ranks, parts.layout)
+    return [_decode_role(parts, inbox, RemotePrefixServer(parts.ranks, parts.outlet))]
+
+
+def _decode_role(parts: LeaderParts, inbox: Inbox, prefixes: PrefixServer) -> DecodeRole:
+    running = Running(parts.pool, parts.ranks, parts.growth)
+    return DecodeRole(parts.pool, inbox, prefixes, parts.outlet, running, parts.layout.model_hash, parts.max_running)
 
 
 def _colocated_roles(parts: LeaderParts) -> list[Role]:
     """Decode first: running streams do not wait for prompts."""
     loopback: Loopback[Hold] = Loopback()
-    pool, outlet, model_hash = parts.pool, parts.outlet, parts.layout.model_hash
+    outbox = LoopbackOutbox(loopback)
     return [
-        DecodeRole(pool, LoopbackInbox(loopback), NoPrefixServer(), outlet, model_hash, parts.max_running),
-        PrefillRole(pool, LoopbackOutbox(loopback), NoFetcher(), outlet, model_hash, parts.max_running),
+        _decode_role(parts, LoopbackInbox(loopback), NoPrefixServer()),
+        PrefillRole(parts.pool, outbox, NoFetcher(), parts.outlet, parts.layout.model_hash, parts.max_running),
     ]
 
 

@@ -17,7 +17,7 @@ from protocol.errors import ConfigError
 from protocol.messages import RoleName
 from protocol.model_config import ModelConfig, load_model_config
 from protocol.model_files import TOKENIZER_FILES, find_model
-from protocol.topology import GPU_TRANSPORTS, RoleSection, Topology
+from protocol.topology import GPU_TRANSPORTS, AnyRoleSection, DecodeSection, RoleSection, Topology
 
 
 class MisfitError(ConfigError):
@@ -37,9 +37,9 @@ def _about(key: str) -> Iterator[None]:
         raise MisfitError(key, str(error)) from None
 
 
-def roles(topology: Topology) -> list[tuple[RoleName, RoleSection]]:
+def roles(topology: Topology) -> list[tuple[RoleName, AnyRoleSection]]:
     """Return the roles that the topology has, with their sections."""
-    every: list[tuple[RoleName, RoleSection | None]] = [
+    every: list[tuple[RoleName, AnyRoleSection | None]] = [
         ("prefill", topology.prefill),
         ("decode", topology.decode),
         ("colocated", topology.colocated),
@@ -63,6 +63,8 @@ def check_topology(topology: Topology) -> ModelConfig:
             _check_split(role, section, model)
         with _about(_memory_key(role, section)):
             _check_cache(role, section, topology, model, max_context)
+        with _about(f"{role}.parked_memory"):
+            _check_parking(role, section, topology, model, max_context)
         with _about(f"{role}.gpus"):
             _check_gpu_share(role, section, topology)
     with _about("kv_transfer.transport"):
@@ -180,6 +182,23 @@ def _check_fetching(topology: Topology) -> None:
         raise ConfigError(
             f"kv_transfer.min_fetch_tokens is {num_tokens}, but decode keeps no prefixes that prefill could fetch; "
             f"set it to 0, or prefix_caching of decode's kv_cache to true"
+        )
+
+
+def _check_parking(
+    role: RoleName, section: RoleSection, topology: Topology, model: ModelConfig, max_context: int
+) -> None:
+    """With less room than one request needs, growth_tokens would be a wish that nobody grants."""
+    if not isinstance(section, DecodeSection) or section.growth_tokens is None:
+        return
+    block_size = topology.cache_of(section).block_size
+    one_block = block_bytes(model, topology.model.dtype, block_size, section.tensor_parallel)
+    num_blocks = -(-max_context // block_size)
+    if parse_memory(section.parked_memory) < num_blocks * one_block:
+        raise ConfigError(
+            f"{role}.parked_memory {section.parked_memory} holds less than one context of {max_context}, so no request "
+            f"of full length could begin with {section.growth_tokens} growth_tokens; raise it to "
+            f"{format_memory(num_blocks * one_block)} or leave growth_tokens out"
         )
 
 

@@ -7,7 +7,7 @@ start, and a restarted worker gets the same bytes again.
 import msgspec
 
 from protocol.messages import RoleName
-from protocol.topology import Device, Dtype, KVTransferSection, RoleSection
+from protocol.topology import AnyRoleSection, Device, Dtype, KVTransferSection
 
 
 class ModelLaunch(msgspec.Struct, frozen=True):
@@ -37,7 +37,7 @@ class WorkerLaunch(msgspec.Struct, frozen=True):
     group: int
     rank: int
     model: ModelLaunch
-    role_section: RoleSection
+    role_section: AnyRoleSection
     kv_cache: CacheLaunch
     kv_transfer: KVTransferSection
     device: Device

@@ -9,6 +9,7 @@ from cluster.assembly import ASSEMBLIES, Cache
 from cluster.launch import CacheLaunch, WorkerLaunch
 from engine.engine import Engine
 from engine.limits import KVMemory, Limits, ShareOfFree
+from engine.parked_kv import ParkedKV
 from engine.rank import Rank
 from engine.tensor_parallel import TensorParallel
 from protocol.layout import KVLayout
@@ -45,7 +46,7 @@ def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: C
     progress(f"KV cache of {num_tokens:,} tokens: {num_tokens / launch.model.max_context:,.1f} contexts of full length")
     layout = _layout(config, model_hash(folder), dtype, launch)
     mover = ASSEMBLIES[launch.role].mover(launch, Cache(engine.kv_cache.blocks, layout, launch.rank))
-    return LoadedRank(engine, Rank(engine, mover), layout)
+    return LoadedRank(engine, Rank(engine, ParkedKV(engine.kv_cache.blocks), mover), layout)
 
 
 def _kv_memory(launch: CacheLaunch) -> KVMemory:

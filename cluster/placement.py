@@ -19,7 +19,7 @@ from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
 from cluster.memory_size import parse_memory, parse_share
 from protocol.errors import TandemError
 from protocol.messages import RoleName
-from protocol.topology import RoleSection, Topology
+from protocol.topology import AnyRoleSection, Topology
 
 _PLACE_WITHIN_S = 120  # long enough for an autoscaler to bring a machine
 
@@ -66,7 +66,7 @@ def start_ranks(topology: Topology, max_context: int, control: str, host: str) -
 def _launch(
     topology: Topology,
     role: RoleName,
-    section: RoleSection,
+    section: AnyRoleSection,
     group: int,
     rank: int,
     max_context: int,

@@ -17,7 +17,7 @@ import yaml
 from cluster.checks import roles
 from cluster.memory_size import parse_memory, parse_share
 from protocol.errors import ConfigError
-from protocol.topology import Topology
+from protocol.topology import DecodeSection, Topology
 
 Places = dict[str, str]
 """Where each key was written: "prefill.groups" -> "configs/x.yaml:7"; the empty key is the file itself."""
@@ -189,11 +189,15 @@ def _check_roles(topology: Topology, places: Places) -> None:
 
 
 def _check_memory(topology: Topology, places: Places) -> None:
-    own = {f"{role}.kv_cache.memory": section.kv_cache.memory for role, section in roles(topology)}
-    for key, own_memory in {"kv_cache.memory": None, **own}.items():
-        memory = own_memory or topology.kv_cache.memory
+    sizes = {"kv_cache.memory": topology.kv_cache.memory}
+    for role, section in roles(topology):
+        if section.kv_cache.memory:
+            sizes[f"{role}.kv_cache.memory"] = section.kv_cache.memory
+        if isinstance(section, DecodeSection):
+            sizes[f"{role}.parked_memory"] = section.parked_memory
+    for key, size in sizes.items():
         try:
-            if parse_share(memory) is None:
-                parse_memory(memory)
+            if not key.endswith("kv_cache.memory") or parse_share(size) is None:
+                parse_memory(size)
         except ConfigError as error:
             raise ConfigError(f"{place_of(key, places)}: {key}: {error}") from None

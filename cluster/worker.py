@@ -9,6 +9,7 @@ computing the engine's; here is only the order in which things happen.
 import os
 import socket
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 import torch
 import zmq
@@ -18,6 +19,8 @@ from cluster.control_link import ControlLink, ControlSocket, Stopped
 from cluster.launch import WorkerLaunch
 from cluster.loading import LoadedRank, load_rank
 from cluster.loops import FollowerLoop, LeaderLoop
+from cluster.memory_size import parse_memory
+from decode_worker.running import Growth
 from engine.block_pool import BlockPool
 from engine.group import Follower, GroupRanks, Leader, Place
 from engine.sampler import Sampler
@@ -27,6 +30,7 @@ from protocol.identity import new_epoch
 from protocol.layout import Endpoint
 from protocol.messages import Join, Progress, Ready, Welcome, WorkerInfo
 from protocol.orders import Enlist
+from protocol.topology import DecodeSection, PrefillSection
 
 
 def run_worker(launch: WorkerLaunch) -> None:
@@ -90,9 +94,7 @@ class WorkerLife:
         assembly, engine = ASSEMBLIES[self._launch.role], loaded.engine
         ranks = GroupRanks(self._place.size, leader, loaded.rank)
         pool = BlockPool(engine.kv_cache.num_blocks, cache.block_size, cache.prefix_caching)
-        min_fetch_tokens = self._launch.kv_transfer.min_fetch_tokens
-        parts = LeaderParts(pool, ranks, self._link, loaded.layout, section.batch_requests, min_fetch_tokens)
-        roles = assembly.roles(parts)
+        roles = assembly.roles(self._parts(loaded, pool, ranks))
         draw = Sampler(engine.vocab_size, engine.device).draw
         steps = StepLoop(
             roles, ranks.forward, draw, section.batch_tokens, cache.block_size, is_ahead=engine.is_asynchronous
@@ -101,6 +103,23 @@ class WorkerLife:
         self._link.send(Ready(endpoint, pool.num_blocks * cache.block_size))
         wakers: list[zmq.Socket[bytes] | int] = [self._socket.pollable, leader.pollable, *loaded.rank.mover.filenos()]
         LeaderLoop(self._link, ranks, roles, steps, pool).run(wakers)
+
+    def _parts(self, loaded: LoadedRank, pool: BlockPool, ranks: GroupRanks) -> LeaderParts:
+        section = self._launch.role_section
+        parts = LeaderParts(
+            pool,
+            ranks,
+            self._link,
+            loaded.layout,
+            section.batch_requests,
+            min_fetch_tokens=self._launch.kv_transfer.min_fetch_tokens,
+        )
+        match section:
+            case PrefillSection():
+                return replace(parts, outbox_share=section.outbox_share)
+            case DecodeSection():
+                max_parked_blocks = parse_memory(section.parked_memory) // loaded.engine.kv_cache.block_bytes
+                return replace(parts, growth=Growth(section.growth_tokens, max_parked_blocks))
 
 
 def _describe(launch: WorkerLaunch) -> WorkerInfo:

@@ -1,7 +1,8 @@
 """What decode holds of a prompt, for prefill to fetch: the same transfer as a handoff, the other way round.
 
-Used by the decode role for attempts that have been granted. The blocks are those of the reservation, held until the
-attempt is over here, so a fetch that prefill has given up may go on reading them; nobody waits for it.
+Used by the decode role for attempts that have been granted. The blocks are those of the reservation, which are held at
+least until its handoff, and no handoff comes before the fetch is over. One that prefill has given up may go on reading
+what was in them; prefill's ranks have forgotten it by then, and nobody uses what comes.
 """
 
 from typing import Protocol

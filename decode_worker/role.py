@@ -1,16 +1,18 @@
 """The decode role of a group's leader: reserves room, commits arrived prompts, and runs everything that is running.
 
-A reservation is waiting (no blocks yet), arriving (its ranks expect frames), or running. Its blocks are enough for the
-prompt and all its growth from the start, so a running sequence never has to stop for want of blocks. A prompt is used
-only when every rank has checked every frame and the handoff's manifest equals the plan's.
+A reservation is waiting (no blocks yet), arriving (its ranks expect frames), running, or parked. Its blocks are enough
+for the prompt from the start; whether for all its growth, and what happens when they are not, is
+decode_worker/running.py's business. A prompt is used only when every rank has checked every frame and the handoff's
+manifest equals the plan's.
 """
 
 from collections import deque
-from dataclasses import dataclass
 
 from decode_worker.inbox import Inbox
 from decode_worker.prefix_server import PrefixServer
-from engine.block_pool import BlockPool, Hold
+from decode_worker.reservation import Reservation
+from decode_worker.running import Running
+from engine.block_pool import BlockPool
 from engine.prefix_hash import HashChain, chain_root
 from engine.role import Outlet
 from engine.sampler import Drawn
@@ -32,24 +34,6 @@ from protocol.messages import (
 from protocol.orders import AnyReport, Broken, Expecting, Received
 
 
-@dataclass(eq=False)
-class Reservation:
-    """One request on its way through this role. The two sets hold the ranks that have not reported yet."""
-
-    reserve: Reserve
-    chain: HashChain
-    unready: set[int]
-    incomplete: set[int]
-    hold: Hold | None = None
-    is_granted: bool = False
-    handoff: Handoff | None = None
-    sequence: Sequence | None = None
-
-    @property
-    def attempt(self) -> Attempt:
-        return self.reserve.attempt
-
-
 class DecodeRole:
     """See engine.role.Role."""
 
@@ -59,6 +43,7 @@ class DecodeRole:
         inbox: Inbox,
         prefixes: PrefixServer,
         outlet: Outlet,
+        running: Running,
         model_hash: str,
         max_running: int,
     ) -> None:
@@ -70,8 +55,12 @@ class DecodeRole:
         self._max_running = max_running
         self._reservations: dict[Attempt, Reservation] = {}
         self._waiting: deque[Reservation] = deque()
-        self._running: list[Reservation] = []
-        self.counters: dict[str, int] = {}
+        self._running = running
+        self._num_reserved = 0
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return self._running.counters
 
     @property
     def num_running(self) -> int:
@@ -112,9 +101,10 @@ class DecodeRole:
                 self._fail(reservation, "transfer_failed", text)
 
     def schedule(self, num_tokens: int) -> list[Chunk]:
+        max_sequences = min(num_tokens, self._max_running)
+        self._running.make_room(max_sequences)
         self._admit()
-        sequences = [r.sequence for r in self._running if r.sequence and not r.sequence.is_drawn]
-        return [sequence.next_chunk(1) for sequence in sequences[: min(num_tokens, self._max_running)]]
+        return [sequence.next_chunk(1) for sequence in self._running.ready(max_sequences)]
 
     def commit(self, chunk: Chunk, drawn: Drawn | None) -> None:
         sequence = chunk.sequence
@@ -125,8 +115,8 @@ class DecodeRole:
         if not drawn.is_valid:
             self._fail(reservation, "model_output_invalid", "the model's output for this request is not finite")
             return
-        if chunk.end % self._pool.block_size == 0:
-            self._pool.name_blocks(sequence.hold, sequence.block_names)
+        if reservation.hold and chunk.end % self._pool.block_size == 0:  # not parked while the step was under way
+            self._pool.name_blocks(reservation.hold, sequence.block_names)
         sequence.token_ids.append(drawn.token_id)
         finish_reason = sequence.finish_reason
         self._emit(sequence, drawn, finish_reason)
@@ -142,35 +132,33 @@ class DecodeRole:
 
     def _enqueue(self, reserve: Reserve) -> None:
         request = reserve.request
-        if self._num_blocks(reserve) > self._pool.num_blocks:
+        chain = HashChain(chain_root(self._model_hash, request.salt), self._pool.block_size)
+        ranks = range(self._inbox.num_reporting)
+        reservation = Reservation(reserve, self._num_reserved, chain, unready=set(ranks), incomplete=set(ranks))
+        if self._pool.blocks_for(reservation.max_num_computed) > self._pool.num_blocks:
             text = (
                 f"prompt and max_tokens are {request.max_num_tokens} tokens together; "
                 f"this cache holds {self._pool.num_blocks * self._pool.block_size}"
             )
             self._outlet.send(Failed(reserve.attempt, "kv_cache_too_small", text))
             return
-        chain = HashChain(chain_root(self._model_hash, request.salt), self._pool.block_size)
-        ranks = range(self._inbox.num_reporting)
-        reservation = Reservation(reserve, chain, unready=set(ranks), incomplete=set(ranks))
+        self._num_reserved += 1
         self._reservations[reserve.attempt] = reservation
         self._waiting.append(reservation)
         self._admit()
 
-    def _num_blocks(self, reserve: Reserve) -> int:
-        """KV of the last output token is never computed, so it needs no slot."""
-        return self._pool.blocks_for(reserve.request.max_num_tokens - 1)
-
     def _admit(self) -> None:
-        """In order of arrival and never past one that must wait: see docs/decisions/0003-no-deadlock.md."""
-        while self._waiting and self._start(self._waiting[0]):
+        """In order of arrival, and nobody while what runs lacks blocks: see docs/decisions/0003-no-deadlock.md."""
+        while self._running.restore() and self._waiting and self._start(self._waiting[0]):
             self._grant_when_ready(self._waiting.popleft())
 
     def _start(self, reservation: Reservation) -> bool:
         prompt = reservation.reserve.request.prompt_token_ids
         names = reservation.chain.of(prompt, len(prompt) - 1)
-        reservation.hold = self._pool.acquire(names, self._num_blocks(reservation.reserve))
+        reservation.hold = self._pool.acquire(names, self._running.num_first_blocks(reservation))
         if reservation.hold is None:
             return False
+        self._running.book(reservation)
         self._inbox.expect(reservation.reserve, reservation.hold, self._first_position(reservation))
         return True
 
@@ -209,7 +197,7 @@ class DecodeRole:
         )
         self._pool.name_blocks(sequence.hold, sequence.block_names)
         reservation.sequence = sequence
-        self._running.append(reservation)
+        self._running.add(reservation)
         self._outlet.send(Committed(reserve.attempt))
 
     def _emit(self, sequence: Sequence, drawn: Drawn, finish_reason: FinishReason | None) -> None:
@@ -224,10 +212,10 @@ class DecodeRole:
         reservation = self._reservations.pop(attempt, None)
         if reservation is None:
             return
-        if reservation.sequence is not None:
-            self._running.remove(reservation)
-        if reservation.hold is None:
+        if reservation.hold is None and reservation.sequence is None:
             self._waiting.remove(reservation)
             return
+        self._running.remove(reservation)
         self._inbox.drop(attempt)
-        reservation.hold.release()
+        if reservation.hold:
+            reservation.hold.release()

@@ -5,7 +5,7 @@ may be taken up again), free. Roles acquire holds and release them; nothing else
 numbers only: the tensors are engine/kv_cache.py's.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence as SequenceOf
 
 from protocol.messages import BlockCounts
@@ -24,6 +24,14 @@ class Hold:
         """Return a second claim on the same blocks: they stay held until both are released."""
         assert not self._is_released, "a released hold cannot be shared"
         return self._pool._hold(self.block_ids, self.num_cached)
+
+    def grow(self, num_blocks: int) -> bool:
+        """Hold num_blocks more behind the others; False, and nothing has changed, when too few are left."""
+        assert not self._is_released, "a released hold cannot grow"
+        more = self._pool.acquire((), num_blocks)
+        if more is not None:
+            self.block_ids += more.block_ids
+        return more is not None
 
     def release(self) -> None:
         """Let go. A second release is a mistake in the program."""
@@ -61,15 +69,21 @@ class BlockPool:
         names are those of the content that the holder wants, from position 0; at most num_blocks of them.
         """
         assert len(names) <= num_blocks
-        known = self._known_run(names)
-        num_evictable = len(self._cached) - sum(block in self._cached for block in known)
-        num_fresh = num_blocks - len(known)
-        if num_fresh > len(self._free) + num_evictable:
+        if not self.would_fit(names, num_blocks):
             return None
+        known = self._known_run(names)
         for block in known:
             self._cached.pop(block, None)
-        fresh = [self._take_block() for _ in range(num_fresh)]
+        fresh = [self._take_block() for _ in range(num_blocks - len(known))]
         return self._hold((*known, *fresh), len(known))
+
+    def would_fit(self, names: SequenceOf[bytes], num_blocks: int, without: SequenceOf[Hold] = ()) -> bool:
+        """Whether acquire would return a hold if those in without were released first."""
+        known = set(self._known_run(names))
+        num_evictable = len(self._cached) - len(self._cached.keys() & known)
+        released = Counter(block for hold in without for block in hold.block_ids)
+        num_released = sum(self._num_holds[block] == num for block, num in released.items() if block not in known)
+        return num_blocks - len(known) <= len(self._free) + num_evictable + num_released
 
     def name_blocks(self, hold: Hold, names: SequenceOf[bytes]) -> None:
         """Say that the first len(names) blocks of hold now have this content. Content that is known keeps its block."""

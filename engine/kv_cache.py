@@ -38,6 +38,11 @@ class KVCache:
         shape = (config.num_layers, 2, num_blocks + 1, num_heads, block_size, config.head_dim)
         self.blocks = torch.zeros(shape, dtype=dtype, device=device)
 
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block on this rank."""
+        return self.blocks[:, :, 0].nbytes
+
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """Return keys and values of one layer, each [num_blocks, num_local_kv_heads, block_size, head_dim]."""
         return self.blocks[index, 0], self.blocks[index, 1]

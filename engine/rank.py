@@ -1,7 +1,7 @@
 """One rank of a group: carries out the leader's orders, the same ones in the same sequence as every other rank.
 
-A step runs on the engine; everything else concerns KV on its way in or out and goes to the rank's mover, which is the
-part that a role adds to all ranks of its group.
+A step runs on the engine, and KV that makes way goes to the host and back; everything else concerns KV on its way to or
+from other groups and goes to the rank's mover, which is the part that a role adds to all ranks of its group.
 """
 
 from typing import Protocol
@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from engine.engine import Engine
-from protocol.orders import AnyOrder, AnyReport, Batch, Step
+from engine.parked_kv import ParkedKV
+from protocol.orders import AnyOrder, AnyReport, Batch, Discard, Park, Step, Unpark
 
 
 class Mover(Protocol):
@@ -57,10 +58,11 @@ class Stationary:
 
 
 class Rank:
-    """An engine and a mover, under orders."""
+    """An engine, what is parked of its KV, and a mover, under orders."""
 
-    def __init__(self, engine: Engine, mover: Mover) -> None:
+    def __init__(self, engine: Engine, parked_kv: ParkedKV, mover: Mover) -> None:
         self._engine = engine
+        self._parked_kv = parked_kv
         self.mover = mover
 
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -72,7 +74,10 @@ class Rank:
 
     def execute(self, order: AnyOrder) -> None:
         """Carry out any order but StopRank."""
-        if isinstance(order, Step):
-            self.forward(order.batch)
-        else:
-            self.mover.execute(order)
+        match order:
+            case Step():
+                self.forward(order.batch)
+            case Park() | Unpark() | Discard():
+                self._parked_kv.execute(order)
+            case _:
+                self.mover.execute(order)

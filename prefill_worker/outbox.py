@@ -19,7 +19,16 @@ from protocol.orders import DropTransfer, SendBlocks, SendMore
 
 
 class Outbox(Protocol):
-    """What the prefill role needs of one."""
+    """What the prefill role needs of one.
+
+    max_ungranted_blocks: how many blocks prompts may hold that have no grant yet; None: as many as there are.
+    """
+
+    @property
+    def max_ungranted_blocks(self) -> int | None: ...
+
+    def would_fit(self, names: SequenceOf[bytes], num_blocks: int, without: SequenceOf[Hold]) -> bool:
+        """Whether claim would return blocks if the holds in without were released first."""
 
     def claim(self, attempt: Attempt, names: SequenceOf[bytes], num_blocks: int) -> Hold | None:
         """Return blocks for a prompt, or None while there are none."""
@@ -40,10 +49,15 @@ class Outbox(Protocol):
 class RemoteOutbox:
     """Blocks come from this group's own pool; every rank sends its part of their content."""
 
-    def __init__(self, pool: BlockPool, ranks: Ranks, layout: KVLayout) -> None:
+    def __init__(self, pool: BlockPool, ranks: Ranks, layout: KVLayout, share: float) -> None:
+        """share: of the pool's blocks, what prompts without a grant may hold."""
         self._pool = pool
         self._ranks = ranks
         self._layout = layout
+        self.max_ungranted_blocks = int(share * pool.num_blocks)
+
+    def would_fit(self, names: SequenceOf[bytes], num_blocks: int, without: SequenceOf[Hold]) -> bool:
+        return self._pool.would_fit(names, num_blocks, without)
 
     def claim(self, attempt: Attempt, names: SequenceOf[bytes], num_blocks: int) -> Hold | None:
         return self._pool.acquire(names, num_blocks)
@@ -68,8 +82,13 @@ class RemoteOutbox:
 class LoopbackOutbox:
     """Blocks are those that the decode role of this group reserved; a computed prompt is already where it belongs."""
 
+    max_ungranted_blocks = None
+
     def __init__(self, loopback: Loopback[Hold]) -> None:
         self._loopback = loopback
+
+    def would_fit(self, names: SequenceOf[bytes], num_blocks: int, without: SequenceOf[Hold]) -> bool:
+        return False  # a reservation is offered or it is not
 
     def claim(self, attempt: Attempt, names: SequenceOf[bytes], num_blocks: int) -> Hold | None:
         hold = self._loopback.adopt(attempt)

@@ -1,36 +1,26 @@
-"""The prefill role of a group's leader: first come, first computed, in chunks that fill the token budget.
+"""The prefill role of a group's leader: computes prompts in chunks that fill the token budget, and hands them off.
 
 A job is waiting (no blocks yet), computing, or computed: its first token went to the client and its blocks are held
 until decode has committed to their content, or the attempt is aborted. Nothing is sent without a grant; with one, what
-is computed of a prompt leaves while the rest is being computed. What decode holds already may be fetched (fetcher.py).
+is computed of a prompt leaves while the rest is being computed. Without one a job may have to give up its blocks and
+start again (prefill_worker/admission.py); its first token is kept, and never drawn or sent a second time. What decode
+holds already may be fetched (prefill_worker/fetcher.py).
 """
 
 import time
-from collections import deque
-from dataclasses import dataclass
 
-from engine.block_pool import BlockPool
+from engine.block_pool import BlockPool, Hold
 from engine.prefix_hash import HashChain, chain_root
 from engine.role import Outlet
 from engine.sampler import Drawn
 from engine.sequence import Chunk, Sequence
+from prefill_worker.admission import Admission, Job
 from prefill_worker.fetcher import Fetcher
 from prefill_worker.outbox import Outbox
 from protocol.errors import FailureCode
 from protocol.identity import Attempt
 from protocol.messages import Abort, AnyMessage, Committed, Failed, Grant, Handoff, Prefill, TokenUpdate, Unfetched
 from protocol.orders import AnyReport, Broken
-
-
-@dataclass(eq=False)
-class Job:
-    """One prompt on its way through this role."""
-
-    prefill: Prefill
-    sequence: Sequence | None = None
-    grant: Grant | None = None
-    is_sending: bool = False
-    computed_at: float | None = None  # monotonic
 
 
 class PrefillRole:
@@ -52,13 +42,18 @@ class PrefillRole:
         self._model_hash = model_hash
         self._max_computing = max_computing
         self._jobs: dict[Attempt, Job] = {}
-        self._waiting: deque[Job] = deque()
+        self._admission = Admission(outbox, self._give_up)
         self._computing: list[Job] = []
-        self._counters = {"handoffs": 0, "handoff_exposed_us": 0}
+        self._num_handoffs = self._handoff_exposed_us = 0
 
     @property
     def counters(self) -> dict[str, int]:
-        return {**self._counters, **self._fetcher.counters}
+        return {
+            "handoffs": self._num_handoffs,
+            "handoff_exposed_us": self._handoff_exposed_us,
+            "prompts_given_up": self._admission.num_given_up,
+            **self._fetcher.counters,
+        }
 
     @property
     def num_running(self) -> int:
@@ -74,6 +69,7 @@ class PrefillRole:
                 self._enqueue(message)
             case Grant() if (job := self._jobs.get(message.attempt)) and job.grant is None:
                 job.grant = message
+                self._admission.grant(job)
                 if job.sequence is not None:
                     self._fetcher.granted(job.prefill, job.sequence, message)
                 self._send_computed(job)
@@ -94,26 +90,34 @@ class PrefillRole:
     def schedule(self, num_tokens: int) -> list[Chunk]:
         self._admit()
         chunks: list[Chunk] = []
-        for job in self._computing:
+        for job in sorted(self._computing, key=lambda job: job.grant is None):
+            sequence = job.sequence
+            assert sequence is not None
             if num_tokens <= 0:
                 break
-            assert job.sequence is not None
-            if not job.sequence.num_drawing and not self._fetcher.is_open(job.sequence.attempt):
-                chunks.append(job.sequence.next_chunk(num_tokens))
+            num_left = sequence.num_prompt_tokens - sequence.num_launched
+            if num_left and not self._fetcher.is_open(sequence.attempt):
+                chunks.append(sequence.next_chunk(min(num_tokens, num_left)))
                 num_tokens -= chunks[-1].num_tokens
         return chunks
 
     def commit(self, chunk: Chunk, drawn: Drawn | None) -> None:
         sequence = chunk.sequence
-        if sequence.attempt not in self._jobs:
+        job = self._jobs.get(sequence.attempt)
+        if job is None or job.sequence is not sequence:  # over, or given up while the step was under way
             return
         if drawn is not None and not drawn.is_valid:
             self._fail(sequence.attempt, "model_output_invalid", "the model's output for this prompt is not finite")
             return
         self._pool.name_blocks(sequence.hold, sequence.block_names)
-        job = self._jobs[sequence.attempt]
+        if sequence.num_computed == sequence.num_prompt_tokens:
+            self._computing.remove(job)
+            job.computed_at = time.monotonic()
         if drawn is not None:
-            self._finish_computing(job, sequence, drawn)
+            self._say_first_token(job, sequence, drawn)
+        if sequence.finish_reason:
+            self._outbox.drop(sequence.attempt)
+            self._drop(sequence.attempt)
         else:
             self._send_computed(job)
 
@@ -131,38 +135,35 @@ class PrefillRole:
             text = f"a prompt of {num_tokens} tokens; this cache holds {self._pool.num_blocks * self._pool.block_size}"
             self._outlet.send(Failed(prefill.attempt, "kv_cache_too_small", text))
             return
-        job = self._jobs[prefill.attempt] = Job(prefill)
-        self._waiting.append(job)
+        chain = HashChain(chain_root(self._model_hash, prefill.request.salt), self._pool.block_size)
+        job = self._jobs[prefill.attempt] = Job(prefill, chain, self._pool.blocks_for(num_tokens))
+        self._admission.enter(job)
 
     def _admit(self) -> None:
-        """In order of arrival and never past one that must wait: see docs/decisions/0003-no-deadlock.md."""
-        while self._waiting and len(self._computing) < self._max_computing:
-            if not self._start(self._waiting[0]):
-                return
-            self._computing.append(self._waiting.popleft())
+        while len(self._computing) < self._max_computing and (admitted := self._admission.admit()):
+            self._start(*admitted)
 
-    def _start(self, job: Job) -> bool:
-        request, attempt = job.prefill.request, job.prefill.attempt
-        prompt = request.prompt_token_ids
-        chain = HashChain(chain_root(self._model_hash, request.salt), self._pool.block_size)
-        names = chain.of(prompt, len(prompt) - 1)  # the last token is always computed: its logits are wanted
-        hold = self._outbox.claim(attempt, names, self._pool.blocks_for(len(prompt)))
-        if hold is None:
-            return False
-        job.sequence = Sequence(attempt, request, hold, chain, hold.num_cached * self._pool.block_size)
-        self._fetcher.admit(job.prefill, job.sequence, job.grant)
-        return True
+    def _start(self, job: Job, hold: Hold) -> None:
+        prefill, num_cached = job.prefill, hold.num_cached * self._pool.block_size
+        known = [] if job.first_token_id is None else [job.first_token_id]
+        job.sequence = Sequence(prefill.attempt, prefill.request, hold, job.chain, num_cached, known)
+        self._computing.append(job)
+        self._fetcher.admit(prefill, job.sequence, job.grant)
 
-    def _finish_computing(self, job: Job, sequence: Sequence, drawn: Drawn) -> None:
-        job.computed_at = time.monotonic()
-        self._computing.remove(job)
+    def _give_up(self, job: Job) -> None:
+        """Let go of blocks for somebody else, without a grant, so that nothing of them is on its way."""
+        assert job.sequence is not None
+        assert not job.is_sending
+        self._fetcher.forget(job.prefill.attempt)
+        job.sequence.hold.release()
+        if job in self._computing:
+            self._computing.remove(job)
+        job.sequence = job.computed_at = None
+
+    def _say_first_token(self, job: Job, sequence: Sequence, drawn: Drawn) -> None:
+        job.first_token_id = drawn.token_id
         sequence.token_ids.append(drawn.token_id)
         self._outlet.emit(self._first_update(sequence, drawn))
-        if sequence.finish_reason:
-            self._outbox.drop(sequence.attempt)
-            self._drop(sequence.attempt)
-        else:
-            self._send_computed(job)
 
     def _first_update(self, sequence: Sequence, drawn: Drawn) -> TokenUpdate:
         return TokenUpdate(
@@ -197,8 +198,8 @@ class PrefillRole:
         """What of a handoff computing did not hide: from the last token computed to decode's commitment."""
         job = self._jobs.get(attempt)
         if job and job.computed_at is not None:
-            self._counters["handoffs"] += 1
-            self._counters["handoff_exposed_us"] += int((time.monotonic() - job.computed_at) * 1e6)
+            self._num_handoffs += 1
+            self._handoff_exposed_us += int((time.monotonic() - job.computed_at) * 1e6)
 
     def _fail(self, attempt: Attempt, code: FailureCode, message: str) -> None:
         self._outlet.send(Failed(attempt, code, message))
@@ -210,9 +211,8 @@ class PrefillRole:
         if job is None:
             return
         self._fetcher.forget(attempt)
-        if job.sequence is None:
-            self._waiting.remove(job)
-        else:
+        self._admission.leave(job)
+        if job.sequence is not None:
             job.sequence.hold.release()
         if job in self._computing:
             self._computing.remove(job)

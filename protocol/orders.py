@@ -86,6 +86,28 @@ class DropTransfer(Order, frozen=True):
     attempt: Attempt
 
 
+class Park(Order, frozen=True):
+    """Copy KV of the first num_tokens positions of a sequence to the host; its blocks may be reused after this."""
+
+    attempt: Attempt
+    block_ids: tuple[int, ...]
+    num_tokens: int
+
+
+class Unpark(Order, frozen=True):
+    """Copy parked KV from first_position on back, into these blocks, and forget it; what is before is there already."""
+
+    attempt: Attempt
+    block_ids: tuple[int, ...]
+    first_position: int
+
+
+class Discard(Order, frozen=True):
+    """Forget parked KV."""
+
+    attempt: Attempt
+
+
 class ClosePeer(Order, frozen=True):
     """Either side: the group of this epoch is gone; close every connection to it."""
 
@@ -141,7 +163,7 @@ class Counted(Report, frozen=True):
     counters: dict[str, int]
 
 
-AnyOrder = Step | ExpectBlocks | SendBlocks | SendMore | DropTransfer | ClosePeer | StopRank
+AnyOrder = Step | ExpectBlocks | SendBlocks | SendMore | DropTransfer | Park | Unpark | Discard | ClosePeer | StopRank
 AnyReport = Enlist | Expecting | Received | Broken | FetchBroken | Counted
 
 _encoder = msgspec.msgpack.Encoder()

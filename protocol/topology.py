@@ -10,6 +10,7 @@ import msgspec
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Transport = Literal["auto", "cuda_ipc", "nccl", "shm", "zmq", "gloo"]
@@ -52,8 +53,8 @@ class RoleCacheSection(Section, frozen=True, kw_only=True):
     prefix_caching: bool | None = None
 
 
-class RoleSection(Section, frozen=True, kw_only=True):
-    """Groups of one role. batch_tokens bounds one forward pass, batch_requests what runs at once.
+class RoleSection(Section, frozen=True, kw_only=True, tag_field="role"):
+    """Groups of one role, whichever it is. batch_tokens bounds one forward pass, batch_requests what runs at once.
 
     cpus is each rank's share of the Ray cluster's CPUs (fractions are fine) and, rounded down, its threads (at least
     one). gpus is each rank's share of a GPU; None: one each when device is cuda.
@@ -66,6 +67,35 @@ class RoleSection(Section, frozen=True, kw_only=True):
     cpus: Annotated[float, msgspec.Meta(gt=0)] = 0.25
     gpus: Annotated[float, msgspec.Meta(ge=0)] | None = None
     kv_cache: RoleCacheSection = RoleCacheSection()
+
+
+class PrefillSection(RoleSection, frozen=True, kw_only=True, tag="prefill"):
+    """outbox_share: how much of a group's blocks prompts may take before decode has granted them; 1: all, 0: none.
+
+    What is computed ahead of its grant leaves as soon as that has come. Whatever this says, a prompt that has a grant
+    takes blocks away from those that have none, and theirs are computed again.
+    """
+
+    outbox_share: Share = 0.5
+
+
+class DecodeSection(RoleSection, frozen=True, kw_only=True, tag="decode"):
+    """growth_tokens: how much of an answer has its blocks from the start, and how much more it gets each time they are
+    used up; None: all of it from the start, so that nothing that runs is ever set aside.
+
+    parked_memory: bytes of host memory per rank for the KV of sequences that were set aside, as 512MiB or 20GiB. Who
+    could not be parked there with all its growth is given all of it from the start.
+    """
+
+    growth_tokens: Positive | None = None
+    parked_memory: str = "4GiB"
+
+
+class ColocatedSection(DecodeSection, frozen=True, kw_only=True, tag="colocated"):
+    """Both roles on one engine. Prompts are computed into what decode has reserved, so there is no outbox."""
+
+
+AnyRoleSection = PrefillSection | DecodeSection | ColocatedSection
 
 
 class KVCacheSection(Section, frozen=True, kw_only=True):
@@ -98,9 +128,9 @@ class Topology(Section, frozen=True, kw_only=True):
 
     model: ModelSection
     router: RouterSection = RouterSection()
-    prefill: RoleSection | None = None
-    decode: RoleSection | None = None
-    colocated: RoleSection | None = None
+    prefill: PrefillSection | None = None
+    decode: DecodeSection | None = None
+    colocated: ColocatedSection | None = None
     kv_cache: KVCacheSection = KVCacheSection()
     kv_transfer: KVTransferSection = KVTransferSection()
     device: Device = "cpu"

@@ -22,7 +22,15 @@ from protocol.messages import AnyMessage, RoleName, TokenUpdate
 from protocol.model_config import load_model_config
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
-from protocol.topology import KVTransferSection, RoleSection, RouterSection, Transport
+from protocol.topology import (
+    AnyRoleSection,
+    ColocatedSection,
+    DecodeSection,
+    KVTransferSection,
+    PrefillSection,
+    RouterSection,
+    Transport,
+)
 from router.control import ControlPlane
 from router.controller import Controller, Effect, Transmit
 from router.launch import GroupSpec, RouterLaunch
@@ -74,7 +82,8 @@ class WatchedController(Controller):
 class WorkerCluster:
     """Groups of the roles named, (role, number of groups, tensor_parallel), over one transport. A context manager.
 
-    block_sizes: those of decode groups last, of all others first. timeout_s: of every single KV operation.
+    block_sizes: those of decode groups last, of all others first. decode_memory_bytes: where decode's differs.
+    timeout_s: of every single KV operation.
     """
 
     def __init__(
@@ -85,6 +94,8 @@ class WorkerCluster:
         memory_bytes: int = 8 << 20,
         block_sizes: tuple[int, int] = (16, 16),
         batch_tokens: int = 256,
+        decode_memory_bytes: int | None = None,
+        growth_tokens: int | None = None,
         policy: Policy = round_robin,
         timeout_s: float = 10,
         min_fetch_tokens: int = 0,
@@ -93,6 +104,8 @@ class WorkerCluster:
         self._memory_bytes = memory_bytes
         self._block_sizes = block_sizes
         self._batch_tokens = batch_tokens
+        self._decode_memory_bytes = decode_memory_bytes or memory_bytes
+        self._growth_tokens = growth_tokens
         self._policy = policy
         self._kv_transfer = KVTransferSection(
             transport=transport, timeout_s=timeout_s, min_fetch_tokens=min_fetch_tokens
@@ -224,15 +237,25 @@ class WorkerCluster:
             group=spec.group,
             rank=rank,
             model=ModelLaunch(str(self._model), "float32", load_model_config(self._model).max_context),
-            role_section=RoleSection(tensor_parallel=spec.tensor_parallel, batch_tokens=self._batch_tokens),
-            kv_cache=CacheLaunch(
-                self._memory_bytes, 0.0, self._block_sizes[spec.role == "decode"], prefix_caching=True
-            ),
+            role_section=self._section(spec),
+            kv_cache=self._cache(spec),
             kv_transfer=self._kv_transfer,
             device="cpu",
             control=self._control.address,
             host=HOST,
         )
+
+    def _section(self, spec: GroupSpec) -> AnyRoleSection:
+        size, tokens = spec.tensor_parallel, self._batch_tokens
+        if spec.role == "prefill":
+            return PrefillSection(tensor_parallel=size, batch_tokens=tokens)
+        kind = DecodeSection if spec.role == "decode" else ColocatedSection
+        return kind(tensor_parallel=size, batch_tokens=tokens, growth_tokens=self._growth_tokens)
+
+    def _cache(self, spec: GroupSpec) -> CacheLaunch:
+        is_decode = spec.role == "decode"
+        memory_bytes = self._decode_memory_bytes if is_decode else self._memory_bytes
+        return CacheLaunch(memory_bytes, 0.0, self._block_sizes[is_decode], prefix_caching=True)
 
     async def _open_router(self) -> None:
         config = load_model_config(self._model)

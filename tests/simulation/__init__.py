@@ -6,7 +6,7 @@
     kv.py         KV frames between ranks: dropped, doubled, reordered, late, flipped
     group.py      one group of ranks: joins, serves, dies, comes back as a stranger
     cluster.py    the router's mind, its clients, and all groups together
-    small_world.py, search.py   the other way: two or three requests, every order of events
+    small_world.py, search.py, copies.py   the other way: two or three requests, every order of events
     scenario.py   one seed -> a topology, requests and faults; what must hold whatever happens
 
 `python -m tests.simulation.scenario SEED` tells the story of one seed, event by event.

@@ -18,8 +18,10 @@ from cluster.control_link import ControlLink, Fenced, Stopped
 from cluster.loops import FollowerLoop, LeaderLoop
 from cluster.two_way_mover import TwoWayMover
 from decode_worker.mover import ReceivingMover
+from decode_worker.running import ALL_AT_ONCE, Growth
 from engine.block_pool import BlockPool
 from engine.group import GroupError, GroupRanks
+from engine.parked_kv import ParkedKV
 from engine.rank import Mover, Rank, Stationary
 from engine.role import Role
 from engine.sampler import Drawing, Drawn, Sampler, SamplingRow
@@ -27,10 +29,11 @@ from engine.step_loop import StepLoop
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from prefill_worker.mover import SendingMover
+from prefill_worker.role import PrefillRole
 from protocol.identity import new_epoch
 from protocol.layout import Endpoint, KVLayout
 from protocol.messages import Join, Ready, Welcome, WorkerInfo
-from protocol.orders import AnyOrder, AnyReport, Batch, Step, StopRank
+from protocol.orders import AnyOrder, AnyReport, Batch, Discard, Park, Step, StopRank, Unpark
 from router.launch import GroupSpec
 from tests.simulation.control import SimulatedWire
 from tests.simulation.kv import SimulatedReceiver, SimulatedSender
@@ -52,6 +55,8 @@ class GroupSize:
     max_running: int = 8
     num_kv_heads: int = 2
     frame_bytes: int = 64
+    outbox_share: float = 0.5
+    growth: Growth = ALL_AT_ONCE
     is_ahead: bool = False
     min_fetch_tokens: int = 0
 
@@ -85,6 +90,18 @@ class LateDrawing:
         return self._drawing.collect()
 
 
+class QueuedParkedKV(ParkedKV):
+    """Copies in the order of a device's queue: what was launched before is computed before."""
+
+    def __init__(self, cache: torch.Tensor, finish_launched: Callable[[], None]) -> None:
+        super().__init__(cache)
+        self._finish_launched = finish_launched
+
+    def execute(self, order: Park | Unpark | Discard) -> None:
+        self._finish_launched()
+        super().execute(order)
+
+
 class SimulatedRank:
     """One rank in one life: a process, but for its threads."""
 
@@ -109,6 +126,7 @@ class SimulatedRank:
         self.orders: deque[AnyOrder] = deque()
         self.transports: list[SimulatedReceiver | SimulatedSender] = []
         self.cache = RankCache.empty(group.layout, number, group.size.num_blocks)
+        self.parked_kv = QueuedParkedKV(self.cache.blocks, group.finish_launched)
         self.mover = self._make_mover()
         self.link.send(Join(info, self.name if number == 0 else None))
         self.link.flush()
@@ -160,7 +178,9 @@ class SimulatedRank:
         try:
             if self.loop is None:
                 return self._join_in()
-            return bool(self.loop.turn())
+            is_busy = bool(self.loop.turn())
+            self._group.check_limits(self)
+            return is_busy
         except (Fenced, Stopped, GroupError) as end:
             self._group.close_channel(self)
             self.die(str(end))
@@ -230,6 +250,7 @@ class SimulatedGroup:
         self.reports: deque[AnyReport] = deque()
         self._past_messages: dict[int, list[bytes]] = {}
         self.pool: BlockPool | None = None
+        self._launched: LateDrawing | None = None
         self.roles: list[Role] = []
         self.ranks: dict[int, SimulatedRank] = {}
         for number in range(spec.tensor_parallel):
@@ -253,7 +274,21 @@ class SimulatedGroup:
         """Serving, with a whole pool, no request, and no transfer on any rank."""
         if not self.is_serving or self.pool is None:
             return False
-        return self.pool.counts.held == 0 and self.num_jobs == 0 and not any(map(_has_transfers, self.ranks.values()))
+        is_parked = any(len(rank.parked_kv) for rank in self.ranks.values())
+        has_transfers = any(map(_has_transfers, self.ranks.values()))
+        return self.pool.counts.held == 0 and self.num_jobs == 0 and not is_parked and not has_transfers
+
+    def check_limits(self, rank: SimulatedRank) -> None:
+        """Neither a rank's host copies nor what prefill computes ahead of grants may be more than was allowed."""
+        if len(rank.parked_kv):
+            num_tokens = [copy.shape[3] for copy in rank.parked_kv._parked.values()]
+            num_blocks = sum(-(-num // self.size.block_size) for num in num_tokens)
+            assert num_blocks <= self.size.growth.max_parked_blocks, f"{num_blocks} blocks are parked"
+        for role in self.roles if rank.number == 0 and self.spec.role == "prefill" else ():
+            assert isinstance(role, PrefillRole)
+            holds = [job.sequence.hold for job in role._jobs.values() if job.sequence and not job.grant]
+            num_blocks = sum(len(hold.block_ids) for hold in holds)
+            assert num_blocks <= self.size.outbox_share * self.size.num_blocks, f"{num_blocks} blocks are ungranted"
 
     def _restart(self, number: int) -> None:
         rank = self.ranks[number] = SimulatedRank(self._world, self, number)
@@ -289,22 +324,34 @@ class SimulatedGroup:
     def _serve(self, leader: SimulatedRank, followers: list[SimulatedRank]) -> None:
         size = self.size
         self.reports.clear()
+        self._launched = None
         self.pool = BlockPool(size.num_blocks, size.block_size)
         model = OracleModel([rank.cache for rank in self.ranks.values()], size.block_size)
         for follower in followers:
             end = FollowerEnd(follower, self._report)
-            rank = Rank(OracleEngine(None), follower.mover)  # type: ignore[arg-type]
+            rank = Rank(OracleEngine(None), follower.parked_kv, follower.mover)  # type: ignore[arg-type]
             follower.loop = FollowerLoop(follower.link, end, rank, self._world.clock.read)  # type: ignore[arg-type]
         channel = LeaderEnd(followers, self.reports)
-        ranks = GroupRanks(self.spec.tensor_parallel, channel, Rank(OracleEngine(model), leader.mover))  # type: ignore[arg-type]
-        parts = LeaderParts(self.pool, ranks, leader.link, self.layout, size.max_running, size.min_fetch_tokens)
+        own_rank = Rank(OracleEngine(model), leader.parked_kv, leader.mover)  # type: ignore[arg-type]
+        ranks = GroupRanks(self.spec.tensor_parallel, channel, own_rank)  # type: ignore[arg-type]
+        limits = (size.max_running, size.outbox_share, size.growth, size.min_fetch_tokens)
+        parts = LeaderParts(self.pool, ranks, leader.link, self.layout, *limits)
         self.roles = ASSEMBLIES[self.spec.role].roles(parts)
         steps = StepLoop(
-            self.roles, ranks.forward, LateDrawing, size.batch_tokens, size.block_size, is_ahead=size.is_ahead
+            self.roles, ranks.forward, self._draw, size.batch_tokens, size.block_size, is_ahead=size.is_ahead
         )
         leader.loop = LeaderLoop(leader.link, ranks, self.roles, steps, self.pool, self._world.clock.read)
         leader.link.send(Ready(self._endpoint(leader), size.num_blocks * size.block_size))
         leader.wake()
+
+    def _draw(self, compute: Callable[[], torch.Tensor], rows: SequenceOf[SamplingRow]) -> LateDrawing:
+        self._launched = LateDrawing(compute, rows)
+        return self._launched
+
+    def finish_launched(self) -> None:
+        """Compute what was launched last, if it is not yet."""
+        if self._launched:
+            _ = self._launched.token_ids
 
     def _endpoint(self, leader: SimulatedRank) -> Endpoint:
         transport = "loopback" if self.spec.role == "colocated" else "zmq"

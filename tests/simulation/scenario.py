@@ -7,11 +7,14 @@ given a short one, so a deadlock shows as an end that nothing explains.
 
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
 
 from cluster.control_link import RECONNECT_MS
+from decode_worker.role import DecodeRole
+from decode_worker.running import ALL_AT_ONCE, Growth
 from kv_transfer import sender
 from protocol import identity
 from protocol.messages import RoleName
@@ -78,6 +81,14 @@ FAULTS = [
     Faults("everything", KVFaults(0.02, 0.1, 0.02, 0.2, 0.02), 2, 1, 1, cancels=0.2, short_deadlines=0.1),
 ]
 
+CROWDED = 0.25
+"""The share of seeds with many requests at once and the smallest pools that can serve them."""
+
+GROWTHS = [ALL_AT_ONCE, Growth(1, 3), Growth(1, 100), Growth(2, 100), Growth(3, 8)]
+
+GRANT_ORDERS = ["first come, first served", "first come, first served", "newest first", "in any order"]
+"""Production's, and others: whatever it is, nothing may deadlock."""
+
 
 def faults_of(seed: int) -> Faults:
     """Return what goes wrong under this seed."""
@@ -94,18 +105,23 @@ class Scenario:
         self.world = World(self.rng, self.faults.kv, is_told)
         topology = self.rng.choice(TOPOLOGIES)
         specs = [GroupSpec(role, group, tp) for role, num, tp in topology for group in range(num)]
+        self.is_crowded = self.rng.random() < CROWDED
         size = GroupSize(
-            num_blocks=self.rng.choice([6, 8, 12, 30]),
+            num_blocks=6 if self.is_crowded else self.rng.choice([6, 8, 12, 30]),
             batch_tokens=self.rng.choice([3, 6, 16, 32]),
             max_running=self.rng.choice([2, 8]),
             num_kv_heads=self.rng.choice([1, 2]),
+            outbox_share=self.rng.choice([0.0, 0.3, 0.5, 1.0]),
+            growth=self.rng.choice(GROWTHS[1:] if self.is_crowded else GROWTHS),
             is_ahead=seed % 2 == 1,
             min_fetch_tokens=2 if seed % 3 == 1 else 0,
         )
+        self.grant_order = self.rng.choice(GRANT_ORDERS)
         block_size = self.rng.choice([size.block_size, 2, 8])
         num_blocks = size.num_blocks * size.block_size // block_size
         decode_size = replace(size, block_size=block_size, num_blocks=num_blocks)
         self.world.tell(lambda: f"{topology}, {size}, decode blocks of {block_size}, faults: {self.faults.name}")
+        self.world.tell(lambda: f"decode grants {self.grant_order}")
         policy = self.rng.choice(["least_loaded", "round_robin"])
         self.cluster = SimulatedCluster(self.world, specs, size, policy, decode_size=decode_size)
         self._num_slots = size.num_blocks * size.block_size
@@ -118,7 +134,7 @@ class Scenario:
         """Live through it. Raise AssertionError for anything that must not be."""
         clock, cluster = self.world.clock, self.cluster
         assert clock.run_until(lambda: cluster.is_ready, 5), "the groups never became ready"
-        self._plan_requests(self.rng.choice([2, 3, 4, 5, 8]))
+        self._plan_requests(8 if self.is_crowded else self.rng.choice([2, 3, 4, 5]))
         self._plan_faults()
         clock.run_until(lambda: False, FAULT_TIME_S)
         has_ended = clock.run_until(lambda: cluster.has_ended and not self._num_turns_due, LONG_S + 1)
@@ -132,7 +148,7 @@ class Scenario:
 
     def _plan_requests(self, num_requests: int) -> None:
         """Submit requests at random times, and note which ends besides the faults' own would be no surprise."""
-        within_s = self.rng.choice([FAULT_TIME_S / 4, FAULT_TIME_S / 40])
+        within_s = FAULT_TIME_S / 40 if self.is_crowded else FAULT_TIME_S / 4
         for index in range(num_requests):
             request = self._request(f"request-{index}")
             leaves = self.rng.random() < self.faults.cancels
@@ -160,16 +176,15 @@ class Scenario:
     def _submit(self, request: Request, leaves: bool) -> None:
         client = self.cluster.submit(request)
         if leaves:
-            self.world.clock.after(self._moment() / 4, lambda: self.cluster.cancel(client))
+            self.world.clock.after(self._moment() / (2 if self.is_crowded else 4), lambda: self.cluster.cancel(client))
 
     def _request(self, request_id: str) -> Request:
         """A prompt that often shares a prefix with others; its answer may end by itself."""
         rng = self.rng
-        prompt = [*range(1, 10)][: rng.choice((0, 4, 9))] + [
-            rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 9))
-        ]
+        shared, max_tokens = ((0, 4, 4), 10) if self.is_crowded else ((0, 4, 9), 6)
+        prompt = [*range(1, 10)][: rng.choice(shared)] + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 9))]
         ends = tuple(rng.sample(range(VOCAB_SIZE), 6))
-        sampling = SamplingParams(max_tokens=rng.randint(1, 6), seed=0, temperature=0.0, eos_token_ids=ends)
+        sampling = SamplingParams(max_tokens=rng.randint(1, max_tokens), seed=0, temperature=0.0, eos_token_ids=ends)
         is_short = rng.random() < self.faults.short_deadlines
         return Request(request_id, tuple(prompt), sampling, rng.random() * 0.1 if is_short else LONG_S)
 
@@ -230,6 +245,21 @@ class Scenario:
         return f"not at rest: {held}, {len(controller.attempts)} attempts, {controller.dispatcher.load}"
 
 
+def admission_in(order: str) -> Callable[[DecodeRole], None]:
+    """Return DecodeRole._admit for another order of grants."""
+    rank = {"newest first": lambda r: -r.number, "in any order": lambda r: r.attempt.transfer_id}[order]
+
+    def admit(role: DecodeRole) -> None:
+        while role._running.restore() and role._waiting:
+            reservation = min(role._waiting, key=rank)
+            if not role._start(reservation):
+                return
+            role._waiting.remove(reservation)
+            role._grant_when_ready(reservation)
+
+    return admit
+
+
 def run_seed(seed: int, is_told: bool = False) -> None:
     """Run one seed; the identities that production draws from the system's randomness come from the seed as well."""
     draws = random.Random(~seed)
@@ -239,7 +269,12 @@ def run_seed(seed: int, is_told: bool = False) -> None:
         mock.patch.object(sender, "WINDOW_BYTES", window_bytes),
         mock.patch.object(held_prefixes, "PIECE_TOKENS", 2),
     ):
-        Scenario(seed, is_told).run()
+        scenario = Scenario(seed, is_told)
+        admit = DecodeRole._admit
+        if scenario.grant_order != GRANT_ORDERS[0]:
+            admit = admission_in(scenario.grant_order)
+        with mock.patch.object(DecodeRole, "_admit", admit):
+            scenario.run()
 
 
 if __name__ == "__main__":

@@ -1,53 +1,9 @@
-"""Breadth-first search through everything that can happen in a small world, and the cheap copies that it lives on."""
+"""Breadth-first search through everything that can happen in a small world."""
 
-import copyreg
-import io
-import pickle
 from collections import deque
-from collections.abc import Callable
 
-from protocol.identity import Attempt
-from protocol.layout import Endpoint, KVLayout
-from protocol.request import Request
+from tests.simulation.copies import freeze, thaw
 from tests.simulation.small_world import Event, SmallWorld, Violation
-
-# --- copies: what never changes is named, not copied ------------------------------------------------------------------
-
-_BY_NAME: dict[object, object] = {}
-
-
-def _by_name(name: object) -> object:
-    return _BY_NAME[name]
-
-
-def _named(name_of: Callable[[object], object]):
-    def reduce(item: object):
-        name = name_of(item)
-        _BY_NAME.setdefault(name, item)
-        return _by_name, (name,)
-
-    return reduce
-
-
-class _Pickler(pickle.Pickler):
-    dispatch_table = copyreg.dispatch_table.copy()
-    dispatch_table[Request] = _named(lambda request: ("request", request.request_id))
-    dispatch_table[Endpoint] = _named(lambda endpoint: ("endpoint", endpoint.epoch, endpoint.layout.block_size))
-    dispatch_table[KVLayout] = _named(lambda layout: ("layout", layout.block_size))
-    dispatch_table[Attempt] = _named(
-        lambda attempt: tuple(getattr(attempt, name) for name in attempt.__struct_fields__)
-    )
-
-
-def freeze(world: SmallWorld) -> bytes:
-    """Return a copy that thaw makes a world of again."""
-    buffer = io.BytesIO()
-    _Pickler(buffer, pickle.HIGHEST_PROTOCOL).dump(world)
-    return buffer.getvalue()
-
-
-def thaw(frozen: bytes) -> SmallWorld:
-    return pickle.loads(frozen)
 
 
 def explore(world: SmallWorld, max_states: int) -> int:

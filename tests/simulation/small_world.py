@@ -8,10 +8,12 @@ yet to find out about. What was queued for one life is delivered to the next one
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from decode_worker.inbox import RemoteInbox
 from decode_worker.prefix_server import NoPrefixServer
 from decode_worker.role import DecodeRole
+from decode_worker.running import ALL_AT_ONCE, Growth, Running
 from engine.block_pool import BlockPool
 from engine.sampler import Drawn
 from engine.step_loop import StepLoop
@@ -26,12 +28,15 @@ from protocol.orders import (
     AnyReport,
     Batch,
     Broken,
+    Discard,
     DropTransfer,
     ExpectBlocks,
     Expecting,
+    Park,
     Received,
     SendBlocks,
     SendMore,
+    Unpark,
 )
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
@@ -39,6 +44,7 @@ from router.attempts import Attempts
 from router.dispatch import Dispatcher
 from router.lifecycle import Action, Deliver, End, Outcome, Send
 from router.policies import ReadyGroup, round_robin
+from tests.simulation.copies import Part
 
 GONE = Outcome(Stage.CANCELLED, "client_gone")
 VOCAB_SIZE = 100
@@ -54,6 +60,13 @@ LONG_REQUESTS = {
     for index in range(7, 9)
 }
 """Prompts that take a step for each of their two tokens, so that the first may leave before the second is computed."""
+
+
+GROWING_REQUESTS = {
+    f"r{index}": Request(f"r{index}", (index,), SamplingParams(max_tokens=3, seed=0, temperature=0.0), 60.0)
+    for index in range(4, 7)
+}
+"""Answers that outgrow a reservation for the prompt and one token."""
 
 
 class Violation(AssertionError):
@@ -73,11 +86,34 @@ def expected_tokens(request: Request) -> list[int]:
 
 
 def _request(name: str) -> Request:
-    return REQUESTS.get(name) or LONG_REQUESTS[name]
+    return (REQUESTS | LONG_REQUESTS | GROWING_REQUESTS)[name]
 
 
 def endpoint_of(epoch: Epoch, block_size: int) -> Endpoint:
     return Endpoint(epoch, KVLayout("m", 1, 1, 1, "float32", block_size, 1), "zmq", ("a",))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What both groups are given. num_blocks: prefill's and decode's. is_any_order: decode may grant as it likes."""
+
+    num_blocks: tuple[int, int]
+    block_size: int = 1
+    outbox_share: float = 1.0
+    growth: Growth = ALL_AT_ONCE
+    is_any_order: bool = False
+
+
+class Arbitrary(DecodeRole):
+    """Lets a reservation in when the world says so, whichever it is."""
+
+    def _admit(self) -> None:
+        self._running.restore()
+
+    def admit(self, index: int) -> None:
+        reservation = self._waiting[index]
+        if self._running.restore() and self._start(reservation):
+            self._waiting.remove(reservation)
 
 
 class Life:
@@ -85,10 +121,11 @@ class Life:
 
     size = 1
 
-    def __init__(self, epoch: Epoch, is_prefill: bool, num_blocks: int, block_size: int, step_tokens: int) -> None:
+    def __init__(self, epoch: Epoch, is_prefill: bool, limits: "Limits", step_tokens: int) -> None:
         self.epoch = epoch
-        self.block_size = block_size
-        self.pool = BlockPool(num_blocks, block_size, is_caching=False)
+        self.block_size = block_size = limits.block_size
+        self.pool = BlockPool(limits.num_blocks[not is_prefill], block_size, is_caching=False)
+        self.parked: dict[Attempt, tuple[KV, ...]] = {}
         self.kv: dict[int, KV] = {}
         self.expected: dict[Attempt, tuple[ExpectBlocks, set[int]]] = {}
         self.sending: dict[Attempt, tuple[SendBlocks, int]] = {}
@@ -97,9 +134,12 @@ class Life:
         self.frames: list[tuple[Attempt, int, KV]] = []
         layout = endpoint_of(epoch, block_size).layout
         if is_prefill:
-            self.role = PrefillRole(self.pool, RemoteOutbox(self.pool, self, layout), NoFetcher(), self, "m", 8)
+            outbox = RemoteOutbox(self.pool, self, layout, limits.outbox_share)
+            self.role = PrefillRole(self.pool, outbox, NoFetcher(), self, "m", 8)
         else:
-            self.role = DecodeRole(self.pool, RemoteInbox(self, layout), NoPrefixServer(), self, "m", 8)
+            running = Running(self.pool, self, limits.growth)
+            kind = Arbitrary if limits.is_any_order else DecodeRole
+            self.role = kind(self.pool, RemoteInbox(self, layout), NoPrefixServer(), self, running, "m", 8)
         self.steps = StepLoop([self.role], self.forward, Tokenwise, step_tokens, block_size)
 
     def send(self, message: AnyMessage) -> None:
@@ -121,6 +161,13 @@ class Life:
                 self._send(order, order.first_position, order.num_computed)
             case SendMore() if order.attempt in self.sending:
                 self._send(*self.sending.pop(order.attempt), order.num_computed)
+            case Park():
+                self.parked[order.attempt] = tuple(self._read(order.block_ids, p) for p in range(order.num_tokens))
+            case Unpark():
+                for position, kv in enumerate(self.parked.pop(order.attempt)):
+                    self.kv[self._slot(order.block_ids, position)] = kv
+            case Discard():
+                del self.parked[order.attempt]
 
     def _send(self, order: SendBlocks, first: int, num_computed: int) -> None:
         """Send what is computed from position first on; the rest waits for SendMore."""
@@ -184,14 +231,13 @@ class SmallWorld:
     def __init__(
         self,
         num_requests: int,
-        num_blocks: int,
-        block_size: int,
-        num_crashes: tuple[int, int],
-        num_cancels: int,
+        limits: Limits,
+        num_crashes: tuple[int, int] = (0, 0),
+        num_cancels: int = 0,
         requests: dict[str, Request] = REQUESTS,
     ):
-        self.sizes = (num_blocks, block_size, 16 if requests is REQUESTS else 1)
-        self.lives = [Life(10, True, *self.sizes), Life(20, False, *self.sizes)]
+        self.sizes = (limits, 1 if requests is LONG_REQUESTS else 16)
+        self.lives = [Part(Life(10 * side + 10, side == 0, *self.sizes), _life_key) for side in (0, 1)]
         self.down: list[deque[tuple[Epoch, AnyMessage]]] = [deque(), deque()]
         self.up: list[deque[tuple[Epoch, AnyMessage]]] = [deque(), deque()]
         self.frames: list[tuple[Attempt, int, KV]] = []
@@ -201,10 +247,9 @@ class SmallWorld:
         self.waiting = list(requests)[:num_requests]
         self.tokens: dict[str, int] = {}
         self.ended: dict[str, str] = {}
-        self.dispatcher = Dispatcher(round_robin)
-        self.attempts = Attempts(self.dispatcher, VOCAB_SIZE)
+        dispatcher = Dispatcher(round_robin)
+        self.router = Part((Attempts(dispatcher, VOCAB_SIZE), dispatcher), _router_key)
         self._pair_up()
-        self.num_attempts = 0
 
     # --- what can happen ----------------------------------------------------------------------------------------------
 
@@ -214,10 +259,12 @@ class SmallWorld:
         for side in (0, 1):
             possible += [("hear", side)] if self.up[side] else []
             possible += [("deliver", side)] if self.down[side] else []
-            possible += [("report", side)] if self.lives[side].reports else []
-            possible += [("notice", side)] if self.known[side] != self.lives[side].epoch else []
-            role = self.lives[side].role
-            possible += [("step", side)] if role.num_running or role._waiting else []
+            possible += [("report", side)] if self.lives[side].item.reports else []
+            possible += [("notice", side)] if self.known[side] != self.lives[side].item.epoch else []
+            role = self.lives[side].item.role
+            possible += [("step", side)] if role.num_running or role.num_waiting else []
+        if isinstance(self.lives[1].item.role, Arbitrary):
+            possible += [("admit", index) for index in range(len(self.lives[1].item.role._waiting))]
         possible += [("land", index) for index in range(len(self.frames))]
         return possible
 
@@ -229,14 +276,15 @@ class SmallWorld:
     def happen(self, event: Event) -> None:
         name, index = event
         getattr(self, f"_{name}")(index)
-        for life in self.lives:
-            life.forget_free_blocks()
-            life.pool.check()
+        for part in self.lives:
+            if part.is_in_use:
+                part.item.forget_free_blocks()
+                part.item.pool.check()
 
     def _start(self, _: int) -> None:
         name = self.waiting.pop(0)
         self.tokens[name] = 0
-        self._perform(self.attempts.start(_request(name), 60.0))
+        self._perform(self.router.item[0].start(_request(name), 60.0))
 
     def _hear(self, side: int) -> None:
         sender, message = self.up[side].popleft()
@@ -244,11 +292,11 @@ class SmallWorld:
             return  # router/controller.py: dead_epoch
         updates = message.updates if isinstance(message, Tokens) else [message]
         for update in updates:
-            self._perform(self.attempts.receive(sender, update))
+            self._perform(self.router.item[0].receive(sender, update))
 
     def _deliver(self, side: int) -> None:
         receiver, message = self.down[side].popleft()
-        life = self.lives[side]
+        life = self.lives[side].item
         if receiver != life.epoch:
             return  # cluster/control_link.py: stale_messages
         if isinstance(message, PeerLost):
@@ -258,43 +306,51 @@ class SmallWorld:
         self._collect(side)
 
     def _report(self, side: int) -> None:
-        self.lives[side].role.heed(self.lives[side].reports.popleft())
+        self.lives[side].item.role.heed(self.lives[side].item.reports.popleft())
         self._collect(side)
 
     def _step(self, side: int) -> None:
-        self.lives[side].steps.step()
+        self.lives[side].item.steps.step()
         self._collect(side)
 
+    def _admit(self, index: int) -> None:
+        role = self.lives[1].item.role
+        assert isinstance(role, Arbitrary)
+        role.admit(index)
+        self._collect(1)
+
     def _land(self, index: int) -> None:
-        self.lives[1].land(*self.frames.pop(index))
+        self.lives[1].item.land(*self.frames.pop(index))
 
     def _crash(self, side: int) -> None:
         self.crashes_left[side] -= 1
-        self.lives[side] = Life(self.lives[side].epoch + 1, side == 0, *self.sizes)
+        epoch = self.lives[side].item.epoch + 1
+        self.lives[side] = Part(Life(epoch, side == 0, *self.sizes), _life_key)
 
     def _notice(self, side: int) -> None:
         """The router loses the old life and meets the new one; see router/membership.py and controller.py."""
-        lost, self.known[side] = self.known[side], self.lives[side].epoch
+        lost, self.known[side] = self.known[side], self.lives[side].item.epoch
         other = 1 - side
         self.down[other].append((self.known[other], PeerLost(lost)))
-        self._perform(self.attempts.lose(lost))
+        self._perform(self.router.item[0].lose(lost))
         self._pair_up()
 
     def _cancel(self, index: int) -> None:
         self.cancels_left -= 1
-        self._perform(self.attempts.cancel(f"r{index}", GONE))
+        self._perform(self.router.item[0].cancel(f"r{index}", GONE))
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _pair_up(self) -> None:
-        num_blocks, block_size, _ = self.sizes
+        limits, size = self.sizes[0], self.sizes[0].block_size
         groups = [
-            ReadyGroup(0, epoch, endpoint_of(epoch, block_size), num_blocks * block_size + 1) for epoch in self.known
+            ReadyGroup(0, epoch, endpoint_of(epoch, size), num_blocks * size + 1)
+            for epoch, num_blocks in zip(self.known, limits.num_blocks, strict=True)
         ]
-        self.dispatcher.pair_up(groups[:1], groups[1:])
+        self.router.item[1].pair_up(groups[:1], groups[1:])
 
     def _collect(self, side: int) -> None:
-        life = self.lives[side]
+        life = self.lives[side].item
         self.up[side].extend((life.epoch, message) for message in life.sent)
         self.frames.extend(life.frames)
         life.sent.clear()
@@ -310,6 +366,8 @@ class SmallWorld:
                 case End(attempt, outcome):
                     if attempt.request_id in self.ended:
                         raise Violation(f"{attempt.request_id} ended twice")
+                    if outcome.code == "internal_error":
+                        raise Violation(f"{attempt.request_id}: {outcome.message}")
                     self.ended[attempt.request_id] = outcome.code
 
     def _take(self, update: TokenUpdate) -> None:
@@ -323,21 +381,22 @@ class SmallWorld:
     def check_end(self) -> None:
         if len(self.ended) < len(self.tokens) or self.waiting:
             raise Violation(f"deadlock: of {sorted(self.tokens)} only {sorted(self.ended)} ended")
-        load = self.dispatcher.load
-        if len(self.attempts) or any(load.prompt_tokens.values()) or any(load.reserved_tokens.values()):
+        attempts, dispatcher = self.router.item
+        load = dispatcher.load
+        if len(attempts) or any(load.prompt_tokens.values()) or any(load.reserved_tokens.values()):
             raise Violation("the router still counts something")
-        for life in self.lives:
-            if life.pool.counts.held or life.role.num_running or life.role.num_waiting or life.expected or life.sending:
+        for life in (part.item for part in self.lives):
+            transfers = life.expected or life.sending or life.parked
+            if life.pool.counts.held or life.role.num_running or life.role.num_waiting or transfers:
                 raise Violation("a block is held for nobody")
 
     def key(self) -> tuple:
         """Return what tells this state from others."""
-        lives = tuple(_life_key(life) for life in self.lives)
-        routes = tuple(_lifecycle_key(life) for life in self.attempts._lives.values())
+        parts = (*(part.key for part in self.lives), self.router.key)
         under_way = tuple(tuple(map(_message_key, channel)) for channel in (*self.down, *self.up))
         frames = frozenset(self.frames)
         counts = (tuple(self.crashes_left), self.cancels_left, tuple(self.known), tuple(self.waiting))
-        return lives, routes, under_way, frames, counts, tuple(self.tokens.items()), tuple(sorted(self.ended.items()))
+        return parts, under_way, frames, counts, tuple(self.tokens.items()), tuple(sorted(self.ended.items()))
 
 
 def _message_key(item: tuple[Epoch, AnyMessage]) -> tuple:
@@ -351,17 +410,32 @@ def _life_key(life: Life) -> tuple:
     expected = tuple((attempt, frozenset(missing)) for attempt, (_, missing) in life.expected.items())
     held = tuple(life.pool._num_holds)
     under_way = (expected, tuple((attempt, first) for attempt, (_, first) in life.sending.items()))
-    return life.epoch, held, frozenset(life.kv.items()), tuple(map(_job_key, jobs)), tuple(life.reports), under_way
+    kept = (held, frozenset(life.kv.items()), frozenset(life.parked.items()))
+    return life.epoch, kept, tuple(map(_job_key, jobs)), _order_key(role), tuple(life.reports), under_way
+
+
+def _order_key(role: PrefillRole | DecodeRole) -> tuple:
+    """Who is where in the queues; in which order decode's wait, and in which those run, is the order of all."""
+    if isinstance(role, DecodeRole):
+        return tuple(role._running._booked)
+    admission = role._admission
+    queues = (admission._granted, admission._ungranted, admission._ahead, role._computing)
+    return tuple(tuple(job.prefill.attempt for job in queue) for queue in queues)
 
 
 def _job_key(job) -> tuple:
     sequence, hold = job.sequence, getattr(job, "hold", None)
     if hasattr(job, "prefill"):
-        own = (job.prefill.attempt, job.grant is not None, job.is_sending, job.computed_at is not None)
+        progress = (job.is_sending, job.computed_at is not None, job.first_token_id)
+        own = (job.prefill.attempt, job.grant is not None, *progress)
     else:
         own = (job.attempt, bool(job.unready), bool(job.incomplete), job.is_granted, job.handoff is not None)
     place = sequence and (sequence.hold.block_ids, sequence.num_computed, len(sequence.token_ids))
     return own, hold and hold.block_ids, place
+
+
+def _router_key(router: tuple[Attempts, Dispatcher]) -> tuple:
+    return tuple(map(_lifecycle_key, router[0]._lives.values()))
 
 
 def _lifecycle_key(life) -> tuple:

@@ -7,18 +7,34 @@ production code here and what is abstracted.
 import gc
 from collections.abc import Callable, Iterator
 
+import msgspec
 import pytest
 
 from decode_worker.inbox import RemoteInbox
 from decode_worker.role import DecodeRole
+from decode_worker.running import Growth, Running
+from prefill_worker.admission import Admission, Job
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol import identity
+from protocol.orders import Discard, Park, Unpark
 from tests.simulation.search import explore
-from tests.simulation.small_world import LONG_REQUESTS, Life, SmallWorld, Violation
+from tests.simulation.small_world import GROWING_REQUESTS, LONG_REQUESTS, Life, Limits, SmallWorld, Violation
 
 MAX_STATES = 60_000
+SMALL = Limits((2, 2))
 Patch = pytest.MonkeyPatch
+
+
+def growing(num_requests: int, **what_goes_wrong) -> SmallWorld:
+    """Two requests begin with room for two tokens each, in four blocks, and need three in the end."""
+    limits = Limits((2, 4), growth=Growth(1, 9))
+    return SmallWorld(num_requests, limits, requests=GROWING_REQUESTS, **what_goes_wrong)
+
+
+def parts(num_requests: int, **what_goes_wrong) -> SmallWorld:
+    """Prompts that take two steps, so that a part leaves before the rest is computed."""
+    return SmallWorld(num_requests, Limits((3, 3)), requests=LONG_REQUESTS, **what_goes_wrong)
 
 
 @pytest.fixture(autouse=True)
@@ -29,30 +45,28 @@ def small_parts(monkeypatch: Patch) -> Iterator[None]:
     gc.unfreeze()
 
 
-@pytest.mark.parametrize(
-    ("requests", "blocks", "block_size", "crashes", "cancels", "num_states"),
-    [
-        (2, 2, 1, (0, 0), 1, 4_000),
-        (2, 2, 1, (1, 1), 0, 20_000),
-        (3, 1, 2, (0, 1), 0, 8_000),
-    ],
-    ids=["2x2, a cancel", "2x2, both sides crash", "3x1, decode crashes"],
-)
-def test_no_order_of_events_leads_astray(
-    requests: int, blocks: int, block_size: int, crashes: tuple[int, int], cancels: int, num_states: int
-) -> None:
-    assert explore(SmallWorld(requests, blocks, block_size, crashes, cancels), MAX_STATES) > num_states
+WORLDS = {
+    "2x2, a cancel": (SmallWorld(2, Limits((2, 2)), num_cancels=1), 4_000),
+    "2x2, both sides crash": (SmallWorld(2, Limits((2, 2)), num_crashes=(1, 1)), 20_000),
+    "3x1, decode crashes": (SmallWorld(3, Limits((1, 1), 2), num_crashes=(0, 1)), 8_000),
+    "3x1, prefill crashes": (SmallWorld(3, Limits((1, 1), 2), num_crashes=(1, 0)), 20_000),
+    "3x1, decode grants in any order": (SmallWorld(3, Limits((1, 1), 2, is_any_order=True)), 2_000),
+    "3x1, in any order, nothing ahead of its grant": (SmallWorld(3, Limits((1, 1), 2, 0.0, is_any_order=True)), 1_000),
+    "2x1, in any order, a cancel": (SmallWorld(2, Limits((1, 1), 2, is_any_order=True), num_cancels=1), 4_000),
+    "2x4, answers outgrow decode": (growing(2), 1_000),
+    "2x4, answers outgrow decode, which crashes": (growing(2, num_crashes=(0, 1)), 7_000),
+    "2x4, answers outgrow decode, a cancel": (growing(2, num_cancels=1), 14_000),
+    "one of two parts, and anything goes wrong": (parts(1, num_crashes=(1, 1), num_cancels=1), 4_000),
+    "two of two parts, a cancel": (parts(2, num_cancels=1), 3_000),
+    "two of two parts, prefill crashes": (parts(2, num_crashes=(1, 0)), 2_000),
+}
+"""requests x blocks on either side, what may go wrong; and how many states there are at least."""
 
 
-@pytest.mark.parametrize(
-    ("requests", "crashes", "cancels", "num_states"),
-    [(1, (1, 1), 1, 4_000), (2, (0, 0), 1, 3_000), (2, (1, 0), 0, 2_000)],
-    ids=["one, and anything goes wrong", "two, a cancel", "two, prefill crashes"],
-)
-def test_nor_when_prompts_leave_in_parts(
-    requests: int, crashes: tuple[int, int], cancels: int, num_states: int
-) -> None:
-    assert explore(SmallWorld(requests, 3, 1, crashes, cancels, LONG_REQUESTS), MAX_STATES) > num_states
+@pytest.mark.parametrize("name", WORLDS)
+def test_no_order_of_events_leads_astray(name: str) -> None:
+    world, num_states = WORLDS[name]
+    assert explore(world, MAX_STATES) > num_states
 
 
 def decode_frees_on_abort_and_lets_the_transfer_live(patch: Patch) -> None:
@@ -89,12 +103,57 @@ def nobody_looks_at_attempts(patch: Patch) -> None:
     patch.setattr(Life, "land", land)
 
 
-def decode_takes_the_newest_first(patch: Patch) -> None:
-    def admit(self: DecodeRole) -> None:
-        while self._waiting and self._start(self._waiting[-1]):
-            self._grant_when_ready(self._waiting.pop())
+def the_outbox_limit_keeps_granted_prompts_out_too(patch: Patch) -> None:
+    """sglang #31473: what decode has room for waits for a place among what it has no room for."""
+    original = Admission._claim
+    patch.setattr(Admission, "_claim", lambda self, job: original(self, job) if self._has_place(job) else None)
 
-    patch.setattr(DecodeRole, "_admit", admit)
+
+def granted_prompts_wait_for_ungranted_ones(patch: Patch) -> None:
+    patch.setattr(Admission, "_claim", lambda self, job: self._try(job))
+
+
+def a_first_token_is_sent_twice(patch: Patch) -> None:
+    original = PrefillRole._give_up
+
+    def _give_up(self: PrefillRole, job: Job) -> None:  # copies find it by its name
+        original(self, job)
+        job.first_token_id = None
+
+    patch.setattr(PrefillRole, "_give_up", _give_up)
+
+
+def nobody_is_parked(patch: Patch) -> None:
+    patch.setattr(Running, "_youngest_after", lambda self, reservation: None)
+
+
+def a_sequence_is_parked_whose_chunk_is_on_its_way(patch: Patch) -> None:
+    def schedule(self: DecodeRole, num_tokens: int):
+        chunks = [sequence.next_chunk(1) for sequence in self._running.ready(num_tokens)]
+        self._running.make_room(num_tokens)
+        self._admit()
+        return chunks
+
+    patch.setattr(DecodeRole, "schedule", schedule)
+
+
+def kv_is_put_back_where_it_was(patch: Patch) -> None:
+    original = Life.order
+    places: dict = {}
+
+    def order(self: Life, order) -> None:
+        if isinstance(order, Park):
+            places[order.attempt] = order.block_ids
+        if isinstance(order, Unpark):
+            order = msgspec.structs.replace(order, block_ids=(*places[order.attempt], *order.block_ids)[:3])
+        original(self, order)
+
+    patch.setattr(Life, "order", order)
+
+
+def what_is_parked_stays_when_its_client_has_left(patch: Patch) -> None:
+    original = Life.order
+    patch.setattr(Life, "order", lambda self, order: None if isinstance(order, Discard) else original(self, order))
 
 
 def prefill_ignores_the_commit(patch: Patch) -> None:
@@ -113,20 +172,29 @@ def prefill_does_not_say_that_more_is_computed(patch: Patch) -> None:
     patch.setattr(RemoteOutbox, "send_more", lambda self, sequence: None)
 
 
+ANY_ORDER = Limits((1, 1), 2, is_any_order=True)
+FOREIGN = "KV that is not its own"
+
 PLANTS = [
-    (decode_frees_on_abort_and_lets_the_transfer_live, (2, 2, 1, (0, 0), 1), "held for nobody|KV that is not its own"),
-    (decode_commits_before_everything_is_there, (2, 2, 1, (0, 0), 0), "KV that is not its own"),
-    (nobody_looks_at_epochs, (2, 2, 1, (0, 1), 0), "held for nobody|deadlock"),
-    (nobody_looks_at_attempts, (2, 4, 1, (0, 0), 0), "KV that is not its own"),
-    (decode_takes_the_newest_first, (3, 1, 2, (0, 0), 0), "deadlock"),
-    (prefill_ignores_the_commit, (2, 2, 1, (0, 0), 0), "deadlock|held for nobody"),
-    (prefill_sends_what_is_not_computed_yet, (1, 3, 1, (0, 0), 0, LONG_REQUESTS), "KV that is not its own"),
-    (prefill_does_not_say_that_more_is_computed, (1, 3, 1, (0, 0), 0, LONG_REQUESTS), "deadlock"),
+    (decode_frees_on_abort_and_lets_the_transfer_live, SmallWorld(2, SMALL, num_cancels=1), f"nobody|{FOREIGN}"),
+    (decode_commits_before_everything_is_there, SmallWorld(2, SMALL), FOREIGN),
+    (nobody_looks_at_epochs, SmallWorld(2, SMALL, num_crashes=(0, 1)), "held for nobody|deadlock"),
+    (nobody_looks_at_attempts, SmallWorld(2, Limits((4, 4))), FOREIGN),
+    (the_outbox_limit_keeps_granted_prompts_out_too, SmallWorld(2, ANY_ORDER), "deadlock"),
+    (granted_prompts_wait_for_ungranted_ones, SmallWorld(2, ANY_ORDER), "deadlock"),
+    (a_first_token_is_sent_twice, SmallWorld(2, ANY_ORDER), "token 0 where token 1 was due"),
+    (nobody_is_parked, growing(2), "deadlock"),
+    (a_sequence_is_parked_whose_chunk_is_on_its_way, growing(2), FOREIGN),
+    (kv_is_put_back_where_it_was, growing(2), FOREIGN),
+    (what_is_parked_stays_when_its_client_has_left, growing(2, num_cancels=1), "held for nobody"),
+    (prefill_ignores_the_commit, SmallWorld(2, SMALL), "deadlock|held for nobody"),
+    (prefill_sends_what_is_not_computed_yet, parts(1), FOREIGN),
+    (prefill_does_not_say_that_more_is_computed, parts(1), "deadlock"),
 ]
 
 
-@pytest.mark.parametrize(("plant", "sizes", "says"), PLANTS, ids=[plant.__name__ for plant, *_ in PLANTS])
-def test_the_search_finds_it(plant: Callable[[Patch], None], sizes: tuple, says: str, monkeypatch: Patch) -> None:
+@pytest.mark.parametrize(("plant", "world", "says"), PLANTS, ids=[plant.__name__ for plant, *_ in PLANTS])
+def test_the_search_finds_it(plant: Callable[[Patch], None], world: SmallWorld, says: str, monkeypatch: Patch) -> None:
     plant(monkeypatch)
     with pytest.raises(Violation, match=says):
-        explore(SmallWorld(*sizes), MAX_STATES)
+        explore(world, MAX_STATES)

@@ -8,6 +8,7 @@ from decode_worker.inbox import RemoteInbox
 from decode_worker.mover import ReceivingMover
 from decode_worker.prefix_server import RemotePrefixServer
 from decode_worker.role import DecodeRole
+from decode_worker.running import ALL_AT_ONCE, Running
 from engine.block_pool import BlockPool
 from engine.prefix_hash import HashChain, chain_root
 from kv_transfer.receiver import KVReceiver
@@ -67,8 +68,9 @@ def attempt_of(number: int) -> Attempt:
 
 def decode_role(num_blocks: int) -> tuple[DecodeRole, Surroundings, BlockPool]:
     pool, around = BlockPool(num_blocks, 4), Surroundings()
+    running = Running(pool, around, ALL_AT_ONCE)
     inbox, prefixes = RemoteInbox(around, LAYOUT), RemotePrefixServer(around, around)
-    return DecodeRole(pool, inbox, prefixes, around, "model", 8), around, pool
+    return DecodeRole(pool, inbox, prefixes, around, running, "model", 8), around, pool
 
 
 def test_decode_refuses_at_once_what_can_never_fit_and_serves_the_next() -> None:
@@ -83,7 +85,7 @@ def test_decode_refuses_at_once_what_can_never_fit_and_serves_the_next() -> None
 
 def test_prefill_refuses_at_once_what_can_never_fit() -> None:
     pool, around = BlockPool(4, 4), Surroundings()
-    role = PrefillRole(pool, RemoteOutbox(pool, around, LAYOUT), NoFetcher(), around, "model", 8)
+    role = PrefillRole(pool, RemoteOutbox(pool, around, LAYOUT, 1.0), NoFetcher(), around, "model", 8)
     role.receive(Prefill(attempt_of(1), request_of(17, 1), PEER))
     (failed,) = around.sent
     assert isinstance(failed, Failed)
@@ -113,7 +115,7 @@ def fetching_role(num_held_tokens: int, grant: Grant | None = None) -> tuple[Pre
     """A prefill role of two ranks with one prompt of 30 tokens, told that decode holds so many."""
     pool, around = BlockPool(10, 4), Surroundings()
     fetcher = RemoteFetcher(around, around, min_tokens=8)
-    role = PrefillRole(pool, RemoteOutbox(pool, around, LAYOUT), fetcher, around, "model", 8)
+    role = PrefillRole(pool, RemoteOutbox(pool, around, LAYOUT, 1.0), fetcher, around, "model", 8)
     role.receive(Prefill(attempt_of(1), request_of(30, 5), PEER, num_held_tokens))
     if grant:
         role.receive(grant)

@@ -2,11 +2,13 @@
 
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 
 from decode_worker.role import DecodeRole
+from decode_worker.running import Growth
 from prefill_worker.mover import SendingMover
 from prefill_worker.role import PrefillRole
 from protocol import identity
@@ -19,11 +21,13 @@ from tests.simulation.cluster import Client, SimulatedCluster
 from tests.simulation.group import GroupSize
 from tests.simulation.kv import KVFaults
 from tests.simulation.oracle import VOCAB_SIZE
+from tests.simulation.scenario import admission_in
 from tests.simulation.world import World
 
 LONG_S = 600.0
 SMALLEST_POOL = GroupSize(num_blocks=6, max_running=4)  # one request of the largest size and nothing else
 LARGE_POOL = GroupSize(num_blocks=80, batch_tokens=24, max_running=64)
+OVERCOMMITTED = GroupSize(num_blocks=12, batch_tokens=64, max_running=64, growth=Growth(1, 1000))
 NUM_LEAVING = 300
 NUM_ROUNDS = 4
 
@@ -85,6 +89,57 @@ def test_many_prompts_and_pools_for_one_request_each_cannot_deadlock(shape: str,
     assert_serves(cluster)
 
 
+@pytest.mark.parametrize("order", ["newest first", "in any order"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("outbox_share", [0.0, 0.5, 1.0])
+def test_no_order_of_grants_can_deadlock(outbox_share: float, shape: str, order: str, cluster_of, monkeypatch) -> None:
+    """sglang #31473: prefill full of prompts that decode has no room for, decode of room for prompts that wait."""
+    monkeypatch.setattr(DecodeRole, "_admit", admission_in(order))
+    cluster = cluster_of(5, shape, replace(SMALLEST_POOL, outbox_share=outbox_share), KVFaults(late=0.2))
+    clients = crowd(cluster, 40)
+    assert cluster.world.clock.run_until(lambda: cluster.has_ended, LONG_S / 2), "deadlock"
+    assert all(client.is_complete for client in clients)
+    assert_serves(cluster)
+
+
+def overcommitted_crowd(cluster: SimulatedCluster, num_requests: int, prefix: str = "crowd") -> list[Client]:
+    """Short prompts and long answers, so that what runs needs much more than it began with."""
+    rng = cluster.world.rng
+    prompts = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 6))) for _ in range(num_requests)]
+    sampling = SamplingParams(max_tokens=30, seed=0, temperature=0.0)
+    return [cluster.submit(Request(f"{prefix}-{i}", prompt, sampling, LONG_S)) for i, prompt in enumerate(prompts)]
+
+
+def num_counted(cluster: SimulatedCluster, counter: str) -> int:
+    return sum(role.counters.get(counter, 0) for group in cluster.groups for role in group.roles)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_pool_that_was_promised_many_times_over_serves_everybody(shape: str, cluster_of) -> None:
+    cluster = cluster_of(6, shape, OVERCOMMITTED)
+    clients = overcommitted_crowd(cluster, 40)
+    assert cluster.world.clock.run_until(lambda: cluster.has_ended, LONG_S / 2), "deadlock"
+    assert all(client.is_complete for client in clients)
+    assert_serves(cluster)
+    assert num_counted(cluster, "sequences_parked") == num_counted(cluster, "sequences_unparked") > 20
+
+
+@pytest.mark.parametrize("shape", ["1P1D", "TP2-TP2", "colocated"])
+def test_a_group_that_dies_takes_what_it_has_parked_with_it(shape: str, cluster_of) -> None:
+    cluster = cluster_of(8, shape, OVERCOMMITTED, restart_s=0.05)
+    clients = overcommitted_crowd(cluster, 20)
+    for life in range(3):
+        assert cluster.world.clock.run_until(lambda: bool(_parked(cluster)), 5)
+        decode = next(group for group in cluster.groups if any(rank.parked_kv for rank in group.ranks.values()))
+        decode.ranks[max(decode.ranks)].die("killed")
+        cluster.world.clock.run_until(lambda: False, 0.2)
+        assert cluster.world.clock.run_until(lambda: cluster.is_ready, 5)
+        clients += overcommitted_crowd(cluster, 20, f"life-{life}")
+    assert cluster.world.clock.run_until(lambda: cluster.has_ended, LONG_S / 2), "deadlock"
+    assert {client.outcome.code for client in clients} <= {"length", "worker_lost", "transfer_failed"}
+    assert_serves(cluster)
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_groups_that_come_and_go_under_a_crowd_leave_nobody_waiting(shape: str, seed: int, cluster_of) -> None:
@@ -106,7 +161,12 @@ def test_groups_that_come_and_go_under_a_crowd_leave_nobody_waiting(shape: str, 
 
 
 def _queued(cluster: SimulatedCluster) -> list[str]:
-    return [job.prefill.request.request_id for role in _roles(cluster, PrefillRole) for job in role._waiting]
+    return [
+        job.prefill.request.request_id
+        for role in _roles(cluster, PrefillRole)
+        for job in role._jobs.values()
+        if not job.sequence
+    ]
 
 
 def _prefilling(cluster: SimulatedCluster) -> list[str]:
@@ -137,6 +197,10 @@ def _committed(cluster: SimulatedCluster) -> list[str]:
 
 def _decoding(cluster: SimulatedCluster) -> list[str]:
     return [s.request.request_id for s in _running(cluster) if len(s.token_ids) > s.num_prompt_tokens + 1]
+
+
+def _parked(cluster: SimulatedCluster) -> list[str]:
+    return [r.attempt.request_id for role in _roles(cluster, DecodeRole) for r in role._running._parked]
 
 
 def _running(cluster: SimulatedCluster):
@@ -174,6 +238,15 @@ def test_three_hundred_clients_leave_in_one_phase_and_nothing_stays_behind(phase
     for round_number in range(NUM_ROUNDS):
         clients = crowd(cluster, NUM_LEAVING, f"round-{round_number}", num_tokens=40)
         assert leave_in(phase, cluster, clients) > 30
+        assert_serves(cluster)
+
+
+@pytest.mark.parametrize("shape", ["1P1D", "TP2-TP2", "colocated"])
+def test_clients_leave_while_their_requests_are_parked_and_nothing_stays_behind(shape: str, cluster_of) -> None:
+    cluster = cluster_of(9, shape, OVERCOMMITTED, KVFaults(latency_s=0.03))
+    for round_number in range(NUM_ROUNDS):
+        clients = overcommitted_crowd(cluster, 60, f"round-{round_number}")
+        assert leave_in(_parked, cluster, clients) > 10
         assert_serves(cluster)
 
 

@@ -109,6 +109,13 @@ def test_the_context_that_the_complaint_allows_is_served(topology):
     checks.check_topology(topology("kv_cache.memory=255KiB", "model.max_context=496"))
 
 
+def test_a_host_that_can_park_no_request_of_full_length_is_refused_when_anything_may_be_parked(topology):
+    little = topology("decode.parked_memory=255KiB", "decode.growth_tokens=64")
+    assert "holds less than one context of 512" in complaint_about(little)
+    checks.check_topology(topology("decode.parked_memory=256KiB", "decode.growth_tokens=64"))
+    checks.check_topology(topology("decode.parked_memory=0KiB"))
+
+
 def test_a_share_of_what_is_free_is_for_whole_graphics_cards(topology):
     checks.check_topology(topology("device=cuda", "kv_cache.memory=90%"))
     shared = topology("device=cuda", "kv_cache.memory=90%", "decode.gpus=0.5")

@@ -65,7 +65,7 @@ def test_all_keys_but_the_model_and_the_roles_have_defaults(tmp_path: Path):
         (
             "zmq",
             "zmqq",
-            "x.yaml:8: kv_transfer.transport: 'zmqq' is not one of auto, gloo, shm, zmq; did you mean zmq?",
+            "x.yaml:8: kv_transfer.transport: 'zmqq' is not one of auto, cuda_ipc, gloo, nccl, shm, zmq; did you mean zmq?",
         ),
         (
             "  groups: 2",
@@ -90,6 +90,10 @@ def test_all_keys_but_the_model_and_the_roles_have_defaults(tmp_path: Path):
         ("512MiB", "512MB", 'x.yaml:7: kv_cache.memory: "512MB" is not a memory size; write it as 512MiB or 20GiB'),
         ("device: cpu", "device: cpu\ndevice: cuda", "x.yaml:10: device is given twice, first on line 9"),
         ("  groups: 2", "  groups: 2\n  groups: 3", "x.yaml:6: decode.groups is given twice, first on line 5"),
+        ("  groups: 2", "  parked_memory: 2GB", 'x.yaml:5: decode.parked_memory: "2GB" is not a memory size'),
+        ("  groups: 2", "  growth_tokens: 0", "x.yaml:5: decode.growth_tokens: expected int >= 1; it says 0"),
+        ("  groups: 2", "  outbox_share: 0.5", "x.yaml:5: unknown key decode.outbox_share"),
+        ("prefill: {groups: 1,", "prefill: {outbox_share: 1.5,", "x.yaml:3: prefill.outbox_share: expected float <= 1"),
         ("device: cpu", "colocated: {}", "x.yaml:9: a topology has either prefill and decode, or colocated alone"),
         ("prefill: {groups: 1, tensor_parallel: 1}\n", "", "this one has decode"),
         ("device: cpu", "device: [", "x.yaml:10: expected the node content"),
@@ -192,7 +196,7 @@ def test_a_topology_has_few_enough_keys_to_know_them_all():
     sections = (
         topology.ModelSection,
         topology.RouterSection,
-        topology.RoleSection,
+        topology.PrefillSection,
         topology.RoleCacheSection,
         topology.KVCacheSection,
         topology.KVTransferSection,
