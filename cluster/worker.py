@@ -26,6 +26,7 @@ from engine.group import Follower, GroupRanks, Leader, Place
 from engine.sampler import Sampler
 from engine.step_loop import StepLoop
 from engine.tensor_parallel import TensorParallel
+from kernels.heap import keep_freed_memory
 from protocol.identity import new_epoch
 from protocol.layout import Endpoint
 from protocol.messages import Join, Progress, Ready, Welcome, WorkerInfo
@@ -39,6 +40,8 @@ def run_worker(launch: WorkerLaunch) -> None:
     Raises ConfigError for a model that cannot be served, Fenced or GroupError when this life must end at once.
     """
     torch.set_num_threads(max(1, int(launch.role_section.cpus)))
+    if launch.device == "cpu":
+        keep_freed_memory()
     with ExitStack() as cleanup:
         worker = WorkerLife(launch, cleanup)
         with suppress(Stopped):

@@ -17,7 +17,7 @@ from engine.limits import DEFAULT_LIMITS, KVMemory, Limits, ShareOfFree
 from engine.model import Decoder
 from engine.tensor_parallel import TensorParallel
 from engine.warm_up import warm_up
-from engine.weights import load_weights
+from engine.weights import Tensors, load_weights
 from kernels.backend import operations_for
 from protocol.errors import ConfigError
 from protocol.model_config import ModelConfig
@@ -34,7 +34,7 @@ class Engine:
     def __init__(
         self,
         config: ModelConfig,
-        folder: Path,
+        source: Path | Tensors,
         dtype: torch.dtype,
         device: torch.device,
         tensor_parallel: TensorParallel,
@@ -43,9 +43,9 @@ class Engine:
         limits: Limits = DEFAULT_LIMITS,
         progress: Callable[[str], None] = say_nothing,
     ) -> None:
-        """Load the weights in folder, take memory for KV blocks, and make everything ready that limits allow.
+        """Load the weights, take memory for KV blocks, and make everything ready that limits allow.
 
-        Raise ConfigError for what cannot be served.
+        source: the model's folder, or its tensors. Raise ConfigError for what cannot be served.
         """
         config.check_tensor_parallel(tensor_parallel.size)
         self.device = device
@@ -54,7 +54,7 @@ class Engine:
         self._dtype = dtype
         self._tensor_parallel = tensor_parallel
         self._block_size = block_size
-        weights = load_weights(folder, config, dtype, device, tensor_parallel, progress)
+        weights = load_weights(source, config, dtype, device, tensor_parallel, progress)
         self._model = Decoder(config, weights, tensor_parallel, operations_for(device))
         self._graphs: DecodeGraphs | None = None
         self._open(kv_memory, limits, progress)

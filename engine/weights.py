@@ -6,6 +6,7 @@ Called once, when the engine is built. q, k and v become one matrix, gate and up
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -77,22 +78,31 @@ def _expected_in_layer(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
+class Tensors(Protocol):
+    """What the weights are made of, on their device: a checkpoint, or, to measure speed, anything of its shapes."""
+
+    def whole(self, name: str) -> Tensor: ...
+
+    def rows(self, name: str, rows: Range) -> Tensor:
+        """Return rows of a matrix, or elements of a vector."""
+
+    def columns(self, name: str, columns: Range) -> Tensor: ...
+
+
 def load_weights(
-    folder: Path,
+    source: Path | Tensors,
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
     tensor_parallel: TensorParallel,
     progress: Callable[[str], None],
 ) -> ModelWeights:
-    """Read this rank's share of the weights in folder. Raise ConfigError naming the tensor that does not fit."""
+    """Read this rank's share of the weights, from a folder if source is one. Raise ConfigError for what does not fit.
 
-    def is_ignored(name: str) -> bool:
-        """Old checkpoints hold the rotary frequencies; some hold a second copy of a tied embedding."""
-        return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == HEAD)
-
-    checkpoint = Checkpoint(folder, expected_tensors(config), is_ignored, dtype, device)
-    loader = _Loader(checkpoint, config, tensor_parallel)
+    A folder's tensors are brought to dtype and device; other sources give what is to be used.
+    """
+    tensors = _open(source, config, dtype, device) if isinstance(source, Path) else source
+    loader = _Loader(tensors, config, tensor_parallel)
     num_parts = config.num_layers + 1
     progress(f"weights 1 of {num_parts}")
     embedding, head = loader.vocabulary()
@@ -100,14 +110,22 @@ def load_weights(
     for index in range(config.num_layers):
         progress(f"weights {index + 2} of {num_parts}")
         layers.append(loader.layer(f"model.layers.{index}."))
-    return ModelWeights(embedding, layers, checkpoint.whole(FINAL_NORM), head)
+    return ModelWeights(embedding, layers, tensors.whole(FINAL_NORM), head)
+
+
+def _open(folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Checkpoint:
+    def is_ignored(name: str) -> bool:
+        """Old checkpoints hold the rotary frequencies; some hold a second copy of a tied embedding."""
+        return name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == HEAD)
+
+    return Checkpoint(folder, expected_tensors(config), is_ignored, dtype, device)
 
 
 class _Loader:
-    """Reads one rank's slices of a checked checkpoint."""
+    """Reads one rank's slices."""
 
-    def __init__(self, checkpoint: Checkpoint, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
-        self._checkpoint = checkpoint
+    def __init__(self, tensors: Tensors, config: ModelConfig, tensor_parallel: TensorParallel) -> None:
+        self._tensors = tensors
         self._config = config
         self._tensor_parallel = tensor_parallel
         self._q_rows = tensor_parallel.even(config.num_heads).times(config.head_dim)
@@ -123,12 +141,12 @@ class _Loader:
         return embedding, VocabularyHead(Linear(head_weight), config.vocab_size, group)
 
     def _vocabulary_shard(self, name: str) -> Tensor:
-        shard = self._checkpoint.rows(name, self._tensor_parallel.vocabulary(self._config.vocab_size))
+        shard = self._tensors.rows(name, self._tensor_parallel.vocabulary(self._config.vocab_size))
         width = self._tensor_parallel.vocabulary_width(self._config.vocab_size)
         return torch.nn.functional.pad(shard, (0, 0, 0, width - len(shard))) if len(shard) < width else shard
 
     def layer(self, prefix: str) -> LayerWeights:
-        whole, config = self._checkpoint.whole, self._config
+        whole, config = self._tensors.whole, self._config
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         qkv = {"q_proj": self._q_rows, "k_proj": self._kv_rows, "v_proj": self._kv_rows}
         gate_up = {"gate_proj": self._features, "up_proj": self._features}
@@ -145,12 +163,12 @@ class _Loader:
 
     def _columns_parallel(self, prefix: str, parts: dict[str, Range], has_bias: bool) -> ColumnParallelLinear:
         """Merge several maps of one input; a map's outputs are the rows of its matrix."""
-        rows = self._checkpoint.rows
+        rows = self._tensors.rows
         weight = torch.cat([rows(f"{prefix}{name}.weight", part) for name, part in parts.items()])
         bias = torch.cat([rows(f"{prefix}{name}.bias", part) for name, part in parts.items()]) if has_bias else None
         return ColumnParallelLinear(Linear(weight, bias))
 
     def _rows_parallel(self, name: str, inputs: Range, has_bias: bool) -> RowParallelLinear:
-        weight = self._checkpoint.columns(f"{name}.weight", inputs)
-        bias = self._checkpoint.whole(f"{name}.bias") if has_bias else None
+        weight = self._tensors.columns(f"{name}.weight", inputs)
+        bias = self._tensors.whole(f"{name}.bias") if has_bias else None
         return RowParallelLinear(Linear(weight), bias, self._tensor_parallel)

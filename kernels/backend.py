@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,20 +32,28 @@ class Operations:
 
 
 def operations_for(device: torch.device) -> Operations:
-    """Return the operations to use on device: Triton's on a GPU where Triton is installed, otherwise plain torch's."""
+    """Return the operations to use on device: Triton's on a GPU where Triton is installed, on a CPU those in C.
+
+    Otherwise, and for operations that C has no file of, plain torch's.
+    """
     if device.type == "cpu":
-        return _operations_in("kernels.plain")
+        return _operations_in("kernels.native", "kernels.plain")
     if device.type == "cuda":
         return _operations_in("kernels.triton" if _has_triton() else "kernels.plain")
     raise ValueError(f"no operations for a device of type {device.type!r}; there are some for cpu and cuda")
 
 
 @cache
-def _operations_in(package: str) -> Operations:
-    """Collect the operations of a package, each from the file of its own name."""
-    files = {"add_rms_norm": "rms_norm"}
-    names = [field.name for field in fields(Operations)]
-    return Operations(**{name: getattr(import_module(f"{package}.{files.get(name, name)}"), name) for name in names})
+def _operations_in(*packages: str) -> Operations:
+    """Collect the operations, each from the file of its own name in the first package that has one."""
+    return Operations(**{field.name: _operation(field.name, packages) for field in fields(Operations)})
+
+
+def _operation(name: str, packages: tuple[str, ...]) -> Callable[..., Any]:
+    file = {"add_rms_norm": "rms_norm"}.get(name, name)
+    package = next(package for package in packages if find_spec(f"{package}.{file}"))
+    operation: Callable[..., Any] = getattr(import_module(f"{package}.{file}"), name)
+    return operation
 
 
 def _has_triton() -> bool:

@@ -33,7 +33,7 @@ from kernels.triton.scatter_kv import scatter_kv  # noqa: E402
 from kernels.triton.silu_mul import silu_mul  # noqa: E402
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-SHAPES = [(64, BF16), (80, BF16), (96, F16), (128, BF16), (256, BF16), (64, F32), (128, F32), (256, F32)]
+SHAPES = list(itertools.product((64, 80, 96, 128, 256), (BF16, F16, F32)))
 """head_dim and dtype: every entry of the tables, and dimensions that are no power of two."""
 
 
@@ -55,12 +55,12 @@ class Compiler:
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.chip, 32)
 
-    def check(self, max_spill_bytes: int = 0) -> None:
-        """Compare everything compiled since the last check with what it may use."""
-        assert self.kernels
+    def check(self, **declared: table.Configuration) -> None:
+        """Hold everything compiled since the last check to what is declared for each kernel, all of which must be."""
+        assert {kernel.name for kernel in self.kernels} == declared.keys()
         for kernel in self.kernels:
             spilled = stack_bytes(kernel.asm["cubin"], self.folder / "kernel.cubin")
-            assert spilled <= max_spill_bytes, f"{kernel.name} spills {spilled} bytes per thread"
+            assert spilled <= declared[kernel.name].max_spill_bytes, f"{kernel.name} spills {spilled} bytes per thread"
             assert kernel.metadata.shared <= table.MAX_SHARED_BYTES[self.chip], kernel.name
         self.kernels.clear()
 
@@ -95,31 +95,32 @@ def attention_inputs(head_dim: int, dtype: torch.dtype, heads=(8, 2), block_size
 
 @pytest.mark.parametrize(("head_dim", "dtype"), SHAPES)
 def test_attention_compiles(compiler, head_dim, dtype):
-    dims = table.padded(head_dim)
-    lens, starts = torch.ones(3, dtype=torch.int32), torch.arange(4, dtype=torch.int32)
-    attention_decode.attention_decode(*attention_inputs(head_dim, dtype), lens, 0.1)
-    compiler.check(table.ATTENTION_DECODE[dtype.itemsize, dims].max_spill_bytes)
-    attention_prefill.attention_prefill(*attention_inputs(head_dim, dtype), starts, lens, 0.1)
-    compiler.check(table.ATTENTION_PREFILL[compiler.chip, dtype.itemsize, dims].max_spill_bytes)
+    check_attention(compiler, attention_inputs(head_dim, dtype))
 
 
 @pytest.mark.parametrize(("heads", "block_size"), [((7, 1), 128), ((20, 1), 48)])
 def test_attention_compiles_for_other_groups_and_blocks(compiler, heads, block_size):
-    inputs = attention_inputs(128, F16, heads, block_size)
+    check_attention(compiler, attention_inputs(128, F16, heads, block_size))
+
+
+def check_attention(compiler: Compiler, inputs: tuple[torch.Tensor, ...]) -> None:
+    q, dims = inputs[0], table.padded(inputs[0].shape[-1])
     lens, starts = torch.ones(3, dtype=torch.int32), torch.arange(4, dtype=torch.int32)
     attention_decode.attention_decode(*inputs, lens, 0.1)
-    compiler.check(table.ATTENTION_DECODE[2, 128].max_spill_bytes)
+    decode = table.ATTENTION_DECODE[q.element_size(), dims]
+    compiler.check(_attend_split=decode, _merge_splits=table.SPLIT_MERGE)
     attention_prefill.attention_prefill(*inputs, starts, lens, 0.1)
-    compiler.check(table.ATTENTION_PREFILL[compiler.chip, 2, 128].max_spill_bytes)
+    prefill = table.ATTENTION_PREFILL[compiler.chip, q.element_size(), dims]
+    compiler.check(_attend_tile=prefill, _order_tiles=table.ATTENTION_PLAN)
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("dtype", [BF16, F16, F32])
 def test_norms_compile(compiler, dtype):
     for size, config in table.RMS_NORM.items():
         x, weight = torch.empty(3, size, dtype=dtype), torch.empty(size, dtype=dtype)
         rms_norm(x, weight, 1e-5)
         add_rms_norm(x, x, weight, 1e-5)
-        compiler.check(config.max_spill_bytes)
+        compiler.check(_rms_norm=config)
 
 
 @pytest.mark.parametrize(("head_dim", "dtype"), SHAPES)
@@ -130,27 +131,27 @@ def test_rope_norms_of_heads_and_kv_copies_compile(compiler, head_dim, dtype):
     cache = torch.empty(2, 2, 3, 2, 16, head_dim, dtype=dtype)
     angles, slots = torch.empty(3, head_dim // 2), torch.zeros(3, dtype=torch.int64)
     rms_norm(q, torch.empty(head_dim, dtype=dtype), 1e-5)
-    compiler.check(table.RMS_NORM[dims].max_spill_bytes)
+    compiler.check(_rms_norm=table.RMS_NORM[dims])
     rope_and_write_kv(q, k, v, angles, angles, slots, cache[0, 0], cache[0, 1])
-    compiler.check(table.ROPE[dims].max_spill_bytes)
+    compiler.check(_rope_and_write_kv=table.ROPE[dims])
     payload = gather_kv(cache, slots, (0, 1), (1, 2), (3, 40))
     scatter_kv(payload, cache, slots, (0, 1), (1, 2), (3, 40))
-    compiler.check(table.KV_COPY[dims].max_spill_bytes)
+    compiler.check(_gather_kv=table.KV_COPY[dims], _scatter_kv=table.KV_COPY[dims])
     unit_bytes = 16 * head_dim * dtype.itemsize
     digest_kv(torch.empty(2 * unit_bytes, dtype=torch.uint8), unit_bytes, unit_bytes)
-    compiler.check(table.DIGEST.max_spill_bytes)
+    compiler.check(_digest_kv=table.DIGEST)
 
 
 def test_the_gate_and_sampling_compile(compiler):
-    for dtype in (BF16, F32):
+    for dtype in (BF16, F16, F32):
         silu_mul(torch.empty(3, 28672, dtype=dtype))
-        compiler.check(table.SILU_MUL.max_spill_bytes)
+        compiler.check(_silu_mul=table.SILU_MUL)
     integers, reals = torch.zeros(3, dtype=torch.int64), torch.ones(3)
     tables = torch.zeros(3, 128256, dtype=torch.int32), torch.zeros(3, 128256, dtype=torch.bool)
     penalize(torch.empty(3, 128256), integers, integers, *tables, reals, reals, reals)
-    compiler.check(table.PENALIZE.max_spill_bytes)
+    compiler.check(_penalize=table.PENALIZE)
     sample(torch.empty(3, 128256), reals, integers, reals, reals, integers, integers)
-    compiler.check(max(table.SAMPLE_FILTER.max_spill_bytes, table.SAMPLE_DRAW.max_spill_bytes))
+    compiler.check(_find_widest_gap=table.SAMPLE_FILTER, _draw_in_tile=table.SAMPLE_DRAW)
 
 
 def test_a_batch_of_another_size_needs_no_other_machine_code(compiler):

@@ -1,0 +1,46 @@
+"""The engine's benchmark, run as `make bench-engine` does, on whatever is here."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.engine_plan import FULL, H200_PEERS, SMOKE, Plan
+
+ROOT = Path(__file__).parents[2]
+
+
+def expected_rows(plan: Plan) -> set[str]:
+    kernels = ("add + RMSNorm", "RoPE + KV write", "SiLU x mul", "gather of KV blocks", "scatter of KV blocks")
+    return {
+        *(f"prefill {work}" for work in plan.prefills),
+        *(f"decode step {work}" for work in plan.decodes),
+        *(f"decode attention {work}" for work in plan.decode_attention),
+        *(f"prefill attention {chunks}" for chunks in plan.prefill_attention),
+        *(f"{kernel}, {num} tokens" for kernel in kernels for num in plan.num_tokens),
+    }
+
+
+def test_every_peer_has_a_row_to_stand_beside() -> None:
+    assert H200_PEERS.keys() <= expected_rows(FULL)
+    engine_rows = {name for name in expected_rows(FULL) if name.startswith(("prefill", "decode"))}
+    assert engine_rows == H200_PEERS.keys()
+
+
+def test_it_runs_and_every_figure_is_a_positive_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    file = tmp_path / "engine.json"
+    command = [sys.executable, "-m", "benchmarks.engine", "--json", str(file)]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
+    report = json.loads(file.read_text())
+    assert report["environment"].keys() == {"commit", "torch", "device"}
+    assert all(math.isfinite(figure) and figure > 0 for figure in report["ceiling"].values())
+    assert {row["name"] for row in report["rows"]} == expected_rows(SMOKE)
+    for row in report["rows"]:
+        assert row["name"] in shown
+        assert all(math.isfinite(row[key]) and row[key] > 0 for key in ("seconds", "floor_seconds", "of_floor")), row
+        assert row["of_floor"] == pytest.approx(row["seconds"] / row["floor_seconds"])
+        assert row["peer_seconds"] is None, "peers were measured on another machine"

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Everything that only a machine with an NVIDIA GPU can tell, within ten minutes (`make gpu`).
+#   usage: [PYTHON=python3] tools/gpu.sh [FOLDER]     results go to FOLDER, build/gpu by default
+# Needs the project's packages and pytest with its plugins as pyproject.toml names them; nothing is installed. Each part
+# has its own time, and one that fails keeps none of the others from running.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+folder=${1:-build/gpu}
+mkdir -p "$folder"
+failed=()
+
+part() {  # name, seconds, command...
+    local name=$1 seconds=$2
+    shift 2
+    echo "== $name"
+    timeout --kill-after=10 "$seconds" "$@" 2>&1 | tee "$folder/$name.txt" | tail -n 40
+    [ "${PIPESTATUS[0]}" = 0 ] || failed+=("$name")
+}
+
+workers=()
+"$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)  # compiling takes most of the time, and one core each
+
+part kernels 210 "$python" -m pytest -m gpu tests/kernels "${workers[@]}"
+part engine 210 "$python" -m benchmarks.engine --json "$folder/engine.json"
+part serving 160 "$python" -m pytest -m gpu tests --ignore tests/kernels
+
+[ ${#failed[@]} = 0 ] && echo "all parts passed; results are in $folder" && exit
+echo "failed, or out of time: ${failed[*]}; see $folder"
+exit 1
