@@ -22,9 +22,9 @@ from engine.group import GroupRanks
 from engine.parked_kv import ParkedKV
 from engine.rank import Rank
 from engine.sequence import Chunk, Sequence
+from kv_transfer import staging
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
-from kv_transfer.transports import intake
 from kv_transfer.transports.transport import Arrival
 from prefill_worker.admission import Admission, Job
 from prefill_worker.outbox import RemoteOutbox
@@ -33,6 +33,7 @@ from protocol.codec import decode
 from protocol.messages import Abort, AnyMessage, Failed, Handoff
 from protocol.orders import AnyReport, Discard, Park, SendBlocks, Unpark
 from router.lifecycle import Lifecycle, Side
+from tests.simulation.group import QueuedParkedKV
 from tests.simulation.scenario import faults_of, run_seed
 
 MAX_SEEDS = 8000
@@ -110,20 +111,20 @@ def nobody_looks_at_epochs(patch: Patch) -> None:
 
 def nobody_looks_at_attempts(patch: Patch) -> None:
     """A frame goes to whichever transfer is waiting for one of its kind."""
-    original = KVReceiver._land
+    original = KVReceiver._use
 
-    def land(self: KVReceiver, arrival: Arrival) -> None:
+    def use(self: KVReceiver, arrival: Arrival) -> bool:
         header = arrival.header
         for attempt, transfer in self._transfers.items():
             if transfer.frames.get((header.source_rank, header.piece.index)) == (header.piece, header.num_frames):
                 arrival = arrival._replace(header=type(header)(attempt, *[getattr(header, n) for n in _REST]))
                 break
-        original(self, arrival)
+        return original(self, arrival)
 
-    patch.setattr(KVReceiver, "_land", land)
+    patch.setattr(KVReceiver, "_use", use)
 
 
-_REST = ("source_rank", "destination_rank", "num_frames", "piece", "unit_digests")
+_REST = ("source_rank", "destination_rank", "num_frames", "piece", "digest_kind", "unit_digests")
 
 
 def decode_grants_before_its_ranks_expect(patch: Patch) -> None:
@@ -160,7 +161,7 @@ def a_rank_is_content_with_one_frame_less(patch: Patch) -> None:
 
 
 def damaged_frames_are_taken(patch: Patch) -> None:
-    patch.setattr(intake, "check_payload", lambda header, payload: None)
+    patch.setattr(staging, "check_payload", lambda header, payload: None)
 
 
 def the_outbox_limit_keeps_granted_prompts_out_too(patch: Patch) -> None:
@@ -229,6 +230,11 @@ def a_sequence_is_parked_whose_chunk_is_on_its_way(patch: Patch) -> None:
         return chunks
 
     patch.setattr(DecodeRole, "schedule", schedule)
+
+
+def copies_overtake_the_step_under_way(patch: Patch) -> None:
+    """What that step computes is not in the copy, and what comes back may be overwritten by it."""
+    patch.setattr(QueuedParkedKV, "execute", ParkedKV.execute)
 
 
 def blocks_are_parked_after_they_were_let_go(patch: Patch) -> None:
@@ -371,6 +377,7 @@ PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (what_is_being_sent_is_given_up, f"{WRONG}|sent once", ""),
     (nobody_is_parked, STUCK, ""),
     (a_sequence_is_parked_whose_chunk_is_on_its_way, WRONG, ""),
+    (copies_overtake_the_step_under_way, WRONG, ""),
     (blocks_are_parked_after_they_were_let_go, WRONG, ""),
     (parked_kv_comes_back_into_the_blocks_where_it_was, WRONG, ""),
     (followers_do_not_park, WRONG, ""),

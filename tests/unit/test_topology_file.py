@@ -64,7 +64,8 @@ def test_all_keys_but_the_model_and_the_roles_have_defaults(tmp_path: Path):
         (
             "zmq",
             "zmqq",
-            "x.yaml:8: kv_transfer.transport: 'zmqq' is not one of auto, gloo, shm, zmq; did you mean zmq?",
+            "x.yaml:8: kv_transfer.transport: 'zmqq' is not one of auto, cuda_ipc, gloo, nccl, shm, zmq; "
+            "did you mean zmq?",
         ),
         ("block_size: 16", "block_size: 17", "x.yaml:7: kv_cache.block_size: 17 is not one of 16, 32, 64, 128"),
         ("path: configs/demo_model, ", "", "x.yaml:1: model.path is missing"),
