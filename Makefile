@@ -10,7 +10,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/stamp-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: help setup serve test check format bench bench-transfer bench-engine gpu gpu-transfer lock clean
+.PHONY: help setup serve test check format bench bench-transfer bench-fetch bench-engine gpu gpu-transfer lock clean
 
 help:                  ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -49,6 +49,9 @@ bench: setup           ## measure Tandem colocated, Tandem 1P1D and transformers
 
 bench-transfer: setup  ## measure every KV transport beside memcpy and a raw socket
 	$(BIN)/python -m benchmarks.transfer
+
+bench-fetch: setup     ## measure conversations with and without fetching from decode
+	$(BIN)/python -m benchmarks.conversation
 
 bench-engine: setup    ## measure the engine's steps and kernels beside the device's limits (a GPU: Llama 3.1 8B's shape)
 	$(BIN)/python -m benchmarks.engine

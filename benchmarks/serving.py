@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measurements per system (default 3)")
     parser.add_argument("--cache", type=Path, default=Path("build/benchmarks"), help="where the random model is kept")
     arguments = parser.parse_args()
-    print(_environment())
+    print(environment())
     _report("demo model", Path("configs/demo_model").resolve(), "float32", arguments.rounds)
     _report(
         "random Llama 100 M",
@@ -93,7 +93,7 @@ def _medians(rates: list[Rates]) -> list[float]:
     return [statistics.median(column) for column in columns]
 
 
-def _environment() -> str:
+def environment() -> str:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     commit = git.stdout.strip() or "unknown"
     return (

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from cluster.launch import WorkerLaunch
+from cluster.two_way_mover import TwoWayMover
 from decode_worker.inbox import Inbox, LoopbackInbox, RemoteInbox
 from decode_worker.mover import ReceivingMover
+from decode_worker.prefix_server import NoPrefixServer, PrefixServer, RemotePrefixServer
 from decode_worker.role import DecodeRole
 from decode_worker.running import ALL_AT_ONCE, Growth, Running
 from engine.block_pool import BlockPool, Hold
@@ -21,6 +23,7 @@ from kv_transfer.sender import KVSender
 from kv_transfer.transports.loopback import Loopback
 from kv_transfer.transports.opening import open_receiver, open_sender
 from kv_transfer.transports.transport import Site
+from prefill_worker.fetcher import NoFetcher, RemoteFetcher
 from prefill_worker.mover import SendingMover
 from prefill_worker.outbox import LoopbackOutbox, RemoteOutbox
 from prefill_worker.role import PrefillRole
@@ -39,7 +42,7 @@ class Cache:
 
 @dataclass(frozen=True)
 class LeaderParts:
-    """What the leader's roles stand on, and what each of them may take."""
+    """What the leader's roles stand on, and what each of them may take. min_fetch_tokens: see KVTransferSection."""
 
     pool: BlockPool
     ranks: Ranks
@@ -48,6 +51,7 @@ class LeaderParts:
     max_running: int
     outbox_share: float = 1.0
     growth: Growth = ALL_AT_ONCE
+    min_fetch_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,19 +77,33 @@ def _site(launch: WorkerLaunch, cache: Cache) -> Site:
     return Site(launch.host, cache.blocks.device, cache.layout, launch.kv_transfer.timeout_s)
 
 
+def _prefill_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
+    mover = _sending_mover(launch, cache)
+    fetches = launch.kv_transfer.min_fetch_tokens > 0
+    return TwoWayMover(handoffs=mover, fetches=_receiving_mover(launch, cache)) if fetches else mover
+
+
+def _decode_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
+    mover = _receiving_mover(launch, cache)
+    fetches = launch.kv_transfer.min_fetch_tokens > 0
+    return TwoWayMover(handoffs=mover, fetches=_sending_mover(launch, cache)) if fetches else mover
+
+
 def _prefill_roles(parts: LeaderParts) -> list[Role]:
     outbox = RemoteOutbox(parts.pool, parts.ranks, parts.layout, parts.outbox_share)
-    return [PrefillRole(parts.pool, outbox, parts.outlet, parts.layout.model_hash, parts.max_running)]
+    min_tokens = parts.min_fetch_tokens
+    fetcher = RemoteFetcher(parts.ranks, parts.outlet, min_tokens) if min_tokens else NoFetcher()
+    return [PrefillRole(parts.pool, outbox, fetcher, parts.outlet, parts.layout.model_hash, parts.max_running)]
 
 
 def _decode_roles(parts: LeaderParts) -> list[Role]:
     inbox = RemoteInbox(parts.ranks, parts.layout)
-    return [_decode_role(parts, inbox)]
+    return [_decode_role(parts, inbox, RemotePrefixServer(parts.ranks, parts.outlet))]
 
 
-def _decode_role(parts: LeaderParts, inbox: Inbox) -> DecodeRole:
+def _decode_role(parts: LeaderParts, inbox: Inbox, prefixes: PrefixServer) -> DecodeRole:
     running = Running(parts.pool, parts.ranks, parts.growth)
-    return DecodeRole(parts.pool, inbox, parts.outlet, running, parts.layout.model_hash, parts.max_running)
+    return DecodeRole(parts.pool, inbox, prefixes, parts.outlet, running, parts.layout.model_hash, parts.max_running)
 
 
 def _colocated_roles(parts: LeaderParts) -> list[Role]:
@@ -93,13 +111,13 @@ def _colocated_roles(parts: LeaderParts) -> list[Role]:
     loopback: Loopback[Hold] = Loopback()
     outbox = LoopbackOutbox(loopback)
     return [
-        _decode_role(parts, LoopbackInbox(loopback)),
-        PrefillRole(parts.pool, outbox, parts.outlet, parts.layout.model_hash, parts.max_running),
+        _decode_role(parts, LoopbackInbox(loopback), NoPrefixServer()),
+        PrefillRole(parts.pool, outbox, NoFetcher(), parts.outlet, parts.layout.model_hash, parts.max_running),
     ]
 
 
 ASSEMBLIES: dict[RoleName, Assembly] = {
-    "prefill": Assembly(_sending_mover, _prefill_roles, lambda launch: launch.kv_transfer.transport),
-    "decode": Assembly(_receiving_mover, _decode_roles, lambda launch: launch.kv_transfer.transport),
+    "prefill": Assembly(_prefill_mover, _prefill_roles, lambda launch: launch.kv_transfer.transport),
+    "decode": Assembly(_decode_mover, _decode_roles, lambda launch: launch.kv_transfer.transport),
     "colocated": Assembly(lambda launch, cache: Stationary(), _colocated_roles, lambda launch: "loopback"),
 }

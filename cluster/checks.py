@@ -54,12 +54,14 @@ def check_topology(topology: Topology) -> ModelConfig:
         folder = find_model(topology.model.path, TOKENIZER_FILES)
         model = load_model_config(folder)
         _check_files(folder, has_weights=Path(topology.model.path).expanduser().is_dir())
+    with _about("kv_transfer.min_fetch_tokens"):
+        _check_fetching(topology)
     with _about("model.max_context"):
         max_context = longest_context(topology, model)
     for role, section in roles(topology):
         with _about(f"{role}.tensor_parallel"):
             _check_split(role, section, model)
-        with _about("kv_cache.memory"):
+        with _about(_memory_key(role, section)):
             _check_cache(role, section, topology, model, max_context)
         with _about(f"{role}.parked_memory"):
             _check_parking(role, section, topology, model, max_context)
@@ -150,11 +152,16 @@ def _check_split(role: RoleName, section: RoleSection, model: ModelConfig) -> No
         raise ConfigError(f"{role}.tensor_parallel: {error}") from None
 
 
+def _memory_key(role: RoleName, section: RoleSection) -> str:
+    """Return where it stands how much memory this role's cache has."""
+    return f"{role}.kv_cache.memory" if section.kv_cache.memory else "kv_cache.memory"
+
+
 def _check_cache(
     role: RoleName, section: RoleSection, topology: Topology, model: ModelConfig, max_context: int
 ) -> None:
     """Every rank must hold the KV of one request of full length, or that request could never be served."""
-    cache = topology.kv_cache
+    cache, key = topology.cache_of(section), _memory_key(role, section)
     if parse_share(cache.memory) is not None:
         _check_share(role, section, topology)
         return
@@ -164,8 +171,17 @@ def _check_cache(
     if held < num_blocks:
         remedy = f" or model.max_context to {held * cache.block_size}" if held else ""
         raise ConfigError(
-            f"kv_cache.memory {cache.memory} holds {held * cache.block_size} tokens on each {role} rank, fewer "
-            f"than one context of {max_context}; raise it to {format_memory(num_blocks * one_block)}{remedy}"
+            f"{key} {cache.memory} holds {held * cache.block_size} tokens on each {role} rank, fewer than one context "
+            f"of {max_context}; raise it to {format_memory(num_blocks * one_block)}{remedy}"
+        )
+
+
+def _check_fetching(topology: Topology) -> None:
+    num_tokens, decode = topology.kv_transfer.min_fetch_tokens, topology.decode
+    if num_tokens and decode and not topology.cache_of(decode).prefix_caching:
+        raise ConfigError(
+            f"kv_transfer.min_fetch_tokens is {num_tokens}, but decode keeps no prefixes that prefill could fetch; "
+            f"set it to 0, or prefix_caching of decode's kv_cache to true"
         )
 
 
@@ -175,7 +191,7 @@ def _check_parking(
     """With less room than one request needs, growth_tokens would be a wish that nobody grants."""
     if not isinstance(section, DecodeSection) or section.growth_tokens is None:
         return
-    block_size = topology.kv_cache.block_size
+    block_size = topology.cache_of(section).block_size
     one_block = block_bytes(model, topology.model.dtype, block_size, section.tensor_parallel)
     num_blocks = -(-max_context // block_size)
     if parse_memory(section.parked_memory) < num_blocks * one_block:
@@ -188,15 +204,13 @@ def _check_parking(
 
 def _check_share(role: RoleName, section: RoleSection, topology: Topology) -> None:
     """Whether one context fits is known when the GPU has been asked; two ranks that ask at once would both take it."""
+    memory = f"{_memory_key(role, section)} {topology.cache_of(section).memory}"
     if topology.device != "cuda":
-        raise ConfigError(
-            f"kv_cache.memory {topology.kv_cache.memory} needs device cuda; on a CPU give bytes, as 512MiB"
-        )
+        raise ConfigError(f"{memory} needs device cuda; on a CPU give bytes, as 512MiB")
     share = gpu_share(topology, section)
     if share < 1:
         raise ConfigError(
-            f"kv_cache.memory {topology.kv_cache.memory} of a GPU that a {role} rank shares with others "
-            f"({role}.gpus is {share:g}); give bytes, as 20GiB"
+            f"{memory} of a GPU that a {role} rank shares with others ({role}.gpus is {share:g}); give bytes, as 20GiB"
         )
 
 

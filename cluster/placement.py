@@ -73,7 +73,7 @@ def _launch(
     control: str,
     host: str,
 ) -> WorkerLaunch:
-    cache, model = topology.kv_cache, topology.model
+    cache, model = topology.cache_of(section), topology.model
     share = parse_share(cache.memory)
     return WorkerLaunch(
         role=role,

@@ -29,6 +29,7 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     epoch: str
     doing: str = ""
     blocks: BlockCounts = BlockCounts()
+    block_size: int = 0
     running: int = 0
     waiting: int = 0
     transports: tuple[str, ...] = ()

@@ -14,9 +14,10 @@ from typing import Any
 import msgspec
 import yaml
 
+from cluster.checks import roles
 from cluster.memory_size import parse_memory, parse_share
 from protocol.errors import ConfigError
-from protocol.topology import Topology
+from protocol.topology import DecodeSection, Topology
 
 Places = dict[str, str]
 """Where each key was written: "prefill.groups" -> "configs/x.yaml:7"; the empty key is the file itself."""
@@ -52,7 +53,7 @@ def _read(path: Path) -> tuple[dict[str, Any], Places]:
         raise ConfigError(_yaml_complaint(path, error)) from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: a topology is a mapping of sections: {', '.join(section_keys(''))}")
-    return values, {"": f"{path}:1", **dict(_walk(root, f"{path}", "", depth=2))}
+    return values, {"": f"{path}:1", **dict(_walk(root, f"{path}", "", depth=3))}
 
 
 def _yaml_complaint(path: Path, error: yaml.YAMLError) -> str:
@@ -83,15 +84,15 @@ def _apply(override: str, values: dict[str, Any], places: Places) -> None:
     place = f"--set {override}"
     key, equals, text = override.partition("=")
     names = key.strip().split(".")
-    if not equals or not all(names) or len(names) > 2:
+    if not equals or not all(names):
         raise ConfigError(f"{place}: write it as section.key=value, for example router.port=8001")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{place}: {getattr(error, 'problem', error)}") from None
-    if len(names) == 2:
-        places.setdefault(names[0], place)
-        values = _section(values, names[0], place)
+    for depth, name in enumerate(names[:-1], 1):
+        places.setdefault(".".join(names[:depth]), place)
+        values = _section(values, name, place)
     values[names[-1]] = value
     places[".".join(names)] = place
 
@@ -135,8 +136,10 @@ def _join(section: str, name: str) -> str:
 
 
 def place_of(key: str, places: Places) -> str:
-    """Return the place of key, or of the section that it belongs to, or the file's."""
-    return places.get(key) or places.get(key.rpartition(".")[0]) or places[""]
+    """Return the place of key, or of the innermost section that it belongs to, or the file's."""
+    while key not in places:
+        key = key.rpartition(".")[0]
+    return places[key]
 
 
 def _nearest(name: str, valid: Sequence[str]) -> str:
@@ -154,7 +157,10 @@ def _struct(section: str) -> type[msgspec.Struct] | None:
     """The class of a section, "" being the topology itself."""
     if not section:
         return Topology
-    return next((kind.cls for kind in _kinds(Topology, section) if isinstance(kind, msgspec.inspect.StructType)), None)
+    outer, _, name = section.rpartition(".")
+    struct = _struct(outer)
+    kinds = _kinds(struct, name) if struct else []
+    return next((kind.cls for kind in kinds if isinstance(kind, msgspec.inspect.StructType)), None)
 
 
 def _choices(key: str) -> list[str]:
@@ -184,12 +190,14 @@ def _check_roles(topology: Topology, places: Places) -> None:
 
 def _check_memory(topology: Topology, places: Places) -> None:
     sizes = {"kv_cache.memory": topology.kv_cache.memory}
-    for name in ("decode", "colocated"):
-        if section := getattr(topology, name):
-            sizes[f"{name}.parked_memory"] = section.parked_memory
+    for role, section in roles(topology):
+        if section.kv_cache.memory:
+            sizes[f"{role}.kv_cache.memory"] = section.kv_cache.memory
+        if isinstance(section, DecodeSection):
+            sizes[f"{role}.parked_memory"] = section.parked_memory
     for key, size in sizes.items():
         try:
-            if key != "kv_cache.memory" or parse_share(size) is None:
+            if not key.endswith("kv_cache.memory") or parse_share(size) is None:
                 parse_memory(size)
         except ConfigError as error:
             raise ConfigError(f"{place_of(key, places)}: {key}: {error}") from None

@@ -109,7 +109,14 @@ class WorkerLife:
 
     def _parts(self, loaded: LoadedRank, pool: BlockPool, ranks: GroupRanks) -> LeaderParts:
         section = self._launch.role_section
-        parts = LeaderParts(pool, ranks, self._link, loaded.layout, section.batch_requests)
+        parts = LeaderParts(
+            pool,
+            ranks,
+            self._link,
+            loaded.layout,
+            section.batch_requests,
+            min_fetch_tokens=self._launch.kv_transfer.min_fetch_tokens,
+        )
         match section:
             case PrefillSection():
                 return replace(parts, outbox_share=section.outbox_share)

@@ -9,6 +9,7 @@ manifest equals the plan's.
 from collections import deque
 
 from decode_worker.inbox import Inbox
+from decode_worker.prefix_server import PrefixServer
 from decode_worker.reservation import Reservation
 from decode_worker.running import Running
 from engine.block_pool import BlockPool
@@ -18,7 +19,18 @@ from engine.sampler import Drawn
 from engine.sequence import Chunk, Sequence
 from protocol.errors import FailureCode
 from protocol.identity import Attempt
-from protocol.messages import Abort, AnyMessage, Committed, Failed, FinishReason, Grant, Handoff, Reserve, TokenUpdate
+from protocol.messages import (
+    Abort,
+    AnyMessage,
+    Committed,
+    Failed,
+    Fetch,
+    FinishReason,
+    Grant,
+    Handoff,
+    Reserve,
+    TokenUpdate,
+)
 from protocol.orders import AnyReport, Broken, Expecting, Received
 
 
@@ -26,10 +38,18 @@ class DecodeRole:
     """See engine.role.Role."""
 
     def __init__(
-        self, pool: BlockPool, inbox: Inbox, outlet: Outlet, running: Running, model_hash: str, max_running: int
+        self,
+        pool: BlockPool,
+        inbox: Inbox,
+        prefixes: PrefixServer,
+        outlet: Outlet,
+        running: Running,
+        model_hash: str,
+        max_running: int,
     ) -> None:
         self._pool = pool
         self._inbox = inbox
+        self._prefixes = prefixes
         self._outlet = outlet
         self._model_hash = model_hash
         self._max_running = max_running
@@ -56,10 +76,14 @@ class DecodeRole:
                 self._enqueue(message)
             case Handoff() if (reservation := self._reservations.get(message.attempt)) and not reservation.handoff:
                 self._take_handoff(reservation, message)
+            case Fetch() if (reservation := self._reservations.get(message.attempt)) and reservation.is_granted:
+                assert reservation.hold is not None
+                self._prefixes.serve(message, reservation.reserve, reservation.hold, self._first_position(reservation))
             case Abort():
                 self._drop(message.attempt)
 
     def heed(self, report: AnyReport) -> None:
+        self._prefixes.heed(report)
         if not isinstance(report, Expecting | Received | Broken):
             return
         reservation = self._reservations.get(report.attempt)

@@ -74,6 +74,11 @@ class Sequence:
         end = min(self.num_launched + max_tokens, self.num_tokens)
         return Chunk(self, self.num_launched, end, is_sampled=end == self.num_tokens)
 
+    def skip_to(self, position: int) -> None:
+        """KV up to position has come from elsewhere. No step of this sequence may be under way."""
+        assert self.num_computed == self.num_launched <= position
+        self.num_computed = self.num_launched = position
+
     def launch(self, chunk: "Chunk") -> None:
         """A step with this chunk is under way."""
         self.num_launched = chunk.end

@@ -5,7 +5,8 @@ was compared with this rank's own plan, and only then is copied into blocks that
 about requests: Received and Broken are facts for the leader.
 """
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -21,9 +22,9 @@ from protocol.orders import Broken, ExpectBlocks, Received
 POLL_BYTES = 64 << 20
 """What one poll() copies at most (16 ms at the 4 GB/s of one CPU core), so that running streams need not wait long."""
 
-Refusal = Literal["unknown_attempt", "wrong_piece", "duplicate_frame"]
-REFUSALS: tuple[Refusal, ...] = ("unknown_attempt", "wrong_piece", "duplicate_frame")
-COUNTERS = (*RECEIVING_FAULTS, *REFUSALS)
+Oddity = Literal["unknown_attempt", "wrong_piece", "duplicate_frame", "reordered_frame"]
+ODDITIES: tuple[Oddity, ...] = ("unknown_attempt", "wrong_piece", "duplicate_frame", "reordered_frame")
+COUNTERS = (*RECEIVING_FAULTS, *ODDITIES)
 """Every name that KVReceiver.counters can have."""
 
 DAMAGE: tuple[ReceivingFault, ...] = ("bad_digest", "wrong_size")
@@ -34,12 +35,17 @@ _FrameKey = tuple[int, int]  # source rank, index
 
 @dataclass
 class _Transfer:
-    """One attempt that is expected: the frames that the plan names for this rank, and those still missing."""
+    """One attempt that is expected: the frames that the plan names for this rank, and those still missing.
+
+    awaited: the index that follows the last one, by source rank. damaged: what came before, but not whole.
+    """
 
     order: ExpectBlocks
     block_table: torch.Tensor  # [num_blocks of the prompt]
     frames: dict[_FrameKey, tuple[Piece, int]]  # piece, frames of its link
     missing: set[_FrameKey]
+    awaited: Counter[int] = field(default_factory=Counter)
+    damaged: set[_FrameKey] = field(default_factory=set)
 
 
 class KVReceiver:
@@ -65,7 +71,7 @@ class KVReceiver:
         self._frame_bytes = frame_bytes
         self._transfers: dict[Attempt, _Transfer] = {}
         self._reports: list[Received | Broken] = []
-        self._refused: dict[str, int] = dict.fromkeys(REFUSALS, 0)
+        self._odd: dict[str, int] = dict.fromkeys(ODDITIES, 0)
 
     @property
     def address(self) -> str:
@@ -74,8 +80,8 @@ class KVReceiver:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Frames that were not used, by reason; the names are those in COUNTERS."""
-        return self._transport.counters | self._refused
+        """Frames that were not used, by reason, and those that came out of order; the names are those in COUNTERS."""
+        return self._transport.counters | self._odd
 
     def expect(self, order: ExpectBlocks) -> None:
         """From now on take frames of this attempt; one that cannot work is reported as Broken by the next poll().
@@ -139,27 +145,36 @@ class KVReceiver:
         header, payload, fault, done = arrival
         transfer = self._transfers.get(header.attempt)
         if transfer is None:
-            self._refused["unknown_attempt"] += 1
-        elif payload is None and fault not in DAMAGE:  # damage stays missing until its sender sends it again
+            self._odd["unknown_attempt"] += 1
+        elif payload is None and fault in DAMAGE:  # it stays missing until its sender sends it again
+            transfer.damaged.add(_key(header))
+        elif payload is None:
             self._fail(header.attempt, f"frame {header.piece.index} from rank {header.source_rank}: {fault}")
-        elif payload is not None and self._is_wanted(header, transfer):
+        elif self._is_wanted(header, transfer):
+            self._count_order(header, transfer)
             heads = local_heads(self._layout, self._rank, header.piece.heads)
             self._staging.scatter(header.piece, heads, transfer.block_table, payload, done)
-            transfer.missing.remove((header.source_rank, header.piece.index))
+            transfer.missing.remove(_key(header))
             self._finish_if_whole(header.attempt)
             return True
         return False
 
     def _is_wanted(self, header: FrameHeader, transfer: _Transfer) -> bool:
         """Return whether a frame is in the plan and has not come yet; the first is what every frame must be."""
-        key = (header.source_rank, header.piece.index)
+        key = _key(header)
         if header.destination_rank != self._rank or transfer.frames.get(key) != (header.piece, header.num_frames):
-            self._refused["wrong_piece"] += 1
+            self._odd["wrong_piece"] += 1
             self._fail(header.attempt, f"frame {header.piece.index} from rank {header.source_rank} is not in the plan")
             return False
         is_missing = key in transfer.missing
-        self._refused["duplicate_frame"] += not is_missing
+        self._odd["duplicate_frame"] += not is_missing
         return is_missing
+
+    def _count_order(self, header: FrameHeader, transfer: _Transfer) -> None:
+        """A frame that was overtaken is as good as any: it says itself where it belongs."""
+        source_rank, index = key = _key(header)
+        self._odd["reordered_frame"] += index < transfer.awaited[source_rank] and key not in transfer.damaged
+        transfer.awaited[source_rank] = max(transfer.awaited[source_rank], index + 1)
 
     def _finish_if_whole(self, attempt: Attempt) -> None:
         if not self._transfers[attempt].missing:
@@ -169,3 +184,7 @@ class KVReceiver:
     def _fail(self, attempt: Attempt, reason: str) -> None:
         del self._transfers[attempt]
         self._reports.append(Broken(self._rank, attempt, reason))
+
+
+def _key(header: FrameHeader) -> _FrameKey:
+    return header.source_rank, header.piece.index

@@ -3,7 +3,8 @@
 A job is waiting (no blocks yet), computing, or computed: its first token went to the client and its blocks are held
 until decode has committed to their content, or the attempt is aborted. Nothing is sent without a grant; with one, what
 is computed of a prompt leaves while the rest is being computed. Without one a job may have to give up its blocks and
-start again (prefill_worker/admission.py); its first token is kept, and never drawn or sent a second time.
+start again (prefill_worker/admission.py); its first token is kept, and never drawn or sent a second time. What decode
+holds already may be fetched (prefill_worker/fetcher.py).
 """
 
 import time
@@ -14,19 +15,29 @@ from engine.role import Outlet
 from engine.sampler import Drawn
 from engine.sequence import Chunk, Sequence
 from prefill_worker.admission import Admission, Job
+from prefill_worker.fetcher import Fetcher
 from prefill_worker.outbox import Outbox
 from protocol.errors import FailureCode
 from protocol.identity import Attempt
-from protocol.messages import Abort, AnyMessage, Committed, Failed, Grant, Handoff, Prefill, TokenUpdate
+from protocol.messages import Abort, AnyMessage, Committed, Failed, Grant, Handoff, Prefill, TokenUpdate, Unfetched
 from protocol.orders import AnyReport, Broken
 
 
 class PrefillRole:
     """See engine.role.Role."""
 
-    def __init__(self, pool: BlockPool, outbox: Outbox, outlet: Outlet, model_hash: str, max_computing: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        outbox: Outbox,
+        fetcher: Fetcher,
+        outlet: Outlet,
+        model_hash: str,
+        max_computing: int,
+    ) -> None:
         self._pool = pool
         self._outbox = outbox
+        self._fetcher = fetcher
         self._outlet = outlet
         self._model_hash = model_hash
         self._max_computing = max_computing
@@ -41,6 +52,7 @@ class PrefillRole:
             "handoffs": self._num_handoffs,
             "handoff_exposed_us": self._handoff_exposed_us,
             "prompts_given_up": self._admission.num_given_up,
+            **self._fetcher.counters,
         }
 
     @property
@@ -58,7 +70,11 @@ class PrefillRole:
             case Grant() if (job := self._jobs.get(message.attempt)) and job.grant is None:
                 job.grant = message
                 self._admission.grant(job)
+                if job.sequence is not None:
+                    self._fetcher.granted(job.prefill, job.sequence, message)
                 self._send_computed(job)
+            case Unfetched():
+                self._fetcher.fail(message.attempt)
             case Committed():
                 self._count_handoff(message.attempt)
                 self._drop(message.attempt)
@@ -67,6 +83,7 @@ class PrefillRole:
                 self._drop(message.attempt)
 
     def heed(self, report: AnyReport) -> None:
+        self._fetcher.heed(report)
         if isinstance(report, Broken) and report.attempt in self._jobs:
             self._fail(report.attempt, "transfer_failed", f"sending KV failed on rank {report.rank}: {report.reason}")
 
@@ -78,7 +95,8 @@ class PrefillRole:
             assert sequence is not None
             if num_tokens <= 0 or len(chunks) == self._max_computing:
                 break
-            if num_left := sequence.num_prompt_tokens - sequence.num_launched:
+            num_left = sequence.num_prompt_tokens - sequence.num_launched
+            if num_left and not self._fetcher.is_open(sequence.attempt):
                 chunks.append(sequence.next_chunk(min(num_tokens, num_left)))
                 num_tokens -= chunks[-1].num_tokens
         return chunks
@@ -135,11 +153,13 @@ class PrefillRole:
         known = [] if job.first_token_id is None else [job.first_token_id]
         job.sequence = Sequence(prefill.attempt, prefill.request, hold, job.chain, num_cached, known)
         self._computing.append(job)
+        self._fetcher.admit(prefill, job.sequence, job.grant)
 
     def _give_up(self, job: Job) -> None:
         """Let go of blocks for somebody else, without a grant, so that nothing of them is on its way."""
         assert job.sequence is not None
         assert not job.is_sending
+        self._fetcher.forget(job.prefill.attempt)
         job.sequence.hold.release()
         if job in self._computing:
             self._computing.remove(job)
@@ -163,7 +183,7 @@ class PrefillRole:
     def _send_computed(self, job: Job) -> None:
         """Send what is computed and granted; when that is the whole prompt, hand it off."""
         sequence, grant, destination = job.sequence, job.grant, job.prefill.destination
-        if sequence is None or grant is None:
+        if sequence is None or grant is None or self._fetcher.is_open(sequence.attempt):
             return
         first_position = grant.num_cached_tokens
         if not 0 <= first_position <= sequence.num_prompt_tokens:
@@ -195,6 +215,7 @@ class PrefillRole:
         job = self._jobs.pop(attempt, None)
         if job is None:
             return
+        self._fetcher.forget(attempt)
         self._admission.leave(job)
         if job.sequence is not None:
             job.sequence.hold.release()

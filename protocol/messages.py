@@ -6,6 +6,8 @@ bytes directly. A request's way through these messages:
     router -> decode    Reserve      room for the prompt and its growth, please
     router -> prefill   Prefill      compute this prompt (sent at the same time)
     decode -> prefill   Grant        the room is there; this much of the prompt I already hold   (through the router)
+    prefill -> decode   Fetch        send me what you hold of it, so that I need not compute it  (through the router)
+    decode -> prefill   Unfetched    that failed; compute it                                     (through the router)
     prefill -> router   Tokens       the first token, straight to the client
     prefill -> decode   Handoff      all frames are on their way; this is what they must add up to (through the router)
     decode -> prefill   Committed    every frame was checked; let go of your blocks               (through the router)
@@ -22,7 +24,7 @@ from protocol.identity import Attempt, Epoch
 from protocol.layout import Endpoint
 from protocol.request import Request
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 RoleName = Literal["prefill", "decode", "colocated"]
 WorkerState = Literal["starting", "ready", "draining", "dead"]
@@ -129,11 +131,16 @@ class Reserve(Message, frozen=True):
 
 
 class Prefill(Message, frozen=True):
-    """Router -> prefill: compute this prompt; send its KV to destination once a Grant has come."""
+    """Router -> prefill: compute this prompt; send its KV to destination once a Grant has come.
+
+    num_held_tokens: how much of the prompt decode seems to hold, if the grant is likely to come at once. It is a guess
+    that says whether waiting for the grant may pay, and nothing else rests on it.
+    """
 
     attempt: Attempt
     request: Request
     destination: Endpoint
+    num_held_tokens: int = 0
 
 
 class Grant(Message, frozen=True):
@@ -141,6 +148,24 @@ class Grant(Message, frozen=True):
 
     attempt: Attempt
     num_cached_tokens: int
+
+
+class Fetch(Message, frozen=True):
+    """Prefill -> decode: send me the KV of these tokens of the prompt, all of them among those granted as held.
+
+    At most once per attempt, and before its handoff.
+    """
+
+    attempt: Attempt
+    first_position: int
+    num_tokens: int
+
+
+class Unfetched(Message, frozen=True):
+    """Decode -> prefill: what was fetched will not come whole."""
+
+    attempt: Attempt
+    reason: str
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -210,7 +235,7 @@ class Failed(Message, frozen=True):
 
 AnyMessage = (
     Join | Welcome | Progress | Ready | Heartbeat | Ping | PeerLost | Fence | Stop
-    | Reserve | Prefill | Grant | Handoff | Committed | Abort | Tokens | Failed
+    | Reserve | Prefill | Grant | Fetch | Unfetched | Handoff | Committed | Abort | Tokens | Failed
 )  # fmt: skip
 
 

@@ -46,7 +46,7 @@ class Step(Order, frozen=True):
 
 
 class ExpectBlocks(Order, frozen=True):
-    """Decode side: KV of tokens [first_position, first_position + num_tokens) will come from source.
+    """Receiving side: KV of tokens [first_position, first_position + num_tokens) will come from source.
 
     block_ids is the block table of the whole prompt, from position 0. Answered with Expecting, then Received or Broken.
     """
@@ -59,7 +59,7 @@ class ExpectBlocks(Order, frozen=True):
 
 
 class SendBlocks(Order, frozen=True):
-    """Prefill side: send KV of tokens [first_position, first_position + num_tokens) to destination.
+    """Sending side: send KV of tokens [first_position, first_position + num_tokens) to destination.
 
     block_ids is the block table of the whole prompt, from position 0. num_computed: positions from 0 whose KV is there
     by now, None for all; the others are announced by SendMore.
@@ -74,7 +74,7 @@ class SendBlocks(Order, frozen=True):
 
 
 class SendMore(Order, frozen=True):
-    """Prefill side: the KV of this attempt's positions below num_computed is there now. Unknown attempts are fine."""
+    """Sending side: the KV of this attempt's positions below num_computed is there now. Unknown attempts are fine."""
 
     attempt: Attempt
     num_computed: int
@@ -150,6 +150,13 @@ class Broken(Report, frozen=True):
     reason: str
 
 
+class FetchBroken(Report, frozen=True):
+    """What decode holds of this attempt's prompt does not get to prefill; the attempt itself may go on."""
+
+    attempt: Attempt
+    reason: str
+
+
 class Counted(Report, frozen=True):
     """How often something was dropped, refused or repeated on this rank since its life began, by reason."""
 
@@ -157,7 +164,7 @@ class Counted(Report, frozen=True):
 
 
 AnyOrder = Step | ExpectBlocks | SendBlocks | SendMore | DropTransfer | Park | Unpark | Discard | ClosePeer | StopRank
-AnyReport = Enlist | Expecting | Received | Broken | Counted
+AnyReport = Enlist | Expecting | Received | Broken | FetchBroken | Counted
 
 _encoder = msgspec.msgpack.Encoder()
 _orders: msgspec.msgpack.Decoder[AnyOrder] = msgspec.msgpack.Decoder(AnyOrder)

@@ -19,6 +19,7 @@ GPU_TRANSPORTS: tuple[Transport, ...] = ("cuda_ipc", "nccl")
 
 Policy = Literal["round_robin", "least_loaded"]
 Device = Literal["cpu", "cuda"]
+BlockSize = Literal[16, 32, 64, 128]
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -44,6 +45,14 @@ class RouterSection(Section, frozen=True, kw_only=True):
     timeout_s: Seconds = 600.0
 
 
+class RoleCacheSection(Section, frozen=True, kw_only=True):
+    """What a role's KV cache has otherwise than the topology's kv_cache says; None: nothing."""
+
+    block_size: BlockSize | None = None
+    memory: str | None = None
+    prefix_caching: bool | None = None
+
+
 class RoleSection(Section, frozen=True, kw_only=True, tag_field="role"):
     """Groups of one role, whichever it is. batch_tokens bounds one forward pass, batch_requests what runs at once.
 
@@ -57,6 +66,7 @@ class RoleSection(Section, frozen=True, kw_only=True, tag_field="role"):
     batch_requests: Positive = 256
     cpus: Annotated[float, msgspec.Meta(gt=0)] = 0.25
     gpus: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    kv_cache: RoleCacheSection = RoleCacheSection()
 
 
 class PrefillSection(RoleSection, frozen=True, kw_only=True, tag="prefill"):
@@ -89,9 +99,12 @@ AnyRoleSection = PrefillSection | DecodeSection | ColocatedSection
 
 
 class KVCacheSection(Section, frozen=True, kw_only=True):
-    """memory: bytes per rank for KV blocks, as 512MiB or 20GiB; on a GPU also as 90% of what is free at the end."""
+    """memory: bytes per rank for KV blocks, as 512MiB or 20GiB; on a GPU also as 90% of what is free at the end.
 
-    block_size: Literal[16, 32, 64, 128] = 16
+    A role may say otherwise for itself.
+    """
+
+    block_size: BlockSize = 16
     memory: str = "512MiB"
     prefix_caching: bool = True
 
@@ -100,11 +113,14 @@ class KVTransferSection(Section, frozen=True, kw_only=True):
     """How KV bytes get from prefill to decode. timeout_s bounds every single operation.
 
     transport auto: between GPUs cuda_ipc where both ranks are on one host and one GPU can read the other, nccl
-    elsewhere; otherwise shm where both ranks are on one host, zmq elsewhere.
+    elsewhere; otherwise shm where both ranks are on one host, zmq elsewhere. min_fetch_tokens: prefill fetches the
+    beginning of a prompt from decode, instead of computing it, where decode holds at least so many tokens more; 0: it
+    never does.
     """
 
     transport: Transport = "zmq"
     timeout_s: Seconds = 30.0
+    min_fetch_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 class Topology(Section, frozen=True, kw_only=True):
@@ -118,3 +134,8 @@ class Topology(Section, frozen=True, kw_only=True):
     kv_cache: KVCacheSection = KVCacheSection()
     kv_transfer: KVTransferSection = KVTransferSection()
     device: Device = "cpu"
+
+    def cache_of(self, section: RoleSection) -> KVCacheSection:
+        """Return the KV cache of a role: what it says itself, and kv_cache for the rest."""
+        own = {key: value for key, value in msgspec.structs.asdict(section.kv_cache).items() if value is not None}
+        return msgspec.structs.replace(self.kv_cache, **own)

@@ -7,20 +7,25 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from protocol.identity import Attempt, Epoch, new_attempt
-from protocol.messages import Committed, Failed, Grant, Handoff, TokenUpdate
 from protocol.request import Request
 from protocol.stages import Stage
 from router.dispatch import Dispatcher
-from router.lifecycle import Action, Cancel, Drop, EpochLost, Event, FromWorker, Lifecycle, Outcome
+from router.held_prefixes import HeldPrefixes
+from router.lifecycle import Action, Cancel, Drop, EpochLost, Event, FromWorker, Lifecycle, Outcome, Said
+from router.policies import ReadyGroup
 
 TOO_LATE = Outcome(Stage.FAILED, "deadline_exceeded", "the request's deadline has passed")
 
 
 class Attempts:
-    """Every attempt that is not over, by request id. A request has one attempt at a time."""
+    """Every attempt that is not over, by request id. A request has one attempt at a time.
 
-    def __init__(self, dispatcher: Dispatcher, vocab_size: int) -> None:
+    held: where prefill is to be told what decode seems to hold, None where it does not fetch.
+    """
+
+    def __init__(self, dispatcher: Dispatcher, vocab_size: int, held: HeldPrefixes | None = None) -> None:
         self._dispatcher = dispatcher
+        self._held = held
         self._vocab_size = vocab_size
         self._lives: dict[str, Lifecycle] = {}
         self._deadlines: dict[str, float] = {}
@@ -45,10 +50,11 @@ class Attempts:
         self._deadlines[request.request_id] = deadline_s
         for epoch in (attempt.prefill_epoch, attempt.decode_epoch):
             self._of_epoch[epoch].add(request.request_id)
+        num_held_tokens = self._num_held_tokens(pair.decode, request)
         self._dispatcher.started(attempt, request)
-        return life.start(pair.prefill.endpoint, pair.decode.endpoint)
+        return life.start(pair.prefill.endpoint, pair.decode.endpoint, num_held_tokens)
 
-    def receive(self, sender: Epoch, message: Grant | Handoff | Committed | Failed | TokenUpdate) -> list[Action]:
+    def receive(self, sender: Epoch, message: Said) -> list[Action]:
         """A leader said something about an attempt. What is said of attempts that are over is dropped."""
         life = self._lives.get(message.attempt.request_id)
         if life is None or life.attempt != message.attempt:
@@ -65,6 +71,8 @@ class Attempts:
         lives = [self._lives[request_id] for request_id in sorted(self._of_epoch.get(epoch, ()))]
         actions = [action for life in lives for action in self._step(life, EpochLost(epoch))]
         self._of_epoch.pop(epoch, None)
+        if self._held is not None:
+            self._held.forget(epoch)
         return actions
 
     def expire(self, now_s: float) -> list[Action]:
@@ -85,8 +93,21 @@ class Attempts:
         if life.stage.is_end:
             self._dispatcher.ended(life.attempt)
         if life.is_over:
+            self._remember(life)
             self._forget(life.attempt)
         return actions
+
+    def _num_held_tokens(self, decode: ReadyGroup, request: Request) -> int:
+        """Return how much of the prompt decode seems to hold; none where its grant may take a while."""
+        if self._held is None or not self._dispatcher.has_room(decode, request):
+            return 0
+        return self._held.num_held(decode.epoch, request.salt, request.prompt_token_ids)
+
+    def _remember(self, life: Lifecycle) -> None:
+        """Decode has computed with every token but the last, unless the first was all there was."""
+        if self._held is not None and life.num_tokens > 1:
+            token_ids = (*life.request.prompt_token_ids, *life.token_ids[:-1])
+            self._held.remember(life.attempt.decode_epoch, life.request.salt, token_ids)
 
     def _forget(self, attempt: Attempt) -> None:
         del self._lives[attempt.request_id]

@@ -18,6 +18,7 @@ from protocol.messages import (
     Envelope,
     Failed,
     Fence,
+    Fetch,
     Grant,
     Handoff,
     Heartbeat,
@@ -26,10 +27,12 @@ from protocol.messages import (
     Progress,
     Ready,
     Tokens,
+    Unfetched,
 )
 from protocol.request import Request
 from router.attempts import Attempts
 from router.dispatch import Dispatcher
+from router.held_prefixes import HeldPrefixes
 from router.launch import RouterLaunch
 from router.lifecycle import Action, Deliver, Drop, End, Outcome, Send
 from router.membership import GroupLost, MemberAction, Membership, Reject, identity_of
@@ -54,7 +57,8 @@ class Controller:
         self._epoch = new_epoch()
         self.membership = Membership(launch.groups)
         self.dispatcher = Dispatcher(POLICIES[launch.section.policy])
-        self.attempts = Attempts(self.dispatcher, launch.vocab_size)
+        held = HeldPrefixes() if launch.is_fetching else None
+        self.attempts = Attempts(self.dispatcher, launch.vocab_size, held)
         self.drops: Counter[str] = Counter()
         self._is_colocated = any(spec.role == "colocated" for spec in launch.groups)
 
@@ -112,7 +116,7 @@ class Controller:
         match message:
             case Tokens():
                 return [action for update in message.updates for action in self.attempts.receive(sender, update)]
-            case Grant() | Handoff() | Committed() | Failed():
+            case Grant() | Fetch() | Unfetched() | Handoff() | Committed() | Failed():
                 return self.attempts.receive(sender, message)
             case Heartbeat():
                 return self.membership.heartbeat(sender, message)

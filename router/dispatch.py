@@ -76,6 +76,10 @@ class Dispatcher:
             raise PromptTooLong(self.capacity(num_prompt_tokens))
         return self._policy(roomy, self.load)
 
+    def has_room(self, decode: ReadyGroup, request: Request) -> bool:
+        """Whether decode could reserve for request at once, as far as the counts tell."""
+        return self.load.reserved_tokens[decode.epoch] + request.max_num_tokens <= decode.num_tokens
+
     def started(self, attempt: Attempt, request: Request) -> None:
         """Count attempt on both of its sides."""
         self._prefilling[attempt] = len(request.prompt_token_ids)

@@ -26,7 +26,8 @@ class GroupSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class RouterLaunch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """section: where clients connect and how to choose groups. control_host: interface of the workers' socket.
 
-    model_folder is absolute and resolved; model_name is what clients call it.
+    model_folder is absolute and resolved; model_name is what clients call it. is_fetching: whether prefill groups fetch
+    from decode groups, and want to know when that may pay.
     """
 
     section: RouterSection
@@ -36,6 +37,7 @@ class RouterLaunch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     max_context: Positive
     vocab_size: Positive
     groups: tuple[GroupSpec, ...]
+    is_fetching: bool = False
 
 
 class Addresses(msgspec.Struct, frozen=True):

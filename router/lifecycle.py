@@ -18,11 +18,13 @@ from protocol.messages import (
     AnyMessage,
     Committed,
     Failed,
+    Fetch,
     Grant,
     Handoff,
     Prefill,
     Reserve,
     TokenUpdate,
+    Unfetched,
 )
 from protocol.request import Request
 from protocol.stages import Stage
@@ -41,11 +43,15 @@ class Outcome(msgspec.Struct, frozen=True):
 # --- events -----------------------------------------------------------------------------------------------------------
 
 
+Said = Grant | Fetch | Unfetched | Handoff | Committed | Failed | TokenUpdate
+"""What leaders say of attempts."""
+
+
 class FromWorker(msgspec.Struct, frozen=True):
     """A message about this attempt, from the leader whose epoch is sender."""
 
     sender: Epoch
-    message: Grant | Handoff | Committed | Failed | TokenUpdate
+    message: Said
 
 
 class EpochLost(msgspec.Struct, frozen=True):
@@ -108,24 +114,29 @@ class Lifecycle:
         self.request = request
         self.stage = Stage.QUEUED
         self.holders: set[Side] = set()
-        self.num_tokens = 0
+        self.token_ids: list[int] = []
         self._vocab_size = vocab_size
         self._first_token_id: int | None = None
         self._is_granted = False
+        self._is_fetched = False
         self._is_handed_off = False
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
     @property
     def is_over(self) -> bool:
         """Ended for the client, and no block anywhere is held for it."""
         return self.stage.is_end and not self.holders
 
-    def start(self, source: Endpoint, destination: Endpoint) -> list[Action]:
-        """Ask both sides at once: decode for room, prefill for the computation."""
+    def start(self, source: Endpoint, destination: Endpoint, num_held_tokens: int = 0) -> list[Action]:
+        """Ask both sides at once: decode for room, prefill for the computation. num_held_tokens: see Prefill."""
         self.stage = Stage.PREFILLING
         self.holders = {Side.PREFILL, Side.DECODE}
         return [
             Send(self.attempt.decode_epoch, Reserve(self.attempt, self.request, source)),
-            Send(self.attempt.prefill_epoch, Prefill(self.attempt, self.request, destination)),
+            Send(self.attempt.prefill_epoch, Prefill(self.attempt, self.request, destination, num_held_tokens)),
         ]
 
     def step(self, event: Event) -> list[Action]:
@@ -138,12 +149,16 @@ class Lifecycle:
             case Cancel(outcome):
                 return self._end(outcome)
 
-    def _hear(self, sender: Epoch, message: Grant | Handoff | Committed | Failed | TokenUpdate) -> list[Action]:
+    def _hear(self, sender: Epoch, message: Said) -> list[Action]:
         if sender not in self._senders(message):
             return [Drop("wrong_sender")]
         match message:
             case Grant():
                 return self._granted(message)
+            case Fetch():
+                return self._fetched(message)
+            case Unfetched():
+                return self._unfetched(message)
             case Handoff():
                 return self._handed_off(message)
             case Committed():
@@ -153,12 +168,12 @@ class Lifecycle:
             case TokenUpdate():
                 return self._token(message)
 
-    def _senders(self, message: Grant | Handoff | Committed | Failed | TokenUpdate) -> tuple[Epoch, ...]:
+    def _senders(self, message: Said) -> tuple[Epoch, ...]:
         prefill, decode = self.attempt.prefill_epoch, self.attempt.decode_epoch
         match message:
             case Failed():
                 return prefill, decode
-            case Handoff() | TokenUpdate(index=0):
+            case Fetch() | Handoff() | TokenUpdate(index=0):
                 return (prefill,)
             case _:
                 return (decode,)
@@ -168,6 +183,18 @@ class Lifecycle:
             return self._violation("a second grant, or one after the end")
         self._is_granted = True
         return [Send(self.attempt.prefill_epoch, message)]
+
+    def _fetched(self, message: Fetch) -> list[Action]:
+        if self._is_fetched or not self._is_granted or self._is_handed_off or self.stage.is_end:
+            return self._violation("a fetch without a grant, or a second one, or one after the handoff or the end")
+        self._is_fetched = True
+        return [Send(self.attempt.decode_epoch, message)]
+
+    def _unfetched(self, message: Unfetched) -> list[Action]:
+        """Prefill may have given up by itself, and have nothing left by now."""
+        if not self._is_fetched:
+            return self._violation("an answer to a fetch that nobody asked for")
+        return [Send(self.attempt.prefill_epoch, message)] if Side.PREFILL in self.holders else []
 
     def _handed_off(self, message: Handoff) -> list[Action]:
         if self._is_handed_off or not self._is_granted or self.stage.is_end:
@@ -190,7 +217,7 @@ class Lifecycle:
         problem = self._token_problem(update)
         if problem is not None:
             return self._violation(problem)
-        self.num_tokens += 1
+        self.token_ids.append(update.token_id)
         if update.index == 0:
             self._first_token_id = update.token_id
             self.stage = max(self.stage, Stage.TRANSFERRING)

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from protocol.messages import BlockCounts
 from protocol.topology import Transport
 from router.errors import ApiError, unavailable
-from router.membership import Rank
+from router.membership import Group, Rank
 from router.responses import ModelCard, ModelList
 from router.serving import Serving
 
@@ -20,7 +20,8 @@ _TRANSPORTS = get_args(Transport)
 class RankStatus(msgspec.Struct, frozen=True):
     """One rank as /status shows it. epoch is in hex, because JSON readers round large numbers.
 
-    transports: over which ones its group has sent KV so far, on a prefill leader.
+    block_size: tokens in each of blocks, 0 before the group is ready. transports: over which ones its group has sent KV
+    so far, on a prefill leader.
     """
 
     role: str
@@ -31,6 +32,7 @@ class RankStatus(msgspec.Struct, frozen=True):
     state: str
     epoch: str
     blocks: BlockCounts
+    block_size: int
     running: int
     waiting: int
     doing: str
@@ -82,8 +84,8 @@ async def status(http: Request) -> Response:
     """Every rank that was seen, the lost ones until their next life has joined."""
     controller = _serving(http).control.controller
     groups = sorted(controller.membership.groups.items())
-    ranks = [rank for _, group in groups for _, rank in sorted(group.ranks.items())]
-    return json(Status([_rank_status(rank) for rank in ranks], len(controller.attempts)))
+    ranks = [_rank_status(group, rank) for _, group in groups for _, rank in sorted(group.ranks.items())]
+    return json(Status(ranks, len(controller.attempts)))
 
 
 async def metrics(http: Request) -> Response:
@@ -95,7 +97,7 @@ def _serving(http: Request) -> Serving:
     return serving
 
 
-def _rank_status(rank: Rank) -> RankStatus:
+def _rank_status(group: Group, rank: Rank) -> RankStatus:
     info, load = rank.info, rank.load
     return RankStatus(
         info.role,
@@ -106,6 +108,7 @@ def _rank_status(rank: Rank) -> RankStatus:
         rank.state,
         f"{info.epoch:x}",
         load.blocks,
+        group.ready.endpoint.layout.block_size if group.ready else 0,
         load.running,
         load.waiting,
         rank.doing,

@@ -12,11 +12,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from unittest import mock
 
 from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
 from cluster.worker import run_worker
+from protocol.codec import decode
 from protocol.identity import new_request_id
-from protocol.messages import RoleName, TokenUpdate
+from protocol.messages import AnyMessage, RoleName, TokenUpdate
 from protocol.model_config import load_model_config
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
@@ -30,10 +32,11 @@ from protocol.topology import (
     Transport,
 )
 from router.control import ControlPlane
-from router.controller import Controller
+from router.controller import Controller, Effect, Transmit
 from router.launch import GroupSpec, RouterLaunch
 from router.lifecycle import Outcome
 from router.membership import Group, Rank
+from router.policies import POLICIES, Policy, round_robin
 
 HOST = "127.0.0.1"
 GONE = Outcome(Stage.CANCELLED, "client_gone")
@@ -54,16 +57,33 @@ class Answer:
 
 @dataclass(frozen=True)
 class Leave:
-    """When a client goes away: after so many tokens, or so many seconds."""
+    """When a client goes away: after so many tokens, so many seconds, or when a message of this kind is about it."""
 
     after_tokens: int | None = None
     after_s: float | None = None
+    at_message: type[AnyMessage] | None = None
+
+
+class WatchedController(Controller):
+    """The router's mind, with somebody who is shown every message from one worker to another before it leaves."""
+
+    def __init__(self, launch: RouterLaunch, watch: Callable[[AnyMessage], None]) -> None:
+        super().__init__(launch)
+        self._watch = watch
+
+    def receive(self, identity: bytes, data: bytes) -> list[Effect]:
+        effects = super().receive(identity, data)
+        for effect in effects:
+            if isinstance(effect, Transmit):
+                self._watch(decode(effect.data).message)
+        return effects
 
 
 class WorkerCluster:
     """Groups of the roles named, (role, number of groups, tensor_parallel), over one transport. A context manager.
 
     block_sizes: those of decode groups last, of all others first. decode_memory_bytes: where decode's differs.
+    timeout_s: of every single KV operation.
     """
 
     def __init__(
@@ -76,17 +96,25 @@ class WorkerCluster:
         batch_tokens: int = 256,
         decode_memory_bytes: int | None = None,
         growth_tokens: int | None = None,
+        policy: Policy = round_robin,
+        timeout_s: float = 10,
+        min_fetch_tokens: int = 0,
     ) -> None:
         self._model = model
-        self._transport: Transport = transport
         self._memory_bytes = memory_bytes
         self._block_sizes = block_sizes
         self._batch_tokens = batch_tokens
         self._decode_memory_bytes = decode_memory_bytes or memory_bytes
         self._growth_tokens = growth_tokens
+        self._policy = policy
+        self._kv_transfer = KVTransferSection(
+            transport=transport, timeout_s=timeout_s, min_fetch_tokens=min_fetch_tokens
+        )
         self._groups = tuple(GroupSpec(role, group, tp) for role, num, tp in roles for group in range(num))
         self._loop = asyncio.new_event_loop()
         self._threads: list[threading.Thread] = []
+        self._leaving_at: dict[str, type[AnyMessage] | None] = {}
+        self._see: Callable[[AnyMessage], None] = lambda message: None
         self.errors: list[BaseException] = []
 
     def __enter__(self) -> "WorkerCluster":
@@ -94,8 +122,8 @@ class WorkerCluster:
         self._on_loop(self._open_router())
         for spec in self._groups:
             for rank in range(spec.tensor_parallel):
-                self._start(self._live, self._launch(spec, rank))
-        self.wait_until(lambda: self._controller.dispatcher.why_none is None and self._num_ready() == self._num_ranks)
+                self._start_rank(self._launch(spec, rank))
+        self.wait_until_ready()
         return self
 
     def __exit__(
@@ -112,6 +140,14 @@ class WorkerCluster:
         self._loop.close()
         if error is None:
             assert not self.errors, self.errors
+
+    def leave_together(self) -> None:
+        """Let every client go away in one moment."""
+
+        async def leave() -> None:
+            self._control.cancel_all(GONE)
+
+        self._on_loop(leave())
 
     def submit(
         self, prompt: list[int], sampling: SamplingParams, salt: str = "", leave: "Leave | None" = None
@@ -131,6 +167,7 @@ class WorkerCluster:
             future.set_result(answer)
 
         async def submit() -> None:
+            self._leaving_at[request.request_id] = leave.at_message if leave else None
             self._control.submit(request, time.monotonic() + DEADLINE_S, client)
             if leave and leave.after_s is not None:
                 self._loop.call_later(leave.after_s, self._control.cancel, request.request_id, GONE)
@@ -144,9 +181,17 @@ class WorkerCluster:
         assert all(answer.outcome and answer.outcome.code in ("stop", "length") for answer in answers), answers
         return [answer.token_ids for answer in answers]
 
+    def watch(self, see: Callable[[AnyMessage], None]) -> None:
+        """Show see every message from one worker to another, on the router's thread, before it leaves."""
+        self._see = see
+
+    def wait_until_ready(self) -> None:
+        """Return when every rank of every group serves."""
+        self.wait_until(lambda: self.controller.dispatcher.why_none is None and self._num_ready() == self._num_ranks)
+
     def groups(self) -> list[Group]:
         """Return what the router knows of every group."""
-        return list(self._controller.membership.groups.values())
+        return list(self.controller.membership.groups.values())
 
     def leaders(self) -> list[Rank]:
         """Return what the router knows of every group's leader."""
@@ -168,12 +213,18 @@ class WorkerCluster:
             assert time.monotonic() < deadline, "waited in vain"
             time.sleep(0.01)
 
+    def _watch(self, message: AnyMessage) -> None:
+        attempt = getattr(message, "attempt", None)
+        if attempt and self._leaving_at.get(attempt.request_id) is type(message):
+            self._loop.call_soon(self._control.cancel, attempt.request_id, GONE)
+        self._see(message)
+
     @property
     def _num_ranks(self) -> int:
         return sum(spec.tensor_parallel for spec in self._groups)
 
     def _num_ready(self) -> int:
-        groups = self._controller.membership.groups.values()
+        groups = self.controller.membership.groups.values()
         return sum(rank.state == "ready" for group in groups for rank in group.ranks.values())
 
     @staticmethod
@@ -188,7 +239,7 @@ class WorkerCluster:
             model=ModelLaunch(str(self._model), "float32", load_model_config(self._model).max_context),
             role_section=self._section(spec),
             kv_cache=self._cache(spec),
-            kv_transfer=KVTransferSection(transport=self._transport, timeout_s=10),
+            kv_transfer=self._kv_transfer,
             device="cpu",
             control=self._control.address,
             host=HOST,
@@ -216,10 +267,15 @@ class WorkerCluster:
             max_context=config.max_context,
             vocab_size=config.vocab_size,
             groups=self._groups,
+            is_fetching=self._kv_transfer.min_fetch_tokens > 0,
         )
-        self._controller = Controller(launch)
-        self._control = ControlPlane(self._controller, HOST)
+        with mock.patch.dict(POLICIES, {launch.section.policy: self._policy}):
+            self.controller = WatchedController(launch, self._watch)
+        self._control = ControlPlane(self.controller, HOST)
         self._control.start()
+
+    def _start_rank(self, launch: WorkerLaunch) -> None:
+        self._start(self._live, launch)
 
     def _live(self, launch: WorkerLaunch) -> None:
         try:

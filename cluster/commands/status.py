@@ -7,7 +7,22 @@ from typing import Any
 from cluster.status_client import WorkerStatus, fetch_raw, parse_status
 
 _HEADER = (
-    *("ROLE", "GROUP", "RANK", "PID", "NODE", "STATE", "EPOCH", "BLOCKS", "FREE", "CACHED", "HELD", "RUN", "WAIT"),
+    *(
+        "ROLE",
+        "GROUP",
+        "RANK",
+        "PID",
+        "NODE",
+        "STATE",
+        "EPOCH",
+        "BLOCKS",
+        "TOKENS EACH",
+        "FREE",
+        "CACHED",
+        "HELD",
+        "RUN",
+        "WAIT",
+    ),
     "KV OVER",
 )
 
@@ -43,6 +58,6 @@ def _row(worker: WorkerStatus) -> tuple[str, ...]:
     state = f"{worker.state}: {worker.doing}" if worker.state == "starting" and worker.doing else worker.state
     who = (worker.role, worker.group, worker.rank, worker.pid, worker.node, state, worker.epoch)
     blocks = worker.blocks
-    held = (blocks.total, blocks.free, blocks.cached, blocks.held)
+    held = (blocks.total, worker.block_size, blocks.free, blocks.cached, blocks.held)
     load = (*held, worker.running, worker.waiting, " ".join(worker.transports))
     return tuple(str(cell) for cell in (*who, *(load if worker.rank == 0 else [""] * len(load))))

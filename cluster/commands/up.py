@@ -72,6 +72,7 @@ def _router_launch(topology: Topology, model: ModelConfig, control_host: str) ->
         max_context=longest_context(topology, model),
         vocab_size=model.vocab_size,
         groups=tuple(groups),
+        is_fetching=topology.decode is not None and topology.kv_transfer.min_fetch_tokens > 0,
     )
 
 

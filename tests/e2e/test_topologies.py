@@ -22,10 +22,13 @@ TOPOLOGIES = {
         ),
     ),
     "colocated": ("cpu_colocated.yaml", ()),
-    "TP1 to TP2": ("cpu_tp2.yaml", ()),
-    "TP2 to TP1 over gloo": (
+    "TP1 to TP2, blocks of 16 to 32": ("cpu_tp2.yaml", ()),
+    "TP2 to TP1 over gloo, blocks of 32 to 16": (
         "cpu_tp2.yaml",
-        ("prefill.tensor_parallel=2", "decode.tensor_parallel=1", "kv_transfer.transport=gloo"),
+        (
+            *("prefill.tensor_parallel=2", "decode.tensor_parallel=1", "kv_transfer.transport=gloo"),
+            *("prefill.kv_cache.block_size=32", "decode.kv_cache.block_size=16"),
+        ),
     ),
     "TP2 to TP4": ("cpu_tp2.yaml", ("prefill.tensor_parallel=2", "decode.tensor_parallel=4")),
 }

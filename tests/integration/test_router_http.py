@@ -329,6 +329,7 @@ def test_the_state_pages_tell_what_is_there(router: RouterUnderTest) -> None:
         ("prefill", "ready", 4242),
     ]
     assert workers[0]["blocks"] == {"total": 100, "free": 90, "cached": 0, "held": 10}
+    assert workers[0]["block_size"] == 16
     assert int(workers[0]["epoch"], 16) > 0
     router.client.post("/v1/completions", json={"prompt": WORDS, "max_tokens": 5})
     metrics = router.client.get("/metrics").text

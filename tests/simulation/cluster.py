@@ -1,7 +1,7 @@
 """The router's mind, its clients and all groups: a cluster whose sockets, threads and models alone are simulated."""
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from protocol.messages import TokenUpdate
@@ -72,12 +72,13 @@ class SimulatedCluster:
         self.world = world
         self.clients: dict[str, Client] = {}
         self._open: set[str] = set()
+        self.on_end: Callable[[Client], None] = lambda client: None
         self._size_of = lambda spec: decode_size if decode_size and spec.role == "decode" else size
         specs = tuple(specs)
         section = RouterSection(policy=policy)  # type: ignore[arg-type]
         self.controller = Controller(RouterLaunch(
             section=section, control_host="", model_folder="", model_name="", max_context=1 << 20,
-            vocab_size=VOCAB_SIZE, groups=specs,
+            vocab_size=VOCAB_SIZE, groups=specs, is_fetching=size.min_fetch_tokens > 0,
         ))  # fmt: skip
         world.hear = lambda identity, data: self._perform(self.controller.receive(identity, data))
         self.groups = [SimulatedGroup(world, spec, self._size_of(spec), restart_s) for spec in specs]
@@ -143,6 +144,7 @@ class SimulatedCluster:
     def _end(self, client: Client, outcome: Outcome) -> None:
         client.end(outcome)
         self._open.discard(client.request.request_id)
+        self.on_end(client)
 
     def _transmit(self, transmit: Transmit) -> list[Effect]:
         wire = self.world.wires.get(transmit.identity)

@@ -16,6 +16,7 @@ import torch
 from cluster.assembly import ASSEMBLIES, LeaderParts
 from cluster.control_link import ControlLink, Fenced, Stopped
 from cluster.loops import FollowerLoop, LeaderLoop
+from cluster.two_way_mover import TwoWayMover
 from decode_worker.mover import ReceivingMover
 from decode_worker.running import ALL_AT_ONCE, Growth
 from engine.block_pool import BlockPool
@@ -57,6 +58,7 @@ class GroupSize:
     outbox_share: float = 0.5
     growth: Growth = ALL_AT_ONCE
     is_ahead: bool = False
+    min_fetch_tokens: int = 0
 
 
 class OracleEngine:
@@ -118,9 +120,11 @@ class SimulatedRank:
         self.loop: LeaderLoop | FollowerLoop | None = None
         self._has_plan = False
         self._paused_until_s = 0.0
+        self.kv_sender: KVSender | None = None
+        self.kv_receiver: KVReceiver | None = None
         self._ordered: deque[AnyOrder] = deque()  # under way
         self.orders: deque[AnyOrder] = deque()
-        self.transport: SimulatedReceiver | SimulatedSender | None = None
+        self.transports: list[SimulatedReceiver | SimulatedSender] = []
         self.cache = RankCache.empty(group.layout, number, group.size.num_blocks)
         self.parked_kv = QueuedParkedKV(self.cache.blocks, group.finish_launched)
         self.mover = self._make_mover()
@@ -159,16 +163,15 @@ class SimulatedRank:
         self._world.tell(lambda: f"{self.name} dies: {reason}")
         self.is_alive = False
         self._group.bury(self)
-        if self.transport:
-            self.transport.close()
+        for transport in self.transports:
+            transport.close()
 
     @property
     def is_readable(self) -> bool:
         """Whether something a poller watches would wake this rank."""
-        transport = self.transport
-        mailbox = transport and (transport.arrivals if isinstance(transport, SimulatedReceiver) else transport.settled)
+        mailboxes = [t.arrivals if isinstance(t, SimulatedReceiver) else t.settled for t in self.transports]
         is_heard = bool(self.orders) if self.number else bool(self._group.reports)
-        return bool(self.wire.inbox or is_heard or (mailbox and mailbox.is_readable))
+        return bool(self.wire.inbox or is_heard or any(mailbox.is_readable for mailbox in mailboxes))
 
     def turn(self) -> bool:
         """Do what can be done; return whether there may be more at once. Whatever ends the life ends it here."""
@@ -211,19 +214,28 @@ class SimulatedRank:
         return False
 
     def _make_mover(self) -> Mover:
-        world, group = self._world, self._group
-        size = group.size
-        match group.spec.role:
+        is_two_way = self._group.size.min_fetch_tokens > 0
+        match self._group.spec.role:
             case "prefill":
-                sender = self.transport = SimulatedSender(world.kv, self.wake)
-                kv_sender = KVSender(self.cache.blocks, group.layout, self.number, sender, size.frame_bytes)  # type: ignore[arg-type]
-                return SendingMover(kv_sender)
+                sending = self._make_sending_mover()
+                return TwoWayMover(sending, self._make_receiving_mover()) if is_two_way else sending
             case "decode":
-                receiver = self.transport = SimulatedReceiver(world.kv, self.name, self.wake)
-                kv_receiver = KVReceiver(self.cache.blocks, group.layout, self.number, receiver, size.frame_bytes)  # type: ignore[arg-type]
-                return ReceivingMover(kv_receiver, self.number)
+                receiving = self._make_receiving_mover()
+                return TwoWayMover(receiving, self._make_sending_mover()) if is_two_way else receiving
             case _:
                 return Stationary()
+
+    def _make_sending_mover(self) -> Mover:
+        group, sender = self._group, SimulatedSender(self._world.kv, self.wake)
+        self.transports.append(sender)
+        self.kv_sender = KVSender(self.cache.blocks, group.layout, self.number, sender, group.size.frame_bytes)  # type: ignore[arg-type]
+        return SendingMover(self.kv_sender)
+
+    def _make_receiving_mover(self) -> Mover:
+        group, receiver = self._group, SimulatedReceiver(self._world.kv, self.name, self.wake)
+        self.transports.append(receiver)
+        self.kv_receiver = KVReceiver(self.cache.blocks, group.layout, self.number, receiver, group.size.frame_bytes)  # type: ignore[arg-type]
+        return ReceivingMover(self.kv_receiver, self.number)
 
 
 class SimulatedGroup:
@@ -322,9 +334,8 @@ class SimulatedGroup:
         channel = LeaderEnd(followers, self.reports)
         own_rank = Rank(OracleEngine(model), leader.parked_kv, leader.mover)  # type: ignore[arg-type]
         ranks = GroupRanks(self.spec.tensor_parallel, channel, own_rank)  # type: ignore[arg-type]
-        parts = LeaderParts(
-            self.pool, ranks, leader.link, self.layout, size.max_running, size.outbox_share, size.growth
-        )
+        limits = (size.max_running, size.outbox_share, size.growth, size.min_fetch_tokens)
+        parts = LeaderParts(self.pool, ranks, leader.link, self.layout, *limits)
         self.roles = ASSEMBLIES[self.spec.role].roles(parts)
         steps = StepLoop(
             self.roles, ranks.forward, self._draw, size.batch_tokens, size.block_size, is_ahead=size.is_ahead
@@ -390,10 +401,6 @@ class FollowerEnd:
 
 
 def _has_transfers(rank: SimulatedRank) -> bool:
-    match rank.mover:
-        case SendingMover() as mover:
-            assert isinstance(rank.transport, SimulatedSender)
-            return bool(mover._sender._transfers) or not rank.transport.is_idle
-        case ReceivingMover() as mover:
-            return bool(mover._receiver._transfers)
-    return False
+    is_busy = any(isinstance(transport, SimulatedSender) and not transport.is_idle for transport in rank.transports)
+    ends = (rank.kv_sender, rank.kv_receiver)
+    return is_busy or any(end is not None and end._transfers for end in ends)

@@ -19,6 +19,7 @@ from kv_transfer import sender
 from protocol import identity
 from protocol.messages import RoleName
 from protocol.request import Request, SamplingParams
+from router import held_prefixes
 from router.launch import GroupSpec
 from tests.simulation.cluster import Client, SimulatedCluster
 from tests.simulation.group import GroupSize
@@ -113,6 +114,7 @@ class Scenario:
             outbox_share=self.rng.choice([0.0, 0.3, 0.5, 1.0]),
             growth=self.rng.choice(GROWTHS[1:] if self.is_crowded else GROWTHS),
             is_ahead=seed % 2 == 1,
+            min_fetch_tokens=2 if seed % 3 == 1 else 0,
         )
         self.grant_order = self.rng.choice(GRANT_ORDERS)
         block_size = self.rng.choice([size.block_size, 2, 8])
@@ -122,34 +124,54 @@ class Scenario:
         self.world.tell(lambda: f"decode grants {self.grant_order}")
         policy = self.rng.choice(["least_loaded", "round_robin"])
         self.cluster = SimulatedCluster(self.world, specs, size, policy, decode_size=decode_size)
+        self._num_slots = size.num_blocks * size.block_size
+        self._may_end: dict[str, set[str]] = {}
+        self._num_turns_due = 0
+        if size.min_fetch_tokens:
+            self.cluster.on_end = self._plan_next_turn
 
     def run(self) -> None:
         """Live through it. Raise AssertionError for anything that must not be."""
         clock, cluster = self.world.clock, self.cluster
         assert clock.run_until(lambda: cluster.is_ready, 5), "the groups never became ready"
-        clients = self._plan_requests(8 if self.is_crowded else self.rng.choice([2, 3, 4, 5]))
+        self._plan_requests(8 if self.is_crowded else self.rng.choice([2, 3, 4, 5]))
         self._plan_faults()
         clock.run_until(lambda: False, FAULT_TIME_S)
-        assert clock.run_until(lambda: cluster.has_ended, LONG_S + 1), "a request never ended"
+        has_ended = clock.run_until(lambda: cluster.has_ended and not self._num_turns_due, LONG_S + 1)
+        assert has_ended, "a request never ended"
         for client in cluster.clients.values():
-            self._check(client, clients[client.request.request_id])
+            self._check(client, self._may_end[client.request.request_id])
         assert clock.run_until(lambda: cluster.is_at_rest, AT_REST_WITHIN_S), self._unrest()
         self._check_next_request()
 
     # --- what happens -------------------------------------------------------------------------------------------------
 
-    def _plan_requests(self, num_requests: int) -> dict[str, set[str]]:
-        """Submit requests at random times; return, by id, which ends besides the faults' own would be no surprise."""
-        may_end: dict[str, set[str]] = {}
+    def _plan_requests(self, num_requests: int) -> None:
+        """Submit requests at random times, and note which ends besides the faults' own would be no surprise."""
         within_s = FAULT_TIME_S / 40 if self.is_crowded else FAULT_TIME_S / 4
         for index in range(num_requests):
             request = self._request(f"request-{index}")
             leaves = self.rng.random() < self.faults.cancels
-            may_end[request.request_id] = {"client_gone"} if leaves else set()
+            self._may_end[request.request_id] = {"client_gone"} if leaves else set()
             if request.timeout_s < LONG_S:
-                may_end[request.request_id].add("deadline_exceeded")
+                self._may_end[request.request_id].add("deadline_exceeded")
             self.world.clock.after(self.rng.random() * within_s, partial(self._submit, request, leaves))
-        return may_end
+
+    def _plan_next_turn(self, client: Client) -> None:
+        """A client that was answered goes on with the conversation, as long as it fits the smallest pool."""
+        said = (*client.request.prompt_token_ids, *client.token_ids, self.rng.randrange(VOCAB_SIZE))
+        num_left = self._num_slots - len(said)
+        if client.is_complete and num_left > 0 and not client.request.request_id.endswith("+++"):
+            sampling = SamplingParams(self.rng.randint(1, min(6, num_left)), seed=0, temperature=0.0)
+            request = Request(f"{client.request.request_id}+", said, sampling, LONG_S)
+            self._may_end[request.request_id] = {"client_gone"}
+            self._num_turns_due += 1
+            leaves = self.rng.random() < self.faults.cancels / 2
+            self.world.clock.after(self.rng.random() * 0.01, partial(self._take_turn, request, leaves))
+
+    def _take_turn(self, request: Request, leaves: bool) -> None:
+        self._num_turns_due -= 1
+        self._submit(request, leaves)
 
     def _submit(self, request: Request, leaves: bool) -> None:
         client = self.cluster.submit(request)
@@ -245,6 +267,7 @@ def run_seed(seed: int, is_told: bool = False) -> None:
     with (
         mock.patch.object(identity.secrets, "randbits", draws.getrandbits),
         mock.patch.object(sender, "WINDOW_BYTES", window_bytes),
+        mock.patch.object(held_prefixes, "PIECE_TOKENS", 2),
     ):
         scenario = Scenario(seed, is_told)
         admit = DecodeRole._admit

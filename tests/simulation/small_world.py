@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from decode_worker.inbox import RemoteInbox
+from decode_worker.prefix_server import NoPrefixServer
 from decode_worker.role import DecodeRole
 from decode_worker.running import ALL_AT_ONCE, Growth, Running
 from engine.block_pool import BlockPool
 from engine.sampler import Drawn
 from engine.step_loop import StepLoop
+from prefill_worker.fetcher import NoFetcher
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol.identity import Attempt, Epoch
@@ -133,11 +135,11 @@ class Life:
         layout = endpoint_of(epoch, block_size).layout
         if is_prefill:
             outbox = RemoteOutbox(self.pool, self, layout, limits.outbox_share)
-            self.role = PrefillRole(self.pool, outbox, self, "m", 8)
+            self.role = PrefillRole(self.pool, outbox, NoFetcher(), self, "m", 8)
         else:
             running = Running(self.pool, self, limits.growth)
             kind = Arbitrary if limits.is_any_order else DecodeRole
-            self.role = kind(self.pool, RemoteInbox(self, layout), self, running, "m", 8)
+            self.role = kind(self.pool, RemoteInbox(self, layout), NoPrefixServer(), self, running, "m", 8)
         self.steps = StepLoop([self.role], self.forward, Tokenwise, step_tokens, block_size)
 
     def send(self, message: AnyMessage) -> None:

@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass, field
 
+import pytest
+
 from decode_worker.inbox import RemoteInbox
 from decode_worker.mover import ReceivingMover
+from decode_worker.prefix_server import RemotePrefixServer
 from decode_worker.role import DecodeRole
 from decode_worker.running import ALL_AT_ONCE, Growth, Running
 from engine.block_pool import BlockPool
+from engine.prefix_hash import HashChain, chain_root
 from engine.sampler import Drawn
 from kv_transfer.receiver import KVReceiver
+from prefill_worker.fetcher import NoFetcher, RemoteFetcher
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol.identity import Attempt
@@ -18,14 +23,16 @@ from protocol.messages import (
     AnyMessage,
     Committed,
     Failed,
+    Fetch,
     Grant,
     Handoff,
     Manifest,
     Prefill,
     Reserve,
     TokenUpdate,
+    Unfetched,
 )
-from protocol.orders import AnyOrder, ExpectBlocks, Expecting
+from protocol.orders import AnyOrder, DropTransfer, ExpectBlocks, Expecting, FetchBroken, Received, SendBlocks
 from protocol.request import Request, SamplingParams
 from tests.simulation.clock import Clock
 from tests.simulation.kv import KVNetwork, SimulatedReceiver
@@ -65,7 +72,8 @@ def attempt_of(number: int) -> Attempt:
 def decode_role(num_blocks: int) -> tuple[DecodeRole, Surroundings, BlockPool]:
     pool, around = BlockPool(num_blocks, 4), Surroundings()
     running = Running(pool, around, ALL_AT_ONCE)
-    return DecodeRole(pool, RemoteInbox(around, LAYOUT), around, running, "model", 8), around, pool
+    inbox, prefixes = RemoteInbox(around, LAYOUT), RemotePrefixServer(around, around)
+    return DecodeRole(pool, inbox, prefixes, around, running, "model", 8), around, pool
 
 
 def prefill_role(
@@ -73,7 +81,7 @@ def prefill_role(
 ) -> tuple[PrefillRole, Surroundings, BlockPool]:
     pool, around = BlockPool(num_blocks, 4), Surroundings()
     outbox = RemoteOutbox(pool, around, LAYOUT, outbox_share)
-    return PrefillRole(pool, outbox, around, "model", max_computing), around, pool
+    return PrefillRole(pool, outbox, NoFetcher(), around, "model", max_computing), around, pool
 
 
 def prompt(role: PrefillRole, number: int, num_tokens: int) -> Attempt:
@@ -224,6 +232,103 @@ def test_decode_fails_a_handoff_that_is_not_what_was_planned() -> None:
     role.receive(Handoff(attempt_of(1), 3, Manifest(0, 4, 1, 32)))
     assert isinstance(around.sent[-1], Failed)
     assert pool.counts.held == 0
+
+
+def fetching_role(num_held_tokens: int, grant: Grant | None = None) -> tuple[PrefillRole, Surroundings, BlockPool]:
+    """A prefill role of two ranks with one prompt of 30 tokens, told that decode holds so many."""
+    pool, around = BlockPool(10, 4), Surroundings()
+    fetcher = RemoteFetcher(around, around, min_tokens=8)
+    role = PrefillRole(pool, RemoteOutbox(pool, around, LAYOUT, 1.0), fetcher, around, "model", 8)
+    role.receive(Prefill(attempt_of(1), request_of(30, 5), PEER, num_held_tokens))
+    if grant:
+        role.receive(grant)
+    return role, around, pool
+
+
+def test_prefill_computes_at_once_when_nothing_says_that_waiting_would_pay() -> None:
+    role, _, _ = fetching_role(num_held_tokens=7)
+    assert [(chunk.start, chunk.end) for chunk in role.schedule(100)] == [(0, 30)]
+
+
+def test_prefill_waits_for_a_grant_that_seems_to_pay_and_computes_when_it_does_not() -> None:
+    role, around, _ = fetching_role(num_held_tokens=8)
+    assert role.schedule(100) == []
+    role.receive(Grant(attempt_of(1), 4))
+    assert [(chunk.start, chunk.end) for chunk in role.schedule(100)] == [(0, 30)]
+    assert around.orders == [SendBlocks(attempt_of(1), PEER, tuple(range(8)), 4, 26, 0)]
+
+
+def test_prefill_fetches_when_all_ranks_expect_and_computes_the_rest_when_all_have_received() -> None:
+    role, around, pool = fetching_role(0, Grant(attempt_of(1), 24))
+    assert role.schedule(100) == []
+    assert around.orders == [ExpectBlocks(attempt_of(1), PEER, tuple(range(8)), 0, 24)]
+    role.heed(Expecting(1, attempt_of(1)))
+    assert around.sent == []
+    role.heed(Expecting(0, attempt_of(1)))
+    assert around.sent == [Fetch(attempt_of(1), 0, 24)]
+    role.heed(Received(0, attempt_of(1)))
+    assert role.schedule(100) == []
+    role.heed(Received(1, attempt_of(1)))
+    assert [(chunk.start, chunk.end) for chunk in role.schedule(100)] == [(24, 30)]
+    assert role.counters["fetched_tokens"] == 24
+    role.receive(Abort(attempt_of(1)))
+    assert pool.counts.held == 0
+
+
+@pytest.mark.parametrize("says", [Unfetched(attempt_of(1), "x"), FetchBroken(0, attempt_of(1), "x")], ids=["it", "we"])
+def test_prefill_computes_from_where_it_was_when_a_fetch_fails_and_ranks_drop_it_first(says) -> None:
+    role, around, _ = fetching_role(0, Grant(attempt_of(1), 24))
+    role.schedule(100)
+    role.heed(Expecting(0, attempt_of(1)))
+    role.heed(Expecting(1, attempt_of(1)))
+    role.receive(says) if isinstance(says, Unfetched) else role.heed(says)
+    assert around.orders[-1] == DropTransfer(attempt_of(1))
+    assert [(chunk.start, chunk.end) for chunk in role.schedule(100)] == [(0, 30)]
+    role.heed(Received(0, attempt_of(1)))
+    role.heed(FetchBroken(1, attempt_of(1), "late"))
+    assert role.counters["failed_fetches"] == 1
+
+
+def test_a_grant_that_comes_in_the_middle_of_a_prompt_fetches_what_is_not_computed_yet() -> None:
+    role, around, _ = fetching_role(0)
+    (chunk,) = role.schedule(10)
+    chunk.sequence.launch(chunk)
+    role.receive(Grant(attempt_of(1), 24))
+    assert role.schedule(10) == []
+    assert around.orders == [ExpectBlocks(attempt_of(1), PEER, tuple(range(8)), 10, 14)]
+    chunk.sequence.land(chunk)
+    role.commit(chunk, None)
+    assert len(around.orders) == 1, "nothing is handed off while something is fetched"
+    for report in (Expecting, Received):
+        for rank in range(2):
+            role.heed(report(rank, attempt_of(1)))
+    assert [(chunk.start, chunk.end) for chunk in role.schedule(100)] == [(24, 30)]
+
+
+def test_decode_sends_what_it_holds_and_refuses_to_send_more() -> None:
+    role, around, pool = decode_role(num_blocks=40)
+    names = HashChain(chain_root("model", ""), 4).of(range(30), 29)
+    earlier = pool.acquire([], 8)
+    assert earlier
+    pool.name_blocks(earlier, names)
+    earlier.release()
+    role.receive(Reserve(attempt_of(1), request_of(30, 5), PEER))
+    role.receive(Fetch(attempt_of(1), 0, 28))
+    assert len(around.orders) == 1, "nothing is sent before the grant"
+    for rank in range(2):
+        role.heed(Expecting(rank, attempt_of(1)))
+    assert around.sent.pop() == Grant(attempt_of(1), 28)
+    role.receive(Fetch(attempt_of(1), 4, 24))
+    order = around.orders[-1]
+    assert isinstance(order, SendBlocks)
+    assert (order.destination, order.first_position, order.num_tokens) == (PEER, 4, 24)
+    role.heed(FetchBroken(1, attempt_of(1), "a frame was broken"))
+    assert around.sent.pop() == Unfetched(attempt_of(1), "sending KV failed on rank 1: a frame was broken")
+    for first, num_tokens in ((0, 29), (28, 1), (-1, 5), (5, 0)):
+        role.receive(Fetch(attempt_of(1), first, num_tokens))
+        assert isinstance(around.sent.pop(), Unfetched)
+    assert around.orders[-1] is order
+    assert pool.counts.held, "the attempt itself goes on"
 
 
 def test_a_rank_that_expects_frames_wakes_whoever_waits_to_say_so() -> None:

@@ -13,17 +13,20 @@ from protocol.messages import (
     AnyMessage,
     Committed,
     Failed,
+    Fetch,
     Grant,
     Handoff,
     Manifest,
     Prefill,
     Reserve,
     TokenUpdate,
+    Unfetched,
 )
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
 from router.attempts import Attempts
 from router.dispatch import Dispatcher
+from router.held_prefixes import PIECE_TOKENS, HeldPrefixes
 from router.lifecycle import (
     Action,
     Cancel,
@@ -269,6 +272,8 @@ def started(max_tokens: int = 5) -> tuple[Lifecycle, Attempt, list[Action]]:
 def random_event(rng: random.Random, attempt: Attempt) -> FromWorker | EpochLost | Cancel:
     messages = [
         Grant(attempt, 0),
+        Fetch(attempt, 0, 5),
+        Unfetched(attempt, "why"),
         Handoff(attempt, 1, Manifest(0, 1, 1, 1)),
         Committed(attempt),
         Failed(attempt, rng.choice(["worker_lost", "no_such_code"]), "why"),
@@ -315,6 +320,57 @@ def test_a_first_token_that_finishes_frees_the_reservation_on_decode() -> None:
     assert Send(D, Abort(attempt)) in actions
     assert actions[-1] == End(attempt, Outcome(Stage.FINISHED, "length"))
     assert life.is_over
+
+
+def test_a_fetch_goes_to_decode_once_and_word_of_its_failure_comes_back_while_prefill_is_there() -> None:
+    life, attempt, _ = started()
+    fetch, unfetched = Fetch(attempt, 0, 5), Unfetched(attempt, "a frame was broken")
+    life.step(FromWorker(D, Grant(attempt, 5)))
+    assert life.step(FromWorker(D, fetch)) == [Drop("wrong_sender")]
+    assert life.step(FromWorker(P, fetch)) == [Send(D, fetch)]
+    assert life.step(FromWorker(D, unfetched)) == [Send(P, unfetched)]
+    life.step(FromWorker(P, TokenUpdate(attempt, 0, 1)))
+    life.step(FromWorker(P, Handoff(attempt, 1, Manifest(0, 1, 1, 1))))
+    life.step(FromWorker(D, Committed(attempt)))
+    assert life.step(FromWorker(D, unfetched)) == []
+    assert life.stage is Stage.DECODING
+
+
+@pytest.mark.parametrize("after", [(), (Grant, Fetch), (Grant, Handoff)], ids=["no grant", "a fetch", "the handoff"])
+def test_a_fetch_where_there_can_be_none_ends_the_request(after: tuple[type, ...]) -> None:
+    life, attempt, _ = started()
+    said = {Grant: Grant(attempt, 5), Fetch: Fetch(attempt, 0, 5), Handoff: Handoff(attempt, 1, Manifest(0, 1, 1, 1))}
+    for kind in after:
+        life.step(FromWorker(D if kind is Grant else P, said[kind]))
+    assert Drop("out_of_order") in life.step(FromWorker(P, said[Fetch]))
+    assert life.stage is Stage.FAILED
+
+
+def test_prefill_is_told_what_decode_seems_to_hold_where_there_is_room_for_the_request() -> None:
+    dispatcher, held = Dispatcher(least_loaded), HeldPrefixes()
+    attempts = Attempts(dispatcher, VOCAB_SIZE, held)
+    dispatcher.pair_up([group(0, P)], [group(0, D)])
+
+    def told(name: str, salt: str = "") -> int:
+        asked = Request(name, tuple(range(100)) * 3, SamplingParams(max_tokens=200, seed=1), 60.0, salt)
+        (prefill,) = [send.message for send in attempts.start(asked, 1e9) if isinstance(send.message, Prefill)]
+        return prefill.num_held_tokens
+
+    assert told("first") == 0
+    (life,) = attempts._lives.values()
+    for event in (Grant(life.attempt, 0), TokenUpdate(life.attempt, 0, 1)):
+        attempts.receive(P if isinstance(event, TokenUpdate) else D, event)
+    attempts.receive(P, Handoff(life.attempt, 1, Manifest(0, 1, 1, 1)))
+    attempts.receive(D, Committed(life.attempt))
+    attempts.receive(D, TokenUpdate(life.attempt, 1, 2))
+    attempts.cancel("first", GONE)
+    assert told("second") == 300 // PIECE_TOKENS * PIECE_TOKENS
+    assert told("third", salt="another") == 0
+    assert told("no room left beside the others") == 0
+    attempts.cancel_all(GONE)
+    attempts.lose(D)
+    dispatcher.pair_up([group(0, P)], [group(0, D)])
+    assert told("after its loss") == 0
 
 
 def test_losing_prefill_after_the_commit_does_not_disturb_the_stream() -> None:

@@ -27,6 +27,7 @@ from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.transport import Arrival
 from prefill_worker.admission import Admission, Job
+from prefill_worker.fetcher import RemoteFetcher
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol.codec import decode
@@ -360,6 +361,32 @@ def prefill_does_not_say_that_more_is_computed(patch: Patch) -> None:
     patch.setattr(RemoteOutbox, "send_more", lambda self, sequence: None)
 
 
+def prefill_takes_one_ranks_word_for_a_whole_fetch(patch: Patch) -> None:
+    finish = RemoteFetcher._finish_when_complete
+
+    def finish_early(self: RemoteFetcher, fetch, rank: int) -> None:
+        fetch.incomplete.clear()
+        finish(self, fetch, rank)
+
+    patch.setattr(RemoteFetcher, "_finish_when_complete", finish_early)
+
+
+def prefill_goes_on_behind_what_it_has_only_asked_for(patch: Patch) -> None:
+    ask = RemoteFetcher._ask_when_ready
+
+    def ask_and_go_on(self: RemoteFetcher, fetch, rank: int) -> None:
+        ask(self, fetch, rank)
+        if not fetch.unready:
+            fetch.incomplete.clear()
+            self._finish_when_complete(fetch, rank)
+
+    patch.setattr(RemoteFetcher, "_ask_when_ready", ask_and_go_on)
+
+
+def prefill_frees_blocks_that_are_fetched_into(patch: Patch) -> None:
+    patch.setattr(RemoteOutbox, "drop", lambda self, attempt: None)
+
+
 PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (decode_frees_on_abort_and_lets_the_transfer_live, WRONG, "slow frames"),
     (prefill_frees_what_was_not_fetched_in_time, WRONG, ""),
@@ -391,6 +418,9 @@ PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (prefill_names_blocks_before_they_are_computed, WRONG, ""),
     (prefill_sends_what_is_not_computed_yet, WRONG, ""),
     (prefill_does_not_say_that_more_is_computed, STUCK, ""),
+    (prefill_takes_one_ranks_word_for_a_whole_fetch, WRONG, ""),
+    (prefill_goes_on_behind_what_it_has_only_asked_for, WRONG, "slow frames"),
+    (prefill_frees_blocks_that_are_fetched_into, WRONG, "slow frames"),
     (a_token_that_is_being_drawn_is_forgotten, WRONG + "|AssertionError", ""),
 ]
 """plant, what the simulation must say, and the faults without which it would only take longer to find."""

@@ -65,6 +65,11 @@ def test_a_topology_that_fits_passes(topology):
         ("model.max_context=513", "model.max_context is 513, but the model was made for at most 512"),
         ("kv_cache.memory=1KiB", "kv_cache.memory 1KiB holds 0 tokens on each prefill rank.*raise it to 256KiB"),
         (
+            "kv_transfer.min_fetch_tokens=64 kv_cache.prefix_caching=false",
+            "min_fetch_tokens is 64, but decode keeps no pre",
+        ),
+        ("decode.kv_cache.memory=1KiB", "decode.kv_cache.memory 1KiB holds 0 tokens on each decode rank"),
+        (
             "kv_transfer.transport=nccl",
             "kv_transfer.transport nccl moves KV between GPUs, but device is cpu",
         ),
@@ -79,7 +84,7 @@ def test_a_topology_that_fits_passes(topology):
 def test_what_the_model_cannot_do_is_refused_by_key(topology, override: str, complaint: str):
     import re
 
-    assert re.search(complaint, complaint_about(topology(override)))
+    assert re.search(complaint, complaint_about(topology(*override.split())))
 
 
 @pytest.mark.parametrize("transport", get_args(Transport))
@@ -89,6 +94,15 @@ def test_every_transport_fits_a_gpu(topology, transport: str):
 
 def test_the_memory_that_the_complaint_asks_for_is_enough(topology):
     checks.check_topology(topology("kv_cache.memory=256KiB"))
+
+
+def test_a_role_may_have_blocks_and_memory_of_its_own(topology):
+    checks.check_topology(
+        topology("kv_cache.memory=1KiB", *(f"{r}.kv_cache.memory=256KiB" for r in ("prefill", "decode")))
+    )
+    checks.check_topology(topology("decode.kv_cache.block_size=128", "decode.kv_cache.memory=256KiB"))
+    complaint = complaint_about(topology("decode.kv_cache.block_size=128", "decode.kv_cache.memory=255KiB"))
+    assert "decode.kv_cache.memory 255KiB holds 384 tokens on each decode rank" in complaint
 
 
 def test_the_context_that_the_complaint_allows_is_served(topology):

@@ -7,6 +7,7 @@ import pytest
 from cluster.memory_size import format_memory, parse_memory
 from cluster.topology_file import load_topology
 from protocol.errors import ConfigError
+from protocol.topology import KVCacheSection
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
@@ -67,6 +68,23 @@ def test_all_keys_but_the_model_and_the_roles_have_defaults(tmp_path: Path):
             "x.yaml:8: kv_transfer.transport: 'zmqq' is not one of auto, cuda_ipc, gloo, nccl, shm, zmq; "
             "did you mean zmq?",
         ),
+        (
+            "  groups: 2",
+            "  kv_cache:\n    block: 32",
+            "x.yaml:6: unknown key decode.kv_cache.block; did you mean block_si",
+        ),
+        (
+            "  groups: 2",
+            "  kv_cache:\n    block_size: 33",
+            "x.yaml:6: decode.kv_cache.block_size: 33 is not one of 16, 32",
+        ),
+        (
+            "  groups: 2",
+            "  kv_cache: {memory: 5}",
+            "x.yaml:5: decode.kv_cache.memory: expected str | null, got int; it says 5",
+        ),
+        ("  groups: 2", "  kv_cache: {memory: 5x}", 'x.yaml:5: decode.kv_cache.memory: "5x" is not a memory size'),
+        ("  groups: 2", "  kv_cache: {memory: 1B, memory: 2B}", "x.yaml:5: decode.kv_cache.memory is given twice"),
         ("block_size: 16", "block_size: 17", "x.yaml:7: kv_cache.block_size: 17 is not one of 16, 32, 64, 128"),
         ("path: configs/demo_model, ", "", "x.yaml:1: model.path is missing"),
         ("model: {path: configs/demo_model, dtype: float32}\n", "", "x.yaml:1: model is missing"),
@@ -115,6 +133,16 @@ def test_overrides_take_the_place_of_what_the_file_says(tmp_path: Path):
     assert not topology.kv_cache.prefix_caching
 
 
+def test_a_role_says_of_its_cache_what_is_different_and_takes_over_the_rest(tmp_path: Path):
+    path = tmp_path / "x.yaml"
+    path.write_text(GOOD.replace("groups: 2", "kv_cache: {block_size: 32, prefix_caching: false}"))
+    topology, _ = load_topology(path, ["prefill.kv_cache.memory=1GiB"])
+    assert topology.prefill is not None
+    assert topology.decode is not None
+    assert topology.cache_of(topology.prefill) == KVCacheSection(block_size=16, memory="1GiB")
+    assert topology.cache_of(topology.decode) == KVCacheSection(block_size=32, memory="512MiB", prefix_caching=False)
+
+
 def test_an_override_can_exchange_the_roles(tmp_path: Path):
     path = tmp_path / "x.yaml"
     path.write_text(GOOD)
@@ -129,7 +157,13 @@ def test_an_override_can_exchange_the_roles(tmp_path: Path):
         ("router.prot=3", "--set router.prot=3: unknown key router.prot; did you mean port?"),
         ("router.port=x", "--set router.port=x: router.port: expected int, got str; it says 'x'"),
         ("router", "--set router: write it as section.key=value"),
-        ("a.b.c=1", "--set a.b.c=1: write it as section.key=value"),
+        ("a.b.c=1", "--set a.b.c=1: unknown key a; valid are model, router"),
+        ("router.port.x=1", "--set router.port.x=1: port is 8000, which has no keys"),
+        (
+            "prefill.kv_cache.block=1",
+            "--set prefill.kv_cache.block=1: unknown key prefill.kv_cache.block; did you mean",
+        ),
+        ("prefill.kv_cache.memory=x", '--set prefill.kv_cache.memory=x: prefill.kv_cache.memory: "x" is not a memory'),
         ("device.x=1", "--set device.x=1: device is 'cpu', which has no keys"),
         ("router.port=[", "--set router.port=[: expected the node content"),
         ("kv_cache.memory=lots", '--set kv_cache.memory=lots: kv_cache.memory: "lots" is not a memory size'),
@@ -164,6 +198,7 @@ def test_a_topology_has_few_enough_keys_to_know_them_all():
         topology.ModelSection,
         topology.RouterSection,
         topology.PrefillSection,
+        topology.RoleCacheSection,
         topology.KVCacheSection,
         topology.KVTransferSection,
         topology.Topology,

@@ -1,0 +1,82 @@
+"""WorkerCluster whose ranks are processes, so that they can be killed and stopped; a test starts a lost one again.
+
+They are forked from a server that has imported torch, so that a start takes a fraction of a second. The router's
+control plane stays in the test's own process, where every message that passes can be seen.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from cluster.launch import WorkerLaunch, decode, encode
+from cluster.worker import run_worker
+from protocol.errors import TandemError
+from protocol.messages import RoleName
+from router.membership import Rank
+from router.policies import Load, Pair
+from tests.worker_cluster import WorkerCluster
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["cluster.worker"])
+
+
+class Route:
+    """A routing policy in the test's hands: the next request goes to these two groups."""
+
+    prefill = 0
+    decode = 0
+
+    def __call__(self, pairs: Sequence[Pair], load: Load) -> Pair:
+        return next(p for p in pairs if (p.prefill.group, p.decode.group) == (self.prefill, self.decode))
+
+
+class ProcessCluster(WorkerCluster):
+    """See WorkerCluster. Groups of one rank are addressed by role and number."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._processes: dict[str, Any] = {}
+        self._launches: dict[str, WorkerLaunch] = {}
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            for process in self._processes.values():
+                process.join(5)
+                process.kill()
+
+    def pid(self, role: RoleName, group: int) -> int:
+        pid = self._processes[f"{role}-{group}-rank0"].pid
+        assert pid is not None
+        return pid
+
+    def leader(self, role: RoleName, group: int) -> Rank:
+        """Return what the router knows of this group's leader, dead or alive."""
+        return self.controller.membership.groups[role, group].ranks[0]
+
+    def start_again(self, *groups: tuple[RoleName, int]) -> None:
+        """Make sure that these lives are over, and begin others, as Ray would."""
+        for role, group in groups:
+            name = f"{role}-{group}-rank0"
+            self._processes[name].kill()
+            self._processes[name].join(5)
+            self._start_rank(self._launches[name])
+        self.wait_until_ready()
+
+    def _start_rank(self, launch: WorkerLaunch) -> None:
+        process = _context.Process(target=_live, args=(encode(launch),), daemon=True)
+        process.start()
+        self._launches[launch.name] = launch
+        self._processes[launch.name] = process
+
+
+def _live(launch: bytes) -> None:
+    try:
+        run_worker(decode(launch))
+    except TandemError:
+        os._exit(1)
