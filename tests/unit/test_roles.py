@@ -187,7 +187,8 @@ def reserve(role: DecodeRole, number: int, num_tokens: int, max_tokens: int) -> 
 def test_decode_reserves_some_growth_for_those_it_could_park_and_all_for_others() -> None:
     pool, around = BlockPool(30, 4), Surroundings()
     running = Running(pool, around, Growth(growth_tokens=4, max_parked_blocks=10))
-    role = DecodeRole(pool, RemoteInbox(around, LAYOUT), around, running, "model", 8)
+    prefixes = RemotePrefixServer(around, around)
+    role = DecodeRole(pool, RemoteInbox(around, LAYOUT), prefixes, around, running, "model", 8)
     for number, held in ((1, 2), (2, 4), (3, 9)):
         reserve(role, number, 4, 17)  # five blocks in the end
         assert pool.counts.held == held
