@@ -10,7 +10,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/stamp-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: help setup serve test check format bench bench-transfer bench-fetch bench-engine gpu lock clean
+.PHONY: help setup serve test check format bench bench-transfer bench-fetch bench-engine gpu gpu-transfer lock clean
 
 help:                  ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -58,6 +58,9 @@ bench-engine: setup    ## measure the engine's steps and kernels beside the devi
 
 gpu:                   ## on a machine with an NVIDIA GPU: its tests, then bench-engine, all within ten minutes
 	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) tools/gpu.sh
+
+gpu-transfer:          ## there, too: KV between two processes on one GPU over every transport, within eight minutes
+	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) tools/gpu.sh build/gpu transfer
 
 lock:                  ## bring requirements.lock up to date with pyproject.toml (needs uv)
 	uv pip compile pyproject.toml --group dev --upgrade --quiet --output-file requirements.lock

@@ -1,12 +1,14 @@
 """How fast KV goes from one process to another, per transport, beside what the machine can do at all.
 
     python -m benchmarks.transfer [--layers 8] [--tokens 512 2048 8192] [--transports shm zmq gloo] [--rounds 5]
+                                  [--device cpu]
 
 An 8B-like layout (8 KV heads of 128, bfloat16) with fewer layers, so that two caches fit a small machine. Sender and
 receiver are processes of their own; a transfer is timed from the order to send until every block is in the receiver's
 cache: gathered from scattered blocks, digested, moved, checked, scattered. Rounds interleave all rows, and medians are
 shown. Anchors, in the same rounds: memcpy (one copy of as many bytes), paged (gather and scatter in one process), tcp
-(a plain socket stream of as many bytes between two processes).
+(a plain socket stream of as many bytes between two processes), digest (what either end spends on digests of as many
+bytes; the column of that name is its share of a transfer's time).
 
 exposed: the prompt is "computed" in chunks of a quarter, by matrix products that take about as long as its transfer
 did, and each chunk is sent when it is done, while the next is computed. Shown is what is left after the last chunk, in
@@ -14,6 +16,7 @@ milliseconds and as a share of the transfer's time alone: 1.00 would be no overl
 """
 
 import argparse
+import os
 import select
 import socket
 import statistics
@@ -26,12 +29,14 @@ from contextlib import ExitStack, contextmanager
 import msgspec
 import torch
 
-from kernels.plain.gather_kv import gather_kv
-from kernels.plain.scatter_kv import scatter_kv
-from kv_transfer.plan import manifest_of
+from kernels.backend import operations_for
+from kv_transfer.digests import unit_digests
+from kv_transfer.frames import DigestKind
+from kv_transfer.plan import FRAME_BYTES, frames_of, manifest_of, plan_transfer
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.opening import open_receiver, open_sender
+from kv_transfer.transports.transport import Site
 from protocol.identity import Attempt, new_attempt, new_epoch, new_request_id
 from protocol.layout import Endpoint, KVLayout
 from protocol.orders import ExpectBlocks, Received, SendBlocks, SendMore
@@ -48,10 +53,16 @@ def layout(num_layers: int) -> KVLayout:
     return KVLayout("benchmark", num_layers, 8, 128, "bfloat16", 16, 1)
 
 
-def new_cache(shape: KVLayout, num_tokens: int) -> torch.Tensor:
+def new_cache(shape: KVLayout, num_tokens: int, device: torch.device) -> torch.Tensor:
     """Return a cache of random bits with every page touched."""
     size = (shape.num_layers, 2, num_tokens // shape.block_size, shape.num_kv_heads, shape.block_size, shape.head_dim)
-    return torch.randint(-(2**15), 2**15, size, dtype=torch.int16).view(torch.bfloat16)
+    return torch.randint(-(2**15), 2**15, size, dtype=torch.int16, device=device).view(torch.bfloat16)
+
+
+def synchronize(cache: torch.Tensor) -> None:
+    """Wait until everything launched on the cache's device is over."""
+    if cache.is_cuda:
+        torch.cuda.synchronize(cache.device)
 
 
 def block_table(num_tokens: int, num_blocks: int, seed: int) -> torch.Tensor:
@@ -63,10 +74,11 @@ def block_table(num_tokens: int, num_blocks: int, seed: int) -> torch.Tensor:
 class Receiving:
     """The receiving process: what it is told comes on stdin, one line per transfer."""
 
-    def __init__(self, name: str, num_layers: int, num_tokens: int) -> None:
+    def __init__(self, name: str, num_layers: int, num_tokens: int, device: torch.device) -> None:
         self._layout = layout(num_layers)
-        self._cache = new_cache(self._layout, num_tokens)
-        self._receiver = KVReceiver(self._cache, self._layout, 0, open_receiver(name, HOST, TIMEOUT_S))  # type: ignore[arg-type]
+        self._cache = new_cache(self._layout, num_tokens, device)
+        transport = open_receiver(name, Site(HOST, device, self._layout, TIMEOUT_S))  # type: ignore[arg-type]
+        self._receiver = KVReceiver(self._cache, self._layout, 0, transport)
         self._name = name
 
     def run(self) -> None:
@@ -80,14 +92,20 @@ class Receiving:
             print("expecting", flush=True)
             while Received(0, attempt) not in self._receiver.poll():
                 select.select([self._receiver], [], [], 1)
+            synchronize(self._cache)
             print("received", flush=True)
 
 
 @contextmanager
 def child(*arguments: object) -> Iterator["subprocess.Popen[str]"]:
-    """Run this module again, in the part that arguments name."""
+    """Run this module again, in the part that arguments name.
+
+    NCCL takes two ranks on one GPU only if they seem to be on different hosts, and then goes through its sockets: its
+    row shows there that it works, not how fast it is.
+    """
     command = [sys.executable, "-m", "benchmarks.transfer", *map(str, arguments)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    there = os.environ | {"NCCL_HOSTID": "receiver"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=there) as process:
         try:
             yield process
         finally:
@@ -103,8 +121,9 @@ def said(process: "subprocess.Popen[str]") -> str:
 def transport(name: str, cache: torch.Tensor, shape: KVLayout) -> Iterator["Transport"]:
     """Yield one transport to a process of its own."""
     num_tokens = cache.shape[2] * shape.block_size
-    sender = KVSender(cache, shape, 0, open_sender(name, HOST, TIMEOUT_S))  # type: ignore[arg-type]
-    with child("--receive", name, "--layers", shape.num_layers, "--tokens", num_tokens) as process:
+    sender = KVSender(cache, shape, 0, open_sender(name, Site(HOST, cache.device, shape, TIMEOUT_S)))  # type: ignore[arg-type]
+    arguments = ("--receive", name, "--layers", shape.num_layers, "--tokens", num_tokens, "--device", cache.device)
+    with child(*arguments) as process:
         endpoint = Endpoint(new_epoch(), shape, name, (said(process),))
         yield Transport(sender, process, endpoint, cache)
         sender.close()
@@ -177,6 +196,7 @@ def memcpy(cache: torch.Tensor) -> Iterator[Run]:
         size = flat.numel() // (cache.shape[2] * cache.shape[4]) * num_tokens
         began = time.perf_counter()
         target[:size].copy_(flat[:size])
+        synchronize(cache)
         return time.perf_counter() - began
 
     yield run
@@ -187,14 +207,33 @@ def paged(cache: torch.Tensor) -> Iterator[Run]:
     """What a transfer does to memory anyway, in pieces of 256 tokens and without processes, digests, or a wire."""
     target = torch.zeros_like(cache)
     num_layers, _, num_blocks, num_heads = cache.shape[:4]
+    gather_kv, scatter_kv = operations_for(cache.device).gather_kv, operations_for(cache.device).scatter_kv
 
     def run(num_tokens: int) -> float:
-        ours, theirs = block_table(num_tokens, num_blocks, 1), block_table(num_tokens, num_blocks, 2)
+        ours, theirs = (block_table(num_tokens, num_blocks, seed).to(cache.device) for seed in (1, 2))
         began = time.perf_counter()
         for start in range(0, num_tokens, 256):
             for layer in range(0, num_layers, 4):
                 area = (layer, min(layer + 4, num_layers)), (0, num_heads), (start, min(start + 256, num_tokens))
                 scatter_kv(gather_kv(cache, ours, *area), target, theirs, *area)
+        synchronize(cache)
+        return time.perf_counter() - began
+
+    yield run
+
+
+@contextmanager
+def digest(cache: torch.Tensor, shape: KVLayout) -> Iterator[Run]:
+    """Digests of one payload over and over, frame by frame: warm, as it is when a transfer has just gathered it."""
+    (link,) = plan_transfer(shape, shape)
+    kind: DigestKind = "words" if cache.is_cuda else "xxh3"
+
+    def run(num_tokens: int) -> float:
+        pieces = frames_of(link, shape, 0, num_tokens)
+        payload = cache.flatten()[: FRAME_BYTES // 2].view(torch.uint8)
+        began = time.perf_counter()
+        for piece in pieces:
+            unit_digests(kind, piece, payload[: piece.num_bytes])
         return time.perf_counter() - began
 
     yield run
@@ -236,15 +275,18 @@ Seconds = dict[str, dict[int, list[float]]]
 """By row and number of tokens, one per round."""
 
 
-def measure(names: list[str], num_layers: int, lengths: list[int], rounds: int) -> tuple[Seconds, Seconds]:
+def measure(
+    names: list[str], num_layers: int, lengths: list[int], rounds: int, device: torch.device
+) -> tuple[Seconds, Seconds]:
     """Return seconds of whole transfers and of exposed tails; the first round warms up and is not counted."""
     shape = layout(num_layers)
-    cache = new_cache(shape, max(lengths))
+    cache = new_cache(shape, max(lengths), device)
     token_bytes = manifest_of(shape, shape, 0, 1).num_bytes
     with ExitStack() as stack:
         rows: dict[str, Run] = {"memcpy": stack.enter_context(memcpy(cache))}
         rows["paged"] = stack.enter_context(paged(cache))
         rows["tcp"] = stack.enter_context(tcp(token_bytes))
+        rows["digest"] = stack.enter_context(digest(cache, shape))
         rows |= {name: stack.enter_context(transport(name, cache, shape)) for name in names}
         seconds: Seconds = {name: {length: [] for length in lengths} for name in rows}
         tails: Seconds = {name: {length: [] for length in lengths} for name in names}
@@ -262,7 +304,7 @@ def measure(names: list[str], num_layers: int, lengths: list[int], rounds: int) 
 
 def show(seconds: Seconds, tails: Seconds, token_bytes: int) -> None:
     """Ratios are medians over rounds of ratios within a round, for the machine may be busy with other things."""
-    titles = f"{'ms':>9}{'GB/s':>7}{'x memcpy':>10}{'x paged':>9}{'x tcp':>7}{'exposed ms, share':>20}"
+    titles = f"{'ms':>9}{'GB/s':>7}{'x memcpy':>10}{'x paged':>9}{'x tcp':>7}{'exposed ms, share':>20}{'digest':>8}"
     print(f"{'':8}{'tokens':>8}{'MB':>6}{titles}")
     for name, of in seconds.items():
         for length, elapsed in of.items():
@@ -272,6 +314,7 @@ def show(seconds: Seconds, tails: Seconds, token_bytes: int) -> None:
             tail = ""
             if name in tails:
                 tail = f"{statistics.median(tails[name][length]) * 1e3:12.2f}{ratio(tails[name][length], elapsed):8.2f}"
+                tail += f"{ratio(seconds['digest'][length], elapsed):8.3f}"
             print(f"{name:8}{length:8}{figures}{against[0]:10.2f}{against[1]:9.2f}{against[2]:7.2f}{tail}")
 
 
@@ -285,17 +328,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--transports", nargs="+", default=["shm", "zmq", "gloo"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda:0")
     parser.add_argument("--receive", help=argparse.SUPPRESS)
     parser.add_argument("--drain", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.device.type == "cuda":
+        for variable, value in {"NCCL_HOSTID": "sender", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}.items():
+            os.environ.setdefault(variable, value)
     if options.receive:
-        Receiving(options.receive, options.layers, options.tokens[0]).run()
+        Receiving(options.receive, options.layers, options.tokens[0], options.device).run()
     elif options.drain:
         drain(options.drain)
     else:
         shape = layout(options.layers)
-        seconds, tails = measure(options.transports, options.layers, options.tokens, options.rounds)
+        seconds, tails = measure(options.transports, options.layers, options.tokens, options.rounds, options.device)
         show(seconds, tails, manifest_of(shape, shape, 0, 1).num_bytes)
 
 

@@ -80,15 +80,14 @@ class Running:
     def make_room(self, max_sequences: int) -> None:
         """Give blocks to those of the oldest max_sequences that need some for their next token."""
         self._is_short = False
-        for reservation in self._running[:max_sequences]:
+        for reservation in self._lacking(self._running[:max_sequences]):
             if not reservation.hold:
                 break  # an older one has just parked it, and everybody behind it who may need blocks
-            if not self._has_room(reservation):
-                self._grow(reservation)
+            self._grow(reservation)
 
     def restore(self) -> bool:
         """Bring back what is parked, and return whether nobody needs blocks any more, so that others may come."""
-        if self._is_short or not all(self._has_room(reservation) for reservation in self._running):
+        if self._is_short or self._lacking(self._running):
             return False
         while self._parked and self._unpark(self._parked[0]):
             self.add(self._parked.pop(0))
@@ -96,11 +95,17 @@ class Running:
 
     def ready(self, max_sequences: int) -> list[Sequence]:
         """Return the oldest that have room for their next token."""
-        sequences = [r.placed[0] for r in self._running if self._has_room(r)]
-        return [sequence for sequence in sequences if not sequence.is_drawn][:max_sequences]
+        lacking = set(self._lacking(self._running))
+        sequences = [r.sequence for r in self._running if r not in lacking]
+        return [sequence for sequence in sequences if sequence and not sequence.is_drawn][:max_sequences]
+
+    def _lacking(self, reservations: list[Reservation]) -> list[Reservation]:
+        """Return those that have no slot for the token that is next to be computed, if any is."""
+        if self._growth.growth_tokens is None:
+            return []
+        return [reservation for reservation in reservations if not self._has_room(reservation)]
 
     def _has_room(self, reservation: Reservation) -> bool:
-        """Whether there is a slot for the token that is next to be computed, if any is."""
         sequence, hold = reservation.placed
         return sequence.num_launched < len(hold.block_ids) * self._pool.block_size or sequence.is_drawn
 

@@ -49,7 +49,7 @@ def open_group(
     device = torch.device(device)
     timeout = timedelta(seconds=timeout_s)
     if device.type == "cuda":
-        return _group_over(store, rank, size, device, _nccl(store, rank, size, device, timeout))
+        return _connected(_group_over(store, rank, size, device, _nccl(store, rank, size, timeout)), device)
     return _group_over(store, rank, size, device, _gloo(store, rank, size, host, timeout))
 
 
@@ -60,8 +60,9 @@ def open_fragile_group(store: dist.Store, rank: int, size: int, device: torch.de
     nothing watches: the caller sets a deadline for every operation and calls abort() when it has passed. Blocks until
     all ranks have come, so be sure that they are there.
     """
-    with _set_while_opening(_UNWATCHED):
-        return _group_over(store, rank, size, device, _nccl(store, rank, size, device, timedelta(days=365)))
+    with _set_while_made(_UNWATCHED):
+        backend = _nccl(store, rank, size, timedelta(days=365))
+    return _connected(_group_over(store, rank, size, device, backend), device)
 
 
 _UNWATCHED = {
@@ -75,8 +76,8 @@ _environment = threading.Lock()
 
 
 @contextmanager
-def _set_while_opening(variables: dict[str, str]) -> Iterator[None]:
-    """Let a group be made under these variables of the environment; other groups wait meanwhile."""
+def _set_while_made(variables: dict[str, str]) -> Iterator[None]:
+    """Let a group be made under these variables. Others wait, so nothing in here may wait for a peer."""
     with _environment:
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
@@ -105,14 +106,18 @@ def _gloo(store: dist.Store, rank: int, size: int, host: str, timeout: timedelta
     return dist.ProcessGroupGloo(store, rank, size, options)
 
 
-def _nccl(store: dist.Store, rank: int, size: int, device: torch.device, timeout: timedelta) -> "dist.ProcessGroupNCCL":
+def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> "dist.ProcessGroupNCCL":
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
-    backend = dist.ProcessGroupNCCL(store, rank, size, options)
+    return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def _connected(group: dist.ProcessGroup, device: torch.device) -> dist.ProcessGroup:
+    """Return a group over NCCL whose ranks have all come: a missing one shows now, not at the first collective."""
     if device.index is None:
         device = torch.device(device.type, torch.cuda.current_device())
-    backend.eager_connect_single_device(device)  # a missing rank shows now, not at the first collective
-    return backend
+    group._get_backend(device).eager_connect_single_device(device)
+    return group
 
 
 def _family(host: str) -> socket.AddressFamily:

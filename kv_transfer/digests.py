@@ -6,7 +6,8 @@ on a GPU (kernels/plain/digest_kv.py); whoever makes digests says in the header 
 both. Why, and what each finds: docs/decisions/0006-digests.md.
 """
 
-import struct
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -16,15 +17,18 @@ from kernels.plain.digest_kv import WORD_BYTES
 from kv_transfer.frames import DIGEST_BYTES, DigestKind, FrameError, FrameHeader
 from kv_transfer.plan import Piece, num_units, row_and_unit_bytes, unit_name
 
+if TYPE_CHECKING:
+    import numpy as np
+
 
 def unit_digests(kind: DigestKind, piece: Piece, payload: torch.Tensor) -> bytes:
-    """Return the digests of a piece's units, little-endian, in the order of [layers, 2, heads, units of tokens].
+    """Return the digests of a piece's units, 8 bytes each, in the order of [layers, 2, heads, units of tokens].
 
     payload: uint8 [num_bytes]. Waits for the device that it is on. Raises ValueError for a piece that contradicts
     itself, or that this kind cannot digest.
     """
     if kind == "xxh3":
-        return _xxh3_digests(piece, payload.cpu().numpy().data)
+        return _xxh3_digests(piece, payload.cpu().numpy())
     return words_digests(piece, payload).cpu().numpy().tobytes()
 
 
@@ -62,12 +66,16 @@ def check_size(header: FrameHeader, payload: torch.Tensor) -> None:
         raise FrameError("bad_header", f"frame header contradicts itself: {error}") from error
 
 
-def _xxh3_digests(piece: Piece, payload: memoryview) -> bytes:
+def _xxh3_digests(piece: Piece, payload: "np.ndarray[Any, Any]") -> bytes:
+    """Where every row is whole units, NumPy cuts them: twice as fast as slices, and the calls are most of the cost."""
     row_bytes, unit_bytes = row_and_unit_bytes(piece)
-    rows = (payload[start : start + row_bytes] for start in range(0, piece.num_bytes, row_bytes))
-    starts = range(0, row_bytes, unit_bytes)
-    digests = [xxhash.xxh3_64_intdigest(row[start : start + unit_bytes]) for row in rows for start in starts]
-    return struct.pack(f"<{len(digests)}Q", *digests)
+    units: Iterable[Any]
+    if row_bytes % unit_bytes == 0:
+        units = payload.reshape(-1, unit_bytes)
+    else:
+        starts = range(0, row_bytes, unit_bytes)
+        units = (row[start : start + unit_bytes] for row in payload.reshape(-1, row_bytes) for start in starts)
+    return b"".join(map(xxhash.xxh3_64_digest, units))
 
 
 def _difference(header: FrameHeader, found: bytes) -> str:

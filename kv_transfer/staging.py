@@ -84,7 +84,10 @@ class HostStaging:
 
 
 class DeviceStaging:
-    """A cache on a GPU. Payloads are digested there; copies to the host run beside the main stream."""
+    """A cache on a GPU. Payloads are digested there; copies to the host run beside the main stream.
+
+    Raises ValueError for a cache whose rows are no whole words, which cannot be digested there.
+    """
 
     digest_kind: DigestKind = "words"
 
@@ -92,6 +95,7 @@ class DeviceStaging:
         self._cache = cache
         self._operations = operations_for(cache.device)
         self._streams = streams
+        self._compile()
         self._afterwards = Afterwards()
 
     def gather(self, piece: Piece, heads: Range, block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
@@ -123,6 +127,16 @@ class DeviceStaging:
 
     def close(self) -> None:
         self._afterwards.close()
+
+    def _compile(self) -> None:
+        """Run every kernel once, so that no request waits for one to be compiled; block 0 is left as it is."""
+        piece = Piece(0, (0, 1), (0, 1), (0, 1), 2 * self._cache.shape[-1] * self._cache.itemsize)
+        block_table = torch.zeros(1, dtype=torch.int64, device=self._cache.device)
+        payload = torch.empty(piece.num_bytes, dtype=torch.uint8, device=self._cache.device)
+        area = (block_table, piece.layers, piece.heads, piece.tokens)
+        self._operations.gather_kv(self._cache, *area, payload.view(self._cache.dtype))
+        words_digests(piece, payload)
+        self._operations.scatter_kv(_shaped(piece, payload, self._cache), self._cache, *area)
 
     def _is_here(self, staging: torch.Tensor) -> bool:
         return staging.device == self._cache.device

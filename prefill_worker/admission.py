@@ -50,6 +50,11 @@ class Admission:
         self._ahead: list[Job] = []  # hold blocks without a grant, oldest first
         self.num_given_up = 0
 
+    @property
+    def is_granted_next(self) -> bool:
+        """Whether the next prompt to be admitted has a grant."""
+        return bool(self._granted)
+
     def enter(self, job: Job) -> None:
         """A prompt has come; it has neither blocks nor a grant."""
         self._ungranted.append(job)
@@ -64,9 +69,10 @@ class Admission:
 
     def leave(self, job: Job) -> None:
         """It is over, and will release its blocks itself."""
-        for jobs in (self._granted, self._ungranted, self._ahead):
-            if job in jobs:
-                jobs.remove(job)
+        if job.sequence is None:
+            (self._ungranted if job.grant is None else self._granted).remove(job)
+        elif job.grant is None:
+            self._ahead.remove(job)
 
     def admit(self) -> tuple[Job, Hold] | None:
         """Return the next prompt with blocks for it; None when that one must wait, for then all others wait too."""

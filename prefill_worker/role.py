@@ -93,7 +93,7 @@ class PrefillRole:
         for job in sorted(self._computing, key=lambda job: job.grant is None):
             sequence = job.sequence
             assert sequence is not None
-            if num_tokens <= 0:
+            if num_tokens <= 0 or len(chunks) == self._max_computing:
                 break
             num_left = sequence.num_prompt_tokens - sequence.num_launched
             if num_left and not self._fetcher.is_open(sequence.attempt):
@@ -140,8 +140,13 @@ class PrefillRole:
         self._admission.enter(job)
 
     def _admit(self) -> None:
-        while len(self._computing) < self._max_computing and (admitted := self._admission.admit()):
+        """Places among those that are computed at once are kept from prompts with a grant by their like only."""
+        while self._num_rivals() < self._max_computing and (admitted := self._admission.admit()):
             self._start(*admitted)
+
+    def _num_rivals(self) -> int:
+        rivals = self._computing
+        return sum(job.grant is not None for job in rivals) if self._admission.is_granted_next else len(rivals)
 
     def _start(self, job: Job, hold: Hold) -> None:
         prefill, num_cached = job.prefill, hold.num_cached * self._pool.block_size

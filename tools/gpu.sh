@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Everything that only a machine with an NVIDIA GPU can tell, within ten minutes (`make gpu`).
-#   usage: [PYTHON=python3] tools/gpu.sh [FOLDER]     results go to FOLDER, build/gpu by default
+# Everything that only a machine with an NVIDIA GPU can tell: kernels, engine and serving within ten minutes (`make gpu`),
+# the transports between two processes on one GPU within eight more (`make gpu-transfer`).
+#   usage: [PYTHON=python3] tools/gpu.sh [FOLDER [transfer]]     results go to FOLDER, build/gpu by default
 # Needs the project's packages and pytest with its plugins as pyproject.toml names them; nothing is installed. Each part
 # has its own time, and one that fails keeps none of the others from running.
 set -uo pipefail
@@ -21,9 +22,15 @@ part() {  # name, seconds, command...
 workers=()
 "$python" -c 'import xdist' 2>/dev/null && workers=(-n 6)  # compiling takes most of the time, and one core each
 
-part kernels 210 "$python" -m pytest -m gpu tests/kernels "${workers[@]}"
-part engine 210 "$python" -m benchmarks.engine --json "$folder/engine.json"
-part serving 160 "$python" -m pytest -m gpu tests --ignore tests/kernels
+transports=tests/integration/test_transports_gpu.py
+if [ "${2:-}" = transfer ]; then
+    part transports 300 "$python" -m pytest -m gpu $transports "${workers[@]}"
+    part transfer 150 "$python" -m benchmarks.transfer --device cuda:0 --layers 32 --transports cuda_ipc nccl shm zmq gloo
+else
+    part kernels 210 "$python" -m pytest -m gpu tests/kernels "${workers[@]}"
+    part engine 210 "$python" -m benchmarks.engine --json "$folder/engine.json"
+    part serving 160 "$python" -m pytest -m gpu tests --ignore tests/kernels --ignore $transports
+fi
 
 [ ${#failed[@]} = 0 ] && echo "all parts passed; results are in $folder" && exit
 echo "failed, or out of time: ${failed[*]}; see $folder"

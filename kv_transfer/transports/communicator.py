@@ -6,7 +6,7 @@ those of a GPU. Every operation ends in time, with an error if need be; after on
 
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.distributed.distributed_c10d import Store
 
 from kernels.process_group import open_fragile_group, open_group
 from kv_transfer.streams import new_stream
+from kv_transfer.transports.buffers import Buffers
 
 SENDER, RECEIVER = 0, 1
 """Ranks within a pair's group."""
@@ -40,6 +41,14 @@ class Communicator(Protocol):
 
 OpenCommunicator = Callable[[Store, int], Communicator]
 """Takes the store over which the pair meets, and this end's rank in it; waits for the other end to come."""
+
+
+class Backend(NamedTuple):
+    """What makes gloo of a torch transport, or nccl: its name, its communicators, and where its payloads lie."""
+
+    name: str
+    open_communicator: OpenCommunicator
+    buffers: Buffers
 
 
 class GlooCommunicator:

@@ -68,6 +68,7 @@ def pin(memory: torch.Tensor, owner: object) -> None:
 
 
 def _unpin(memory: torch.Tensor) -> None:
+    torch.cuda.synchronize()  # a copy of a frame that was given up may be under way
     torch.cuda.check_error(int(_cudart().cudaHostUnregister(memory.data_ptr())))
 
 

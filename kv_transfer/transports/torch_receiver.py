@@ -21,8 +21,7 @@ from kv_transfer.handshake import refusal
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.plan import FRAME_BYTES
 from kv_transfer.staging import landing_for
-from kv_transfer.transports.buffers import Buffers
-from kv_transfer.transports.communicator import RECEIVER, Communicator, OpenCommunicator
+from kv_transfer.transports.communicator import RECEIVER, Backend, Communicator
 from kv_transfer.transports.intake import Intake
 from kv_transfer.transports.listener import Listener
 from kv_transfer.transports.torch_pair import (
@@ -57,14 +56,11 @@ class Announced(NamedTuple):
 class TorchReceiver:
     """A ReceivingTransport. Raises zmq.ZMQError when the site's host cannot be bound."""
 
-    def __init__(
-        self, site: Site, arrivals: Mailbox[Arrival], open_communicator: OpenCommunicator, buffers: Buffers
-    ) -> None:
+    def __init__(self, backend: Backend, site: Site, arrivals: Mailbox[Arrival]) -> None:
         self.arrivals = arrivals
         self.counters: dict[str, int] = dict.fromkeys(RECEIVING_FAULTS, 0)
         self._site = site
-        self._open_communicator = open_communicator
-        self._buffers = buffers
+        self._backend = backend
         self._intake = Intake(arrivals, self.counters, landing_for(site.device))
         self._pairs: dict[bytes, _Pair] = {}
         self._lock = threading.Lock()
@@ -148,21 +144,22 @@ class TorchReceiver:
         if reason:
             raise ConnectionRefusedError(reason)
         with ExitStack() as cleanup:
-            communicator = self._open_communicator(store, RECEIVER)
+            communicator = self._backend.open_communicator(store, RECEIVER)
             cleanup.callback(communicator.abort)
             while announced := pair.next():
                 fault = self._receive(announced, communicator)
                 self._listener.send([peer, announced.sequence, (fault or "").encode()])
 
     def _receive(self, announced: Announced, communicator: Communicator) -> ReceivingFault | None:
-        payload = self._buffers.take(announced.num_bytes)
+        buffers = self._backend.buffers
+        payload = buffers.take(announced.num_bytes)
         try:
             communicator.receive(payload)
         except Exception:
             communicator.abort()  # before anybody else may use that memory
             self._intake.lose(announced.header)
             raise
-        return self._intake.take(announced.header, payload, partial(self._buffers.give_back, payload))
+        return self._intake.take(announced.header, payload, partial(buffers.give_back, payload))
 
 
 class _Pair:

@@ -20,8 +20,7 @@ from kernels.process_group import open_store
 from kv_transfer.frames import encode_header
 from kv_transfer.handshake import greeting
 from kv_transfer.mailbox import Mailbox
-from kv_transfer.transports.buffers import Buffers
-from kv_transfer.transports.communicator import SENDER, Communicator, OpenCommunicator
+from kv_transfer.transports.communicator import SENDER, Backend, Communicator
 from kv_transfer.transports.kv_socket import prepare_for_kv
 from kv_transfer.transports.offers import offered
 from kv_transfer.transports.peers import fault_in
@@ -54,34 +53,22 @@ class Wire(NamedTuple):
 class TorchSender:
     """A SendingTransport."""
 
-    def __init__(
-        self,
-        name: str,
-        site: Site,
-        settled: Mailbox[Settled],
-        open_communicator: OpenCommunicator,
-        buffers: Buffers,
-    ) -> None:
+    def __init__(self, backend: Backend, site: Site, settled: Mailbox[Settled]) -> None:
         self.settled = settled
-        self.counters = {f"connections_{name}": 0}
-        self._name = name
+        self.counters = {f"connections_{backend.name}": 0}
+        self._backend = backend
         self._site = site
-        self._open_communicator = open_communicator
-        self._buffers = buffers
         self._pairs: dict[Destination, _Pair] = {}
 
     def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
         del destination
-        return self._buffers.take(num_bytes)
+        return self._backend.buffers.take(num_bytes)
 
     def send(self, frame: OutgoingFrame) -> None:
         pair = self._pairs.get(frame.destination)
         if pair is None or not pair.add(frame):
-            self.counters[f"connections_{self._name}"] += 1
-            address = offered(frame.destination.address, self._name)
-            self._pairs[frame.destination] = _Pair(
-                frame, address, self._site, self.settled, self._open_communicator, self._buffers
-            )
+            self.counters[f"connections_{self._backend.name}"] += 1
+            self._pairs[frame.destination] = _Pair(frame, self._backend, self._site, self.settled)
 
     def drop(self, attempt: Attempt) -> None:
         for pair in self._pairs.values():
@@ -103,21 +90,12 @@ class TorchSender:
 class _Pair:
     """One destination: what waits for it, and the thread that owns the communicator to it."""
 
-    def __init__(
-        self,
-        frame: OutgoingFrame,
-        address: str,
-        site: Site,
-        settled: Mailbox[Settled],
-        open_communicator: OpenCommunicator,
-        buffers: Buffers,
-    ) -> None:
-        self._address = address
+    def __init__(self, frame: OutgoingFrame, backend: Backend, site: Site, settled: Mailbox[Settled]) -> None:
+        self._address = offered(frame.destination.address, backend.name)
         self._source = frame.header.attempt.prefill_epoch, frame.header.source_rank
+        self._backend = backend
         self._site = site
         self._settled = settled
-        self._open_communicator = open_communicator
-        self._buffers = buffers
         self._waiting = deque([frame])
         self._lock = threading.Lock()
         self._bell: Mailbox[None] = Mailbox(0)
@@ -157,7 +135,7 @@ class _Pair:
 
     def _settle(self, frame: OutgoingFrame, fault: str | None) -> None:
         """Of a frame that nobody reads any more."""
-        self._buffers.give_back(frame.payload)
+        self._backend.buffers.give_back(frame.payload)
         self._settled.put(Settled(frame, fault))
 
     # --- everything below runs on the pair's own thread ---------------------------------------------------------------
@@ -198,7 +176,7 @@ class _Pair:
         timer.daemon = True
         timer.start()
         try:
-            return self._open_communicator(store, SENDER)
+            return self._backend.open_communicator(store, SENDER)
         finally:
             timer.cancel()
 

@@ -8,31 +8,39 @@ from functools import partial
 
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports.buffers import Buffers, host_buffers
-from kv_transfer.transports.communicator import GlooCommunicator, NcclCommunicator
+from kv_transfer.transports.communicator import Backend, GlooCommunicator, NcclCommunicator
 from kv_transfer.transports.torch_receiver import TorchReceiver
 from kv_transfer.transports.torch_sender import TorchSender
 from kv_transfer.transports.transport import Arrival, Settled, Site
 
 
+def gloo(site: Site) -> Backend:
+    """Return the backend of payloads in the host's memory."""
+    communicator = partial(GlooCommunicator, host=site.host, timeout_s=site.timeout_s)
+    return Backend("gloo", communicator, host_buffers(site.device))
+
+
+def nccl(site: Site) -> Backend:
+    """Return the backend of payloads on the site's GPU."""
+    communicator = partial(NcclCommunicator, device=site.device, timeout_s=site.timeout_s)
+    return Backend("nccl", communicator, Buffers(site.device))
+
+
 def open_gloo_sender(site: Site, settled: Mailbox[Settled]) -> TorchSender:
     """Return a SendingTransport over gloo."""
-    communicator = partial(GlooCommunicator, host=site.host, timeout_s=site.timeout_s)
-    return TorchSender("gloo", site, settled, communicator, host_buffers(site.device))
+    return TorchSender(gloo(site), site, settled)
 
 
 def open_gloo_receiver(site: Site, arrivals: Mailbox[Arrival]) -> TorchReceiver:
     """Return a ReceivingTransport over gloo."""
-    communicator = partial(GlooCommunicator, host=site.host, timeout_s=site.timeout_s)
-    return TorchReceiver(site, arrivals, communicator, host_buffers(site.device))
+    return TorchReceiver(gloo(site), site, arrivals)
 
 
 def open_nccl_sender(site: Site, settled: Mailbox[Settled]) -> TorchSender:
     """Return a SendingTransport over NCCL."""
-    communicator = partial(NcclCommunicator, device=site.device, timeout_s=site.timeout_s)
-    return TorchSender("nccl", site, settled, communicator, Buffers(site.device))
+    return TorchSender(nccl(site), site, settled)
 
 
 def open_nccl_receiver(site: Site, arrivals: Mailbox[Arrival]) -> TorchReceiver:
     """Return a ReceivingTransport over NCCL."""
-    communicator = partial(NcclCommunicator, device=site.device, timeout_s=site.timeout_s)
-    return TorchReceiver(site, arrivals, communicator, Buffers(site.device))
+    return TorchReceiver(nccl(site), site, arrivals)

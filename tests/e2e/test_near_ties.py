@@ -16,10 +16,17 @@ import torch
 
 from tests.e2e.cluster_process import ClusterProcess
 
-NOISE = {"float32": 1e-3, "bfloat16": 0.15}
-"""Logits of the demo model lie between 8 and 16, where the numbers of bfloat16 are 1/16 apart."""
-BEGINNINGS = ("Once upon a time", "There once was a", "Long ago,", "One day, a", "In a small village", "Who is the")
-HEROES = ("fox", "girl", "lighthouse keeper", "king")
+NOISE = {"float32": 1e-3, "bfloat16": 0.26}
+"""Logits of the demo model, where they decide, are about 16; below that the numbers of bfloat16 are 1/16 apart. Either
+of two logits may be two of these steps off, as those of transformers are between a prompt and single tokens."""
+BEGINNINGS = (
+    "Once upon a time, there was a {} named Noah. He lived in the deep blue sea. One morning,",
+    "Once upon a time, there was a {} named Mia. She lived at the edge of a deep forest. She had a red kite that she "
+    "loved more than anything else. One cold day,",
+    "There once was a {} named Tom. Tom lived in a small house by the sea. One day,",
+    "Once upon a time, there was a {} called Leo. Leo and his friend",
+)
+HEROES = ("fox", "girl", "king", "owl")
 NUM_TOKENS = 96
 MEAN_NEAR_TIE = 32
 
@@ -94,7 +101,7 @@ def test_greedy_tokens_are_those_of_transformers_up_to_the_first_near_tie(
     tokenize: Callable[[str], list[int]],
     reference: Callable[[list[int]], tuple[list[int], int]],
 ):
-    prompts = [tokenize(f"{beginning} {hero}") for beginning in BEGINNINGS for hero in HEROES]
+    prompts = [tokenize(beginning.format(hero)) for beginning in BEGINNINGS for hero in HEROES]
     with ThreadPoolExecutor(len(prompts)) as clients:
         answers = list(clients.map(lambda prompt: complete(cluster, prompt), prompts))
     near_ties = []

@@ -12,7 +12,15 @@ from tests.e2e.conftest import Truth
 
 TOPOLOGIES = {
     "1P1D": ("cpu_1p1d.yaml", ()),
-    "2P2D in chunks": ("cpu_2p2d.yaml", ("prefill.batch_tokens=32",)),
+    "2P2D in chunks, and little room": (
+        "cpu_2p2d.yaml",
+        (
+            "prefill.batch_tokens=32",
+            "prefill.outbox_share=0.01",
+            "decode.growth_tokens=16",
+            "decode.parked_memory=1GiB",
+        ),
+    ),
     "colocated": ("cpu_colocated.yaml", ()),
     "TP1 to TP2, blocks of 16 to 32": ("cpu_tp2.yaml", ()),
     "TP2 to TP1 over gloo, blocks of 32 to 16": (

@@ -123,6 +123,15 @@ def test_what_was_gathered_is_not_what_a_later_step_writes_into_its_blocks(stagi
     sender.close()
 
 
+def test_a_cache_is_left_as_it_was_when_kernels_are_compiled_for_it_and_one_without_whole_words_is_refused():
+    cache = random_caches(layout(1, 2))[0]
+    before = cache.clone()
+    DirectStaging(cache).close()
+    assert torch.equal(cache, before)
+    with pytest.raises(ValueError, match="no whole words"):
+        DirectStaging(torch.zeros(1, 2, 4, 1, 16, 7, dtype=torch.bfloat16))
+
+
 def test_memory_is_given_back_when_the_gpu_has_read_it_and_not_when_it_was_told_to():
     over, given_back = threading.Event(), threading.Event()
     afterwards = Afterwards()

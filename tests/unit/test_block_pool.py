@@ -1,5 +1,7 @@
 """The block pool against a plain model of it: no block twice, none lost, cached content is what its name says."""
 
+import copy
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -53,6 +55,31 @@ class PoolMachine(RuleBasedStateMachine):
     def share(self, hold: Hold) -> Hold:
         self.live.append(hold.share())
         return self.live[-1]
+
+    @rule(hold=holds, num_blocks=st.integers(0, 3))
+    def grow(self, hold: Hold, num_blocks: int) -> None:
+        before, counts = hold.block_ids, self.pool.counts
+        if not hold.grow(num_blocks):
+            assert (hold.block_ids, self.pool.counts) == (before, counts), "a hold that did not grow has changed"
+            return
+        fresh = set(hold.block_ids[len(before) :])
+        assert hold.block_ids[: len(before)] == before
+        assert len(fresh) == num_blocks
+        assert not fresh & {block for other in self.live if other is not hold for block in other.block_ids}
+        for block in fresh:
+            self.content[block] = ()
+
+    @rule(data=st.data(), tokens=st.lists(st.integers(0, 1), min_size=1, max_size=40))
+    def foresee(self, data: st.DataObject, tokens: list[int]) -> None:
+        """would_fit says what would come of releasing some holds and acquiring then."""
+        indices = data.draw(st.sets(st.sampled_from(range(len(self.live))))) if self.live else set()
+        names = HashChain(chain_root("model", ""), BLOCK_SIZE).of(tokens, len(tokens))
+        num_blocks = self.pool.blocks_for(len(tokens))
+        foreseen = self.pool.would_fit(names, num_blocks, [self.live[index] for index in indices])
+        pool, live = copy.deepcopy((self.pool, self.live))
+        for index in indices:
+            live[index].release()
+        assert foreseen == (pool.acquire(names, num_blocks) is not None)
 
     @rule(hold=consumes(holds))
     def release(self, hold: Hold) -> None:

@@ -17,7 +17,7 @@ from prefill_worker.admission import Admission, Job
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol import identity
-from protocol.orders import Discard, Park, Unpark
+from protocol.orders import Park, Unpark
 from tests.simulation.search import explore
 from tests.simulation.small_world import GROWING_REQUESTS, LONG_REQUESTS, Life, Limits, SmallWorld, Violation
 
@@ -86,7 +86,7 @@ def decode_commits_before_everything_is_there(patch: Patch) -> None:
 def nobody_looks_at_epochs(patch: Patch) -> None:
     def deliver(self: SmallWorld, side: int) -> None:
         _, message = self.down[side][0]
-        self.down[side][0] = (self.lives[side].epoch, message)
+        self.down[side][0] = (self.lives[side].item.epoch, message)
         original(self, side)
 
     original = SmallWorld._deliver
@@ -151,11 +151,6 @@ def kv_is_put_back_where_it_was(patch: Patch) -> None:
     patch.setattr(Life, "order", order)
 
 
-def what_is_parked_stays_when_its_client_has_left(patch: Patch) -> None:
-    original = Life.order
-    patch.setattr(Life, "order", lambda self, order: None if isinstance(order, Discard) else original(self, order))
-
-
 def prefill_ignores_the_commit(patch: Patch) -> None:
     original = PrefillRole._drop
     patch.setattr(
@@ -186,7 +181,6 @@ PLANTS = [
     (nobody_is_parked, growing(2), "deadlock"),
     (a_sequence_is_parked_whose_chunk_is_on_its_way, growing(2), FOREIGN),
     (kv_is_put_back_where_it_was, growing(2), FOREIGN),
-    (what_is_parked_stays_when_its_client_has_left, growing(2, num_cancels=1), "held for nobody"),
     (prefill_ignores_the_commit, SmallWorld(2, SMALL), "deadlock|held for nobody"),
     (prefill_sends_what_is_not_computed_yet, parts(1), FOREIGN),
     (prefill_does_not_say_that_more_is_computed, parts(1), "deadlock"),

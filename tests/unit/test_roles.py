@@ -8,9 +8,10 @@ from decode_worker.inbox import RemoteInbox
 from decode_worker.mover import ReceivingMover
 from decode_worker.prefix_server import RemotePrefixServer
 from decode_worker.role import DecodeRole
-from decode_worker.running import ALL_AT_ONCE, Running
+from decode_worker.running import ALL_AT_ONCE, Growth, Running
 from engine.block_pool import BlockPool
 from engine.prefix_hash import HashChain, chain_root
+from engine.sampler import Drawn
 from kv_transfer.receiver import KVReceiver
 from prefill_worker.fetcher import NoFetcher, RemoteFetcher
 from prefill_worker.outbox import RemoteOutbox
@@ -20,6 +21,7 @@ from protocol.layout import Endpoint, KVLayout
 from protocol.messages import (
     Abort,
     AnyMessage,
+    Committed,
     Failed,
     Fetch,
     Grant,
@@ -46,13 +48,14 @@ class Surroundings:
 
     sent: list[AnyMessage] = field(default_factory=list)
     orders: list[AnyOrder] = field(default_factory=list)
+    updates: list[TokenUpdate] = field(default_factory=list)
     size: int = 2
 
     def send(self, message: AnyMessage) -> None:
         self.sent.append(message)
 
     def emit(self, update: TokenUpdate) -> None:
-        raise AssertionError("nothing is computed here")
+        self.updates.append(update)
 
     def order(self, order: AnyOrder) -> None:
         self.orders.append(order)
@@ -73,6 +76,127 @@ def decode_role(num_blocks: int) -> tuple[DecodeRole, Surroundings, BlockPool]:
     return DecodeRole(pool, inbox, prefixes, around, running, "model", 8), around, pool
 
 
+def prefill_role(
+    num_blocks: int, outbox_share: float = 1.0, max_computing: int = 8
+) -> tuple[PrefillRole, Surroundings, BlockPool]:
+    pool, around = BlockPool(num_blocks, 4), Surroundings()
+    outbox = RemoteOutbox(pool, around, LAYOUT, outbox_share)
+    return PrefillRole(pool, outbox, NoFetcher(), around, "model", max_computing), around, pool
+
+
+def prompt(role: PrefillRole, number: int, num_tokens: int) -> Attempt:
+    """Give the role a prompt that shares nothing with others."""
+    tokens = tuple(range(1000 * number, 1000 * number + num_tokens))
+    role.receive(Prefill(attempt_of(number), Request("r", tokens, SamplingParams(9, seed=0), 60.0), PEER))
+    return attempt_of(number)
+
+
+def compute(role: PrefillRole, num_tokens: int = 64) -> list[int]:
+    """Run one step; return the numbers of the attempts that were in it. Every first token is its attempt's number."""
+    chunks = role.schedule(num_tokens)
+    for chunk in chunks:
+        chunk.sequence.launch(chunk)
+    for chunk in chunks:
+        chunk.sequence.land(chunk)
+        drawn = Drawn(chunk.sequence.attempt.number, None, is_valid=True) if chunk.is_sampled else None
+        role.commit(chunk, drawn)
+    return [chunk.sequence.attempt.number for chunk in chunks]
+
+
+def test_prefill_computes_ahead_of_grants_up_to_its_limit_and_granted_prompts_beyond() -> None:
+    role, around, pool = prefill_role(num_blocks=8, outbox_share=0.5)
+    first, *_, last = [prompt(role, number, 8) for number in (1, 2, 3, 4)]
+    assert compute(role) == [1, 2]
+    assert compute(role) == []
+    role.receive(Grant(last, 0))
+    assert compute(role) == [4]
+    role.receive(Grant(first, 0))
+    assert compute(role) == [3]
+    assert pool.counts.held == 8
+    assert [update.token_id for update in around.updates] == [1, 2, 4, 3]
+
+
+def test_without_an_outbox_prefill_waits_for_grants() -> None:
+    role, _, _ = prefill_role(num_blocks=8, outbox_share=0.0)
+    attempts = [prompt(role, number, 8) for number in (1, 2)]
+    assert compute(role) == []
+    role.receive(Grant(attempts[1], 0))
+    assert compute(role) == [2]
+
+
+def test_the_youngest_prompts_without_a_grant_give_way_to_one_that_has_it() -> None:
+    role, around, pool = prefill_role(num_blocks=6)
+    attempts = [prompt(role, number, 8) for number in (1, 2, 3, 4)]
+    assert compute(role) == [1, 2, 3]
+    role.receive(Grant(attempts[3], 0))
+    assert compute(role) == [4]
+    assert role.counters["prompts_given_up"] == 1
+    role.receive(Grant(attempts[2], 0))
+    assert compute(role) == [3]
+    assert role.counters["prompts_given_up"] == 2, "2 made way for 3, and 1 was left alone"
+    assert [update.token_id for update in around.updates] == [1, 2, 3, 4], "a first token was sent twice"
+    handoffs = [message for message in around.sent if isinstance(message, Handoff)]
+    assert [(handoff.attempt.number, handoff.first_token_id) for handoff in handoffs] == [(4, 4), (3, 3)]
+    assert pool.counts.held == 6
+
+
+def test_a_granted_prompt_waits_neither_for_a_place_nor_for_the_tokens_of_a_step() -> None:
+    role, _, _ = prefill_role(num_blocks=20, max_computing=1)
+    attempts = [prompt(role, number, 8) for number in (1, 2, 3)]
+    assert compute(role, 4) == [1]
+    role.receive(Grant(attempts[2], 0))
+    assert compute(role, 4) == [3]
+    assert compute(role, 16) == [3]
+    assert compute(role, 16) == [1]
+    assert compute(role, 16) == [2]
+
+
+def test_nothing_is_given_up_in_vain() -> None:
+    role, _, _ = prefill_role(num_blocks=6)
+    attempts = [prompt(role, number, size) for number, size in ((1, 12), (2, 8), (3, 20))]
+    role.receive(Grant(attempts[0], 0))
+    assert compute(role) == [1, 2]
+    role.receive(Grant(attempts[2], 0))
+    assert compute(role) == []
+    assert role.counters["prompts_given_up"] == 0, "three blocks are being sent, so five cannot be had yet"
+    role.receive(Committed(attempts[0]))
+    assert compute(role) == [3]
+    assert role.counters["prompts_given_up"] == 1
+
+
+def test_what_was_given_up_while_its_step_was_under_way_is_drawn_once_more_and_sent_once() -> None:
+    role, around, _ = prefill_role(num_blocks=2)
+    attempts = [prompt(role, number, 8) for number in (1, 2)]
+    (under_way,) = role.schedule(64)
+    under_way.sequence.launch(under_way)
+    role.receive(Grant(attempts[1], 0))
+    (chunk,) = role.schedule(64)
+    assert chunk.sequence.attempt == attempts[1]
+    under_way.sequence.land(under_way)
+    role.commit(under_way, Drawn(1, None, is_valid=True))
+    assert around.updates == []
+    role.receive(Abort(attempts[1]))
+    assert compute(role) == [1]
+    assert [update.token_id for update in around.updates] == [1]
+
+
+def reserve(role: DecodeRole, number: int, num_tokens: int, max_tokens: int) -> None:
+    role.receive(Reserve(attempt_of(number), request_of(num_tokens, max_tokens), PEER))
+
+
+def test_decode_reserves_some_growth_for_those_it_could_park_and_all_for_others() -> None:
+    pool, around = BlockPool(30, 4), Surroundings()
+    running = Running(pool, around, Growth(growth_tokens=4, max_parked_blocks=10))
+    role = DecodeRole(pool, RemoteInbox(around, LAYOUT), around, running, "model", 8)
+    for number, held in ((1, 2), (2, 4), (3, 9)):
+        reserve(role, number, 4, 17)  # five blocks in the end
+        assert pool.counts.held == held
+    role.receive(Abort(attempt_of(1)))
+    assert pool.counts.held == 7
+    reserve(role, 4, 4, 17)
+    assert pool.counts.held == 9, "what was booked for the first one is free again"
+
+
 def test_decode_refuses_at_once_what_can_never_fit_and_serves_the_next() -> None:
     role, around, pool = decode_role(num_blocks=4)
     role.receive(Reserve(attempt_of(1), request_of(15, 3), PEER))
@@ -84,9 +208,8 @@ def test_decode_refuses_at_once_what_can_never_fit_and_serves_the_next() -> None
 
 
 def test_prefill_refuses_at_once_what_can_never_fit() -> None:
-    pool, around = BlockPool(4, 4), Surroundings()
-    role = PrefillRole(pool, RemoteOutbox(pool, around, LAYOUT, 1.0), NoFetcher(), around, "model", 8)
-    role.receive(Prefill(attempt_of(1), request_of(17, 1), PEER))
+    role, around, _ = prefill_role(num_blocks=4)
+    prompt(role, 1, 17)
     (failed,) = around.sent
     assert isinstance(failed, Failed)
     assert failed.code == "kv_cache_too_small"

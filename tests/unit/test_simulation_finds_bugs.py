@@ -34,6 +34,7 @@ from protocol.codec import decode
 from protocol.messages import Abort, AnyMessage, Failed, Handoff
 from protocol.orders import AnyReport, Discard, Park, SendBlocks, Unpark
 from router.lifecycle import Lifecycle, Side
+from tests.simulation.group import QueuedParkedKV
 from tests.simulation.scenario import faults_of, run_seed
 
 MAX_SEEDS = 8000
@@ -232,6 +233,11 @@ def a_sequence_is_parked_whose_chunk_is_on_its_way(patch: Patch) -> None:
     patch.setattr(DecodeRole, "schedule", schedule)
 
 
+def copies_overtake_the_step_under_way(patch: Patch) -> None:
+    """What that step computes is not in the copy, and what comes back may be overwritten by it."""
+    patch.setattr(QueuedParkedKV, "execute", ParkedKV.execute)
+
+
 def blocks_are_parked_after_they_were_let_go(patch: Patch) -> None:
     """The copy is made when somebody wants it back."""
     original = ParkedKV.execute
@@ -398,6 +404,7 @@ PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (what_is_being_sent_is_given_up, f"{WRONG}|sent once", ""),
     (nobody_is_parked, STUCK, ""),
     (a_sequence_is_parked_whose_chunk_is_on_its_way, WRONG, ""),
+    (copies_overtake_the_step_under_way, WRONG, ""),
     (blocks_are_parked_after_they_were_let_go, WRONG, ""),
     (parked_kv_comes_back_into_the_blocks_where_it_was, WRONG, ""),
     (followers_do_not_park, WRONG, ""),

@@ -65,7 +65,8 @@ def test_all_keys_but_the_model_and_the_roles_have_defaults(tmp_path: Path):
         (
             "zmq",
             "zmqq",
-            "x.yaml:8: kv_transfer.transport: 'zmqq' is not one of auto, cuda_ipc, gloo, nccl, shm, zmq; did you",
+            "x.yaml:8: kv_transfer.transport: 'zmqq' is not one of auto, cuda_ipc, gloo, nccl, shm, zmq; "
+            "did you mean zmq?",
         ),
         (
             "  groups: 2",
