@@ -9,9 +9,11 @@ from collections.abc import Iterator, Sequence
 
 from protocol.identity import Epoch
 
-PIECE_TOKENS = 64
-MAX_PIECES = 1 << 16
-"""About four million tokens; the least recently used are forgotten first."""
+PIECE_TOKENS = 16
+"""The smallest block size: what decode holds is never much longer than the guess."""
+
+MAX_PIECES = 1 << 17
+"""Two million tokens; the least recently used are forgotten first."""
 
 _Name = tuple[Epoch, int]
 
