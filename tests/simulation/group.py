@@ -9,7 +9,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 
@@ -21,10 +21,9 @@ from decode_worker.mover import ReceivingMover
 from decode_worker.running import ALL_AT_ONCE, Growth
 from engine.block_pool import BlockPool
 from engine.group import GroupError, GroupRanks
-from engine.parked_kv import ParkedKV
 from engine.rank import Mover, Rank, Stationary
 from engine.role import Role
-from engine.sampler import Drawing, Drawn, Sampler, SamplingRow
+from engine.sampler import SamplingRow
 from engine.step_loop import StepLoop
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
@@ -33,11 +32,12 @@ from prefill_worker.role import PrefillRole
 from protocol.identity import new_epoch
 from protocol.layout import Endpoint, KVLayout
 from protocol.messages import Join, Ready, Welcome, WorkerInfo
-from protocol.orders import AnyOrder, AnyReport, Batch, Discard, Park, Step, StopRank, Unpark
+from protocol.orders import AnyOrder, AnyReport, Step, StopRank
 from router.launch import GroupSpec
 from tests.simulation.control import SimulatedWire
+from tests.simulation.device import LateDrawing, OracleEngine, QueuedParkedKV
 from tests.simulation.kv import SimulatedReceiver, SimulatedSender
-from tests.simulation.oracle import VOCAB_SIZE, OracleModel, RankCache
+from tests.simulation.oracle import OracleModel, RankCache
 from tests.simulation.world import World
 
 IDLE_S = 1.0
@@ -59,47 +59,6 @@ class GroupSize:
     growth: Growth = ALL_AT_ONCE
     is_ahead: bool = False
     min_fetch_tokens: int = 0
-
-
-class OracleEngine:
-    """A rank's engine: the leader's runs the batch over all caches, once every follower has got as far."""
-
-    def __init__(self, model: OracleModel | None) -> None:
-        self._model = model
-
-    def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> Callable[[], torch.Tensor] | None:
-        return partial(self._model.forward, batch, drawn) if self._model else None
-
-
-class LateDrawing:
-    """Stands in for engine.sampler.Drawing: a step is computed when its tokens are asked for, and no earlier."""
-
-    def __init__(self, compute: Callable[[], torch.Tensor], rows: SequenceOf[SamplingRow]) -> None:
-        self._compute = compute
-        self._rows = rows
-
-    @cached_property
-    def _drawing(self) -> Drawing:
-        return Sampler(VOCAB_SIZE, torch.device("cpu")).draw(self._compute(), self._rows)
-
-    @property
-    def token_ids(self) -> torch.Tensor:
-        return self._drawing.token_ids
-
-    def collect(self) -> list[Drawn]:
-        return self._drawing.collect()
-
-
-class QueuedParkedKV(ParkedKV):
-    """Copies in the order of a device's queue: what was launched before is computed before."""
-
-    def __init__(self, cache: torch.Tensor, finish_launched: Callable[[], None]) -> None:
-        super().__init__(cache)
-        self._finish_launched = finish_launched
-
-    def execute(self, order: Park | Unpark | Discard) -> None:
-        self._finish_launched()
-        super().execute(order)
 
 
 class SimulatedRank:

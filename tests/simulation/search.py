@@ -3,7 +3,8 @@
 from collections import deque
 
 from tests.simulation.copies import freeze, thaw
-from tests.simulation.small_world import Event, SmallWorld, Violation
+from tests.simulation.small_life import Violation
+from tests.simulation.small_world import Event, SmallWorld
 
 
 def explore(world: SmallWorld, max_states: int) -> int:

@@ -19,7 +19,8 @@ from prefill_worker.role import PrefillRole
 from protocol import identity
 from protocol.orders import Park, Unpark
 from tests.simulation.search import explore
-from tests.simulation.small_world import GROWING_REQUESTS, LONG_REQUESTS, Life, Limits, SmallWorld, Violation
+from tests.simulation.small_life import GROWING_REQUESTS, LONG_REQUESTS, Life, Limits, Violation
+from tests.simulation.small_world import SmallWorld
 
 MAX_STATES = 60_000
 SMALL = Limits((2, 2))
