@@ -77,8 +77,7 @@ class DecodeRole:
             case Handoff() if (reservation := self._reservations.get(message.attempt)) and not reservation.handoff:
                 self._take_handoff(reservation, message)
             case Fetch() if (reservation := self._reservations.get(message.attempt)) and reservation.is_granted:
-                assert reservation.hold is not None
-                self._prefixes.serve(message, reservation.reserve, reservation.hold, self._first_position(reservation))
+                self._serve(message, reservation)
             case Abort():
                 self._drop(message.attempt)
 
@@ -129,6 +128,10 @@ class DecodeRole:
     def drop_all(self) -> None:
         for attempt in list(self._reservations):
             self._drop(attempt)
+
+    def _serve(self, fetch: Fetch, reservation: Reservation) -> None:
+        if reservation.hold and not reservation.handoff:  # whoever has handed off has no use for it
+            self._prefixes.serve(fetch, reservation.reserve, reservation.hold, self._first_position(reservation))
 
     def _enqueue(self, reserve: Reserve) -> None:
         request = reserve.request

@@ -69,9 +69,9 @@ def attempt_of(number: int) -> Attempt:
     return Attempt("r", number, 1, 2, number)
 
 
-def decode_role(num_blocks: int) -> tuple[DecodeRole, Surroundings, BlockPool]:
+def decode_role(num_blocks: int, growth: Growth = ALL_AT_ONCE) -> tuple[DecodeRole, Surroundings, BlockPool]:
     pool, around = BlockPool(num_blocks, 4), Surroundings()
-    running = Running(pool, around, ALL_AT_ONCE)
+    running = Running(pool, around, growth)
     inbox, prefixes = RemoteInbox(around, LAYOUT), RemotePrefixServer(around, around)
     return DecodeRole(pool, inbox, prefixes, around, running, "model", 8), around, pool
 
@@ -185,9 +185,7 @@ def reserve(role: DecodeRole, number: int, num_tokens: int, max_tokens: int) -> 
 
 
 def test_decode_reserves_some_growth_for_those_it_could_park_and_all_for_others() -> None:
-    pool, around = BlockPool(30, 4), Surroundings()
-    running = Running(pool, around, Growth(growth_tokens=4, max_parked_blocks=10))
-    role = DecodeRole(pool, RemoteInbox(around, LAYOUT), around, running, "model", 8)
+    role, _, pool = decode_role(30, Growth(growth_tokens=4, max_parked_blocks=10))
     for number, held in ((1, 2), (2, 4), (3, 9)):
         reserve(role, number, 4, 17)  # five blocks in the end
         assert pool.counts.held == held
