@@ -4,11 +4,11 @@ Put together by cluster/assembly.py out of the two roles' movers. Both ways of o
 on the way of a fetch is reported as FetchBroken: the attempt itself may go on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from engine.group import sums
 from engine.rank import Mover
-from protocol.orders import AnyOrder, AnyReport, Broken, FetchBroken
+from protocol.orders import AnyOrder, AnyReport, Broken, FetchBroken, Leaving
 
 
 class TwoWayMover:
@@ -25,6 +25,9 @@ class TwoWayMover:
     def execute(self, order: AnyOrder) -> None:
         self._handoffs.execute(order)
         self._fetches.execute(order)
+
+    def layers_done(self, leaving: Sequence[Leaving], num_layers: int) -> None:
+        self._handoffs.layers_done(leaving, num_layers)
 
     def poll(self) -> list[AnyReport]:
         return [*self._handoffs.poll(), *self._of_fetches()]

@@ -1,7 +1,9 @@
 """What the decode role adds to every rank of its group: the end that receives KV blocks."""
 
+from collections.abc import Sequence
+
 from kv_transfer.receiver import KVReceiver
-from protocol.orders import AnyOrder, AnyReport, ClosePeer, DropTransfer, ExpectBlocks, Expecting
+from protocol.orders import AnyOrder, AnyReport, ClosePeer, DropTransfer, ExpectBlocks, Expecting, Leaving
 
 
 class ReceivingMover:
@@ -25,6 +27,9 @@ class ReceivingMover:
                 self._receiver.drop(order.attempt)
             case ClosePeer():
                 self._receiver.close_peer(order.epoch)
+
+    def layers_done(self, leaving: Sequence[Leaving], num_layers: int) -> None:
+        """What is received does not leave."""
 
     def poll(self) -> list[AnyReport]:
         reports, self._reports = self._reports, []

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 
 from engine.sequence import Chunk, Sequence
-from protocol.orders import Batch, CarriedToken
+from protocol.orders import Batch, CarriedToken, Leaving
 
 
 def lay_out(chunks: SequenceOf[Chunk]) -> list[Chunk]:
@@ -26,6 +26,7 @@ def build_batch(chunks: SequenceOf[Chunk], block_size: int, rows: Mapping[Sequen
         carried=tuple(
             CarriedToken(index, rows[chunk.sequence]) for index, chunk in enumerate(chunks) if chunk.is_carried
         ),
+        leaving=tuple(Leaving(chunk.sequence.attempt, chunk.end) for chunk in chunks if chunk.sequence.is_leaving),
     )
 
 

@@ -14,7 +14,7 @@ from engine.decode_graphs import DecodeGraphs, Scratch, cuda_capture, padded_siz
 from engine.host_copy import upload
 from engine.kv_cache import KVCache, bytes_per_block
 from engine.limits import DEFAULT_LIMITS, KVMemory, Limits, ShareOfFree
-from engine.model import Decoder
+from engine.model import Decoder, LayersDone
 from engine.tensor_parallel import TensorParallel
 from engine.warm_up import warm_up
 from engine.weights import Tensors, load_weights
@@ -65,10 +65,13 @@ class Engine:
         return self.device.type != "cpu"
 
     @torch.inference_mode()
-    def forward(self, batch: Batch, drawn: Tensor | None = None) -> Tensor | None:
+    def forward(
+        self, batch: Batch, drawn: Tensor | None = None, layers_done: LayersDone | None = None
+    ) -> Tensor | None:
         """Run one batch, all ranks at once; its KV is in the cache afterwards.
 
         drawn: int64, what the batch before draws, where this one carries tokens; on rank 0 only, the others hear of it.
+        layers_done: told how many layers' KV is in the cache by now; not told of batches that are captured.
         Return float32 logits [len(batch.sampled), vocab_size] on rank 0, None on the others; they stay as they are
         until the next batch.
         """
@@ -77,10 +80,10 @@ class Engine:
             self._carry(batch, tensors.token_ids, drawn)
         if self._graphs is not None and self._graphs.can_run(tensors):
             return self._graphs.run(tensors)
-        return self._compute(tensors)
+        return self._compute(tensors, layers_done)
 
-    def _compute(self, tensors: BatchTensors) -> Tensor | None:
-        return self._model.forward(tensors, self.kv_cache)
+    def _compute(self, tensors: BatchTensors, layers_done: LayersDone | None = None) -> Tensor | None:
+        return self._model.forward(tensors, self.kv_cache, layers_done)
 
     def _carry(self, batch: Batch, token_ids: Tensor, drawn: Tensor | None) -> None:
         """Put the tokens that the batch before draws in their places."""

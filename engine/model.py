@@ -3,6 +3,8 @@
 Called by the engine. The configuration says what differs between the families; there is no class per family.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from engine.tensor_parallel import TensorParallel
 from engine.weights import LayerWeights, ModelWeights
 from kernels.backend import Operations
 from protocol.model_config import ModelConfig
+
+LayersDone = Callable[[int], None]
 
 
 class Decoder:
@@ -31,8 +35,11 @@ class Decoder:
         self._inverse_frequencies = inverse_frequencies(config.rope, config.head_dim).to(device)
 
     @torch.inference_mode()
-    def forward(self, batch: BatchTensors, cache: KVCache) -> Tensor | None:
-        """Return float32 logits [num_sampled, vocab_size] on rank 0, None on the others."""
+    def forward(self, batch: BatchTensors, cache: KVCache, layers_done: LayersDone | None = None) -> Tensor | None:
+        """Return float32 logits [num_sampled, vocab_size] on rank 0, None on the others.
+
+        layers_done: told how many layers' KV is in the cache, whenever it is one more (launched, on a GPU).
+        """
         add_rms_norm = self._operations.add_rms_norm
         angles = cos_sin(self._inverse_frequencies, batch.positions)
         out = self._weights.embedding(batch.token_ids)  # [num_tokens, hidden_size]
@@ -40,6 +47,9 @@ class Decoder:
         for index, layer in enumerate(self._weights.layers):
             normed, residual = add_rms_norm(out, residual, layer.attention_norm, self._eps)
             out = self._attention(layer, normed, angles, batch, cache.layer(index))
+            if layers_done is not None:
+                with torch.inference_mode(mode=False):  # memory that is taken meanwhile is used outside as well
+                    layers_done(index + 1)
             normed, residual = add_rms_norm(out, residual, layer.mlp_norm, self._eps)
             out = layer.down(self._operations.silu_mul(layer.gate_up(normed)))
         last = batch.sampled_tokens

@@ -4,13 +4,15 @@ A step runs on the engine, and KV that makes way goes to the host and back; ever
 from other groups and goes to the rank's mover, which is the part that a role adds to all ranks of its group.
 """
 
+from collections.abc import Sequence as SequenceOf
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from engine.engine import Engine
 from engine.parked_kv import ParkedKV
-from protocol.orders import AnyOrder, AnyReport, Batch, Discard, Park, Step, Unpark
+from protocol.orders import AnyOrder, AnyReport, Batch, Discard, Leaving, Park, Step, Unpark
 
 
 class Mover(Protocol):
@@ -22,6 +24,9 @@ class Mover(Protocol):
 
     def execute(self, order: AnyOrder) -> None:
         """Carry out an order about a transfer."""
+
+    def layers_done(self, leaving: SequenceOf[Leaving], num_layers: int) -> None:
+        """In the middle of a batch: KV of its leaving attempts is there in the first num_layers layers."""
 
     def poll(self) -> list[AnyReport]:
         """Do what has become possible, without waiting; return what the leader should know."""
@@ -42,6 +47,9 @@ class Stationary:
     address = ""
 
     def execute(self, order: AnyOrder) -> None:
+        """Nothing moves."""
+
+    def layers_done(self, leaving: SequenceOf[Leaving], num_layers: int) -> None:
         """Nothing moves."""
 
     def poll(self) -> list[AnyReport]:
@@ -70,7 +78,8 @@ class Rank:
 
         drawn: on the leader's rank, int64 [rows of the batch before], what that draws.
         """
-        return self._engine.forward(batch, drawn)
+        layers_done = partial(self.mover.layers_done, batch.leaving) if batch.leaving else None
+        return self._engine.forward(batch, drawn, layers_done)
 
     def execute(self, order: AnyOrder) -> None:
         """Carry out any order but StopRank."""

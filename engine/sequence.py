@@ -17,7 +17,8 @@ from protocol.request import Request
 class Sequence:
     """Tokens [0, num_computed) of token_ids have their KV in hold's blocks.
 
-    num_launched: how far the steps under way reach; num_drawing: how many tokens they are drawing.
+    num_launched: how far the steps under way reach; num_drawing: how many tokens they are drawing. is_leaving: its KV
+    goes to another group while the rest of it is computed.
     """
 
     attempt: Attempt
@@ -28,6 +29,7 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     num_launched: int = field(init=False)
     num_drawing: int = field(init=False, default=0)
+    is_leaving: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         self.token_ids = [*self.request.prompt_token_ids, *self.token_ids]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from kv_transfer.frames import FrameHeader
-from kv_transfer.plan import FRAME_BYTES, check_table, frames_of, local_heads, plan_transfer
+from kv_transfer.plan import FRAME_BYTES, Piece, check_table, frames_of, local_heads, plan_transfer
 from kv_transfer.staging import staging_for
 from kv_transfer.transports.transport import DROPPED, REFUSED, Destination, OutgoingFrame, SendingTransport, Settled
 from protocol.identity import Attempt, Epoch
@@ -28,14 +28,23 @@ MAX_RESENDS = 2
 class _Transfer:
     """One attempt under way: where its blocks are, and how many of its frames are not settled yet.
 
-    uncomputed: frames of positions that are not computed yet, which wait for nothing else.
+    uncomputed: frames that are not computed yet, which wait for nothing else; num_computed: positions that are, in all
+    layers.
     """
 
     order: SendBlocks
     block_table: torch.Tensor  # [num_blocks of the prompt]
     num_unsettled: int = 0
+    num_computed: int = 0
     uncomputed: list[tuple[Destination, FrameHeader]] = field(default_factory=list)
     num_resends: Counter[tuple[Destination, int]] = field(default_factory=Counter)  # of each frame
+
+    def is_computed(self, piece: Piece, more: SendMore) -> bool:
+        """Whether a piece may leave, after what more says."""
+        if piece.tokens[1] <= self.num_computed:
+            return True
+        is_layer_there = more.num_layers is None or piece.layers[1] <= more.num_layers
+        return is_layer_there and piece.tokens[1] <= more.num_computed
 
 
 @dataclass
@@ -90,7 +99,7 @@ class KVSender:
             return
         if headers:
             table = torch.tensor(order.block_ids, dtype=torch.int64, device=self._cache.device)
-            self._transfers[order.attempt] = _Transfer(order, table, len(headers), headers)
+            self._transfers[order.attempt] = _Transfer(order, table, len(headers), uncomputed=headers)
             end = order.first_position + order.num_tokens
             self.send_more(SendMore(order.attempt, end if order.num_computed is None else order.num_computed))
 
@@ -99,9 +108,11 @@ class KVSender:
         transfer = self._transfers.get(order.attempt)
         if transfer is None:
             return
+        if order.num_layers is None:
+            transfer.num_computed = order.num_computed
         waiting, transfer.uncomputed = transfer.uncomputed, []
         for destination, header in waiting:
-            if header.piece.tokens[1] <= order.num_computed:
+            if transfer.is_computed(header.piece, order):
                 self._lanes.setdefault(destination, _Lane()).waiting.append(header)
             else:
                 transfer.uncomputed.append((destination, header))

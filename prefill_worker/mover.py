@@ -1,7 +1,9 @@
 """What the prefill role adds to every rank of its group: the end that sends KV blocks."""
 
+from collections.abc import Sequence
+
 from kv_transfer.sender import KVSender
-from protocol.orders import AnyOrder, AnyReport, ClosePeer, DropTransfer, SendBlocks, SendMore
+from protocol.orders import AnyOrder, AnyReport, ClosePeer, DropTransfer, Leaving, SendBlocks, SendMore
 
 
 class SendingMover:
@@ -22,6 +24,10 @@ class SendingMover:
                 self._sender.drop(order.attempt)
             case ClosePeer():
                 self._sender.close_peer(order.epoch)
+
+    def layers_done(self, leaving: Sequence[Leaving], num_layers: int) -> None:
+        for each in leaving:
+            self._sender.send_more(SendMore(each.attempt, each.num_computed, num_layers))
 
     def poll(self) -> list[AnyReport]:
         return list(self._sender.poll())

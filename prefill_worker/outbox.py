@@ -64,6 +64,7 @@ class RemoteOutbox:
 
     def send(self, sequence: Sequence, destination: Endpoint, first_position: int) -> None:
         num_tokens, block_ids = sequence.num_prompt_tokens - first_position, sequence.hold.block_ids
+        sequence.is_leaving = True
         self._ranks.order(
             SendBlocks(sequence.attempt, destination, block_ids, first_position, num_tokens, sequence.num_computed)
         )

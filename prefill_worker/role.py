@@ -154,6 +154,7 @@ class PrefillRole:
         job.sequence = Sequence(prefill.attempt, prefill.request, hold, job.chain, num_cached, known)
         self._computing.append(job)
         self._fetcher.admit(prefill, job.sequence, job.grant)
+        self._send_computed(job)  # what was cached; of the rest, every layer as soon as it is there
 
     def _give_up(self, job: Job) -> None:
         """Let go of blocks for somebody else, without a grant, so that nothing of them is on its way."""

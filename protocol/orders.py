@@ -19,6 +19,13 @@ class CarriedToken(msgspec.Struct, frozen=True, array_like=True):
     row: int
 
 
+class Leaving(msgspec.Struct, frozen=True, array_like=True):
+    """KV of this attempt leaves layer by layer while a batch computes its positions up to num_computed."""
+
+    attempt: Attempt
+    num_computed: int
+
+
 class Batch(msgspec.Struct, frozen=True, array_like=True):
     """One forward pass over num_sequences chunks, laid out one after another; single-token chunks come first.
 
@@ -33,6 +40,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     block_tables: tuple[tuple[int, ...], ...]  # [num_sequences][num_blocks of that sequence]
     sampled: tuple[int, ...]  # indices of sequences, ascending
     carried: tuple[CarriedToken, ...] = ()
+    leaving: tuple[Leaving, ...] = ()
 
 
 class Order(msgspec.Struct, frozen=True, tag=True, tag_field="type"):
@@ -74,10 +82,14 @@ class SendBlocks(Order, frozen=True):
 
 
 class SendMore(Order, frozen=True):
-    """Sending side: the KV of this attempt's positions below num_computed is there now. Unknown attempts are fine."""
+    """Sending side: the KV of this attempt's positions below num_computed is there now. Unknown attempts are fine.
+
+    num_layers: there in the first num_layers layers only; None for all.
+    """
 
     attempt: Attempt
     num_computed: int
+    num_layers: int | None = None
 
 
 class DropTransfer(Order, frozen=True):

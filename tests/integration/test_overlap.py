@@ -1,11 +1,14 @@
 """KV that leaves chunk by chunk while the rest of its prompt is computed: the same tokens, earlier."""
 
+import threading
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 import kv_transfer.plan
+from engine.engine import Engine
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from protocol.orders import Received, SendMore
@@ -55,6 +58,57 @@ def test_the_first_part_of_a_prompt_arrives_before_the_rest_is_computed(name):
         assert poll_until([*source.senders, *sink.receivers], 1) == [Received(0, attempt)]
         sink.note(theirs, 0, kv)
         assert sink.is_as_expected()
+
+
+@pytest.mark.usefixtures("_small_frames")
+@pytest.mark.parametrize("name", TRANSPORTS)
+def test_a_layer_arrives_before_the_next_one_is_computed(name):
+    with connected(name, 1, 1, 2) as (source, sink):
+        attempt, kv = attempt_between(source, sink), random_tokens(2, 64)
+        blocks = list(range(4))
+        sink.receivers[0].expect(expect_order(source, attempt, blocks, 64))
+        sender = source.senders[0]
+        sender.send(msgspec.structs.replace(send_order(sink, attempt, blocks, 64), num_computed=0))
+        first_layer = kv.clone()
+        first_layer[1:] = 0
+        source.fill(blocks, first_layer)
+        sender.send_more(SendMore(attempt, 64, num_layers=1))
+        assert poll_for([sender, *sink.receivers], 0.5) == []
+        arrived = torch.cat([sink.caches[0][:, :, block] for block in blocks], dim=3)
+        assert torch.equal(arrived[0], kv[0])
+        source.fill(blocks, kv)
+        sender.send_more(SendMore(attempt, 64))
+        assert poll_until([sender, *sink.receivers], 1) == [Received(0, attempt)]
+        sink.note(blocks, 0, kv)
+        assert sink.is_as_expected()
+
+
+@pytest.mark.usefixtures("_small_frames")
+@pytest.mark.parametrize("topology", ["1P1D", "TP2-TP1"])
+def test_layers_leave_while_later_ones_are_computed(tmp_path: Path, topology: str, monkeypatch: pytest.MonkeyPatch):
+    """Frames are gathered in the middle of steps, and tokens are what they are without."""
+    computing, gathered = threading.local(), []
+    compute, room = Engine._compute, KVSender._room
+
+    def note_computing(self, *arguments):
+        computing.is_on = True
+        try:
+            return compute(self, *arguments)
+        finally:
+            computing.is_on = False
+
+    def note_gathering(self, *arguments):
+        gathered.append(getattr(computing, "is_on", False))
+        return room(self, *arguments)
+
+    monkeypatch.setattr(Engine, "_compute", note_computing)
+    monkeypatch.setattr(KVSender, "_room", note_gathering)
+    reference = Reference("llama", tmp_path)
+    greedy = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0)
+    with WorkerCluster(reference.folder, TOPOLOGIES[topology], memory_bytes=24 << 20, batch_tokens=200) as cluster:
+        assert cluster.generate(reference.prompts, greedy) == reference.greedy
+        cluster.assert_pools_whole()
+    assert gathered.count(True) > 20, "what could leave in the middle of a step waited for its end"
 
 
 @pytest.mark.usefixtures("_small_frames")

@@ -18,7 +18,9 @@ class OracleEngine:
     def __init__(self, model: OracleModel | None) -> None:
         self._model = model
 
-    def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> Callable[[], torch.Tensor] | None:
+    def forward(
+        self, batch: Batch, drawn: torch.Tensor | None = None, layers_done: object = None
+    ) -> Callable[[], torch.Tensor] | None:
         return partial(self._model.forward, batch, drawn) if self._model else None
 
 
