@@ -7,6 +7,7 @@ messages between the roles are carried from one to the other here. Weights are r
 import random
 import time
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -124,23 +125,42 @@ class EngineSpeed:
         short = self.prefill_s(work)
         return (min(self._seconds(work, num_steps + 1) for _ in range(2)) - short) / num_steps
 
+    def watch_decoding(self, work: Work, num_steps: int, watch: AbstractContextManager[object]) -> None:
+        """Run num_steps steps of the whole batch while watch is entered, and all that is before and after outside."""
+        self._submit([self._request(work.length, num_steps + work.batch + 2) for _ in range(work.batch)])
+        while self._roles[0].num_running < work.batch:
+            self._turn()
+        with watch:
+            for _ in range(num_steps):
+                self._turn()
+        self._finish()
+
     def _seconds(self, work: Work, num_tokens: int) -> float:
         requests = [self._request(work.length, num_tokens) for _ in range(work.batch)]
         self._outlet.num_finished = 0
         started = time.perf_counter()
+        self._submit(requests)
+        while self._outlet.num_finished < work.batch:
+            self._turn()
+        elapsed = time.perf_counter() - started
+        self._finish()
+        return elapsed
+
+    def _submit(self, requests: list[Request]) -> None:
         for request in requests:
             attempt = new_attempt(request.request_id, 0, EPOCH, EPOCH)
             self._outlet.messages += [
                 Reserve(attempt, request, self._endpoint),
                 Prefill(attempt, request, self._endpoint),
             ]
-        while self._outlet.num_finished < work.batch:
-            self._deliver()
-            self._steps.step()
-        elapsed = time.perf_counter() - started
+
+    def _turn(self) -> None:
+        self._deliver()
+        self._steps.step()
+
+    def _finish(self) -> None:
         while self._outlet.messages or self._steps.step():
             self._deliver()
-        return elapsed
 
     def _deliver(self) -> None:
         while self._outlet.messages:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a machine with an NVIDIA GPU can tell: kernels, engine and serving within ten minutes (`make gpu`),
-# the transports between two processes on one GPU within eight more (`make gpu-transfer`).
+# the transports between two processes on one GPU, and the profile of a step, within nine more (`make gpu-transfer`).
 #   usage: [PYTHON=python3] tools/gpu.sh [FOLDER [transfer]]     results go to FOLDER, build/gpu by default
 # Needs the project's packages and pytest with its plugins as pyproject.toml names them; nothing is installed. Each part
 # has its own time, and one that fails keeps none of the others from running.
@@ -26,6 +26,7 @@ transports=tests/integration/test_transports_gpu.py
 if [ "${2:-}" = transfer ]; then
     part transports 300 "$python" -m pytest -m gpu $transports "${workers[@]}"
     part transfer 150 "$python" -m benchmarks.transfer --device cuda:0 --layers 32 --transports cuda_ipc nccl shm zmq gloo
+    part profile 90 "$python" -m benchmarks.step_profile --json "$folder/profile.json"
 else
     part kernels 210 "$python" -m pytest -m gpu tests/kernels "${workers[@]}"
     part engine 210 "$python" -m benchmarks.engine --json "$folder/engine.json"

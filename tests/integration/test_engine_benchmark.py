@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.engine_plan import FULL, H200_PEERS, SMOKE, Plan
+from benchmarks.step_profile import KINDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,3 +45,20 @@ def test_it_runs_and_every_figure_is_a_positive_number(tmp_path: Path, monkeypat
         assert all(math.isfinite(row[key]) and row[key] > 0 for key in ("seconds", "floor_seconds", "of_floor")), row
         assert row["of_floor"] == pytest.approx(row["seconds"] / row["floor_seconds"])
         assert row["peer_seconds"] is None, "peers were measured on another machine"
+
+
+def test_the_profile_of_a_step_names_what_it_launches_and_adds_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    file = tmp_path / "profile.json"
+    command = [sys.executable, "-m", "benchmarks.step_profile", "--json", str(file)]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
+    report = json.loads(file.read_text())
+    total = sum(kernel["microseconds"] for kernel in report["kernels"])
+    assert f"{total:10.1f}{1:8.1%}          all kernels" in shown
+    products = [kernel for kernel in report["kernels"] if any(mark in kernel["name"] for mark in KINDS["products"])]
+    assert sum(kernel["num_calls"] for kernel in products) == 4 * SMOKE.config.num_layers + 1, (
+        "every product once a step"
+    )
+    assert all(floor > 0 for floor in report["floors_us"].values())
