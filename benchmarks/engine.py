@@ -109,6 +109,8 @@ def timed_kernels(plan: Plan, kernels: KernelSpeed) -> Iterator[tuple[str, Timed
         yield f"decode attention {work}", kernels.decode_attention(work)
     for chunks in plan.prefill_attention:
         yield f"prefill attention {chunks}", kernels.prefill_attention(chunks)
+        if chunks.query_len == chunks.context_len:
+            yield f"prefill attention {chunks}, library", kernels.library_attention(chunks)
     for num in plan.num_tokens:
         yield f"add + RMSNorm, {num} tokens", kernels.add_rms_norm(num)
         yield f"RoPE + KV write, {num} tokens", kernels.rope_and_write_kv(num)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.device_timer import Call, seconds
 from benchmarks.engine_speed import BLOCK_SIZE, Work
@@ -61,18 +63,46 @@ class KernelSpeed:
         return Timed(self._seconds(call, lambda: self._paged(work.batch, work.length), num_bytes), num_bytes)
 
     def prefill_attention(self, chunks: Chunks) -> Timed:
-        config, new, context = self._config, chunks.query_len, chunks.context_len
+        new, context = chunks.query_len, chunks.context_len
         num_bytes = self._kv_bytes(chunks.batch * context)
         lens = self._full(chunks.batch, context)
         starts = torch.arange(chunks.batch + 1, dtype=torch.int32, device=self._device) * new
-        q = self._randn(chunks.batch * new, config.num_heads, config.head_dim)
+        q = self._randn(chunks.batch * new, self._config.num_heads, self._config.head_dim)
 
         def call(k: Tensor, v: Tensor, tables: Tensor) -> Call:
             return lambda: self._operations.attention_prefill(q, k, v, tables, starts, lens, self._scale)
 
         elapsed = self._seconds(call, lambda: self._paged(chunks.batch, context), num_bytes)
+        return Timed(elapsed, num_bytes, self._attention_flops(chunks))
+
+    def library_attention(self, chunks: Chunks) -> Timed:
+        """The same by torch's scaled_dot_product_attention, cuDNN's on a GPU, for chunks that are whole contexts.
+
+        Keys and values are as the layer's product leaves them: not paged, and not yet in the cache.
+        """
+        assert chunks.query_len == chunks.context_len
+        config, num_bytes = self._config, self._kv_bytes(chunks.batch * chunks.context_len)
+        backend = SDPBackend.CUDNN_ATTENTION if self._device.type == "cuda" else SDPBackend.FLASH_ATTENTION
+        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+
+        def call(*qkv: Tensor) -> Call:
+            def attend() -> Tensor:
+                with sdpa_kernel(backend):
+                    return scaled_dot_product_attention(*qkv, is_causal=True, scale=self._scale, enable_gqa=True)
+
+            return attend
+
+        def make() -> list[Tensor]:
+            shapes = [(chunks.batch, chunks.context_len, num, config.head_dim) for num in heads]
+            return [self._randn(*shape).transpose(1, 2) for shape in shapes]
+
+        return Timed(self._seconds(call, make, num_bytes), num_bytes, self._attention_flops(chunks))
+
+    def _attention_flops(self, chunks: Chunks) -> int:
+        """Two for every pair of positions, head and dimension, in each of two products."""
+        new, context = chunks.query_len, chunks.context_len
         num_pairs = chunks.batch * (new * (context - new) + new * (new + 1) // 2)
-        return Timed(elapsed, num_bytes, 4 * num_pairs * config.num_heads * config.head_dim)
+        return 4 * num_pairs * self._config.num_heads * self._config.head_dim
 
     def add_rms_norm(self, num_tokens: int) -> Timed:
         size, weight = self._config.hidden_size, self._randn(self._config.hidden_size)
