@@ -15,7 +15,7 @@ from kv_transfer.plan import MAX_UNITS, Piece
 from protocol.errors import WireError
 from protocol.identity import Attempt
 
-FRAME_VERSION = 3
+FRAME_VERSION = 4
 DIGEST_BYTES = 8
 MAX_HEADER_BYTES = 1024 + 2 * MAX_UNITS * DIGEST_BYTES
 
@@ -37,7 +37,8 @@ class FrameError(WireError):
 class FrameHeader(msgspec.Struct, frozen=True, array_like=True):
     """Whose bytes a frame carries, and which. num_frames counts those of this pair of ranks.
 
-    digest_kind, unit_digests: which digests, and they themselves; see digests.py.
+    digest_kind, unit_digests: which digests, and they themselves; see digests.py. number: how many frames of this
+    transfer had left for this rank before, those that were sent again included.
     """
 
     attempt: Attempt
@@ -47,6 +48,7 @@ class FrameHeader(msgspec.Struct, frozen=True, array_like=True):
     piece: Piece
     digest_kind: DigestKind
     unit_digests: bytes
+    number: Annotated[int, msgspec.Meta(ge=0)] = 0
 
 
 _prefix = struct.Struct("<BQ")  # version, digest of the rest

@@ -37,7 +37,7 @@ _FrameKey = tuple[int, int]  # source rank, index
 class _Transfer:
     """One attempt that is expected: the frames that the plan names for this rank, and those still missing.
 
-    awaited: the index that follows the last one, by source rank. damaged: what came before, but not whole.
+    awaited: the number that follows the highest so far, by source rank.
     """
 
     order: ExpectBlocks
@@ -45,7 +45,6 @@ class _Transfer:
     frames: dict[_FrameKey, tuple[Piece, int]]  # piece, frames of its link
     missing: set[_FrameKey]
     awaited: Counter[int] = field(default_factory=Counter)
-    damaged: set[_FrameKey] = field(default_factory=set)
 
 
 class KVReceiver:
@@ -146,11 +145,9 @@ class KVReceiver:
         transfer = self._transfers.get(header.attempt)
         if transfer is None:
             self._odd["unknown_attempt"] += 1
-        elif payload is None and fault in DAMAGE:  # it stays missing until its sender sends it again
-            transfer.damaged.add(_key(header))
-        elif payload is None:
+        elif payload is None and fault not in DAMAGE:  # damage stays missing until its sender sends it again
             self._fail(header.attempt, f"frame {header.piece.index} from rank {header.source_rank}: {fault}")
-        elif self._is_wanted(header, transfer):
+        elif payload is not None and self._is_wanted(header, transfer):
             self._count_order(header, transfer)
             heads = local_heads(self._layout, self._rank, header.piece.heads)
             self._staging.scatter(header.piece, heads, transfer.block_table, payload, done)
@@ -172,9 +169,9 @@ class KVReceiver:
 
     def _count_order(self, header: FrameHeader, transfer: _Transfer) -> None:
         """A frame that was overtaken is as good as any: it says itself where it belongs."""
-        source_rank, index = key = _key(header)
-        self._odd["reordered_frame"] += index < transfer.awaited[source_rank] and key not in transfer.damaged
-        transfer.awaited[source_rank] = max(transfer.awaited[source_rank], index + 1)
+        awaited = transfer.awaited[header.source_rank]
+        self._odd["reordered_frame"] += header.number < awaited
+        transfer.awaited[header.source_rank] = max(awaited, header.number + 1)
 
     def _finish_if_whole(self, attempt: Attempt) -> None:
         if not self._transfers[attempt].missing:

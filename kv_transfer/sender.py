@@ -7,6 +7,7 @@ was dropped, or every destination has committed: what was gathered is a copy. De
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+import msgspec
 import torch
 
 from kv_transfer.frames import FrameHeader
@@ -37,6 +38,7 @@ class _Transfer:
     num_unsettled: int = 0
     num_computed: int = 0
     uncomputed: list[tuple[Destination, FrameHeader]] = field(default_factory=list)
+    num_sent: Counter[Destination] = field(default_factory=Counter)
     num_resends: Counter[tuple[Destination, int]] = field(default_factory=Counter)  # of each frame
 
     def is_computed(self, piece: Piece, more: SendMore) -> bool:
@@ -188,7 +190,9 @@ class KVSender:
                 lane.staged_bytes += header.piece.num_bytes
                 heads = local_heads(self._layout, self._rank, header.piece.heads)
                 digests = self._staging.gather(header.piece, heads, transfer.block_table, room)
-                self._transport.send(OutgoingFrame(destination, header, room, digests))
+                numbered = msgspec.structs.replace(header, number=transfer.num_sent[destination])
+                transfer.num_sent[destination] += 1
+                self._transport.send(OutgoingFrame(destination, numbered, room, digests))
             lane.waiting.popleft()
 
     def _room(self, destination: Destination, lane: _Lane, num_bytes: int) -> torch.Tensor | None:

@@ -28,7 +28,7 @@ NUM_CLIENTS = 300
 NUM_ROUNDS = 4
 SERVED_WITHIN_S = 5.0
 GREEDY = SamplingParams(max_tokens=8, seed=0, temperature=0.0)
-ENDLESS = SamplingParams(max_tokens=100, seed=0, temperature=0.0)
+ENDLESS = SamplingParams(max_tokens=700, seed=0, temperature=0.0)
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
 TOPOLOGIES: dict[str, list[tuple[RoleName, int, int]]] = {

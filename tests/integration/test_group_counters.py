@@ -4,6 +4,7 @@ from pathlib import Path
 
 import zmq
 
+from kv_transfer.frames import FRAME_VERSION
 from protocol.request import SamplingParams
 from tests.models import make_model
 from tests.worker_cluster import WorkerCluster
@@ -18,7 +19,7 @@ def test_frames_that_a_follower_drops_show_in_the_leaders_heartbeat(tmp_path: Pa
         with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
             peer.connect(decode.ready.endpoint.addresses[1])
             for _ in range(3):
-                peer.send_multipart([b"sequence", b"\x02" + bytes(60), b"payload"])
+                peer.send_multipart([b"sequence", bytes([FRAME_VERSION]) + bytes(60), b"payload"])
             cluster.wait_until(lambda: decode.leader.load.counters.get("bad_header") == 3, timeout_s=10)
         cluster.generate([[1, 2, 3]], greedy)
         assert decode.leader.load.counters["bad_header"] == 3

@@ -113,7 +113,7 @@ def nobody_looks_at_attempts(patch: Patch) -> None:
     patch.setattr(KVReceiver, "_use", use)
 
 
-_REST = ("source_rank", "destination_rank", "num_frames", "piece", "digest_kind", "unit_digests")
+_REST = ("source_rank", "destination_rank", "num_frames", "piece", "digest_kind", "unit_digests", "number")
 
 
 def decode_grants_before_its_ranks_expect(patch: Patch) -> None:
