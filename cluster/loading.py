@@ -42,8 +42,6 @@ def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: C
         Limits(launch.role_section.batch_tokens, launch.role_section.batch_requests, launch.model.max_context),
         progress,
     )
-    num_tokens = engine.kv_cache.num_blocks * launch.kv_cache.block_size
-    progress(f"KV cache of {num_tokens:,} tokens: {num_tokens / launch.model.max_context:,.1f} contexts of full length")
     layout = _layout(config, model_hash(folder), dtype, launch)
     mover = ASSEMBLIES[launch.role].mover(launch, Cache(engine.kv_cache.blocks, layout, launch.rank))
     return LoadedRank(engine, Rank(engine, ParkedKV(engine.kv_cache.blocks), mover), layout)

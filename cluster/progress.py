@@ -35,6 +35,16 @@ class Progress:
         num_ready = sum(worker.state == "ready" for worker in status.workers)
         self._note("workers", f"ready {num_ready} of {self._num_workers}")
 
+    def tell_capacity(self, status: ClusterStatus, max_context: int) -> None:
+        """Say what each group's KV cache holds, in tokens and in requests of full length."""
+        for worker in status.workers:
+            num_tokens = worker.blocks.total * worker.block_size
+            if num_tokens and worker.rank == 0:
+                num_requests = num_tokens / max_context
+                self.say(
+                    f"{worker.name}: KV cache of {num_tokens:,} tokens, {num_requests:,.1f} requests of {max_context:,}"
+                )
+
     def _note(self, subject: str, news: str) -> None:
         if self._said.get(subject) == news:
             return

@@ -9,7 +9,7 @@ from cluster.commands.status import format_table
 from cluster.progress import Progress
 from cluster.status_client import ClusterStatus, WorkerStatus, parse_status
 from protocol.errors import TandemError
-from protocol.messages import RoleName, WorkerState
+from protocol.messages import BlockCounts, RoleName, WorkerState
 
 
 def worker(role: RoleName, state: WorkerState, doing: str = "", epoch: str = "a") -> WorkerStatus:
@@ -50,6 +50,14 @@ def test_a_terminal_shows_the_latest_line_only_until_one_that_stays():
     progress.say("ready: http://127.0.0.1:8000")
     shown = [line.rpartition("\x1b[2K")[2] for line in out.getvalue().split("\n")]
     assert shown == ["ready: http://127.0.0.1:8000", ""]
+
+
+def test_a_groups_kv_cache_is_told_in_tokens_and_in_requests_of_full_length():
+    out = io.StringIO()
+    leader = msgspec.structs.replace(worker("decode", "ready"), blocks=BlockCounts(total=4096), block_size=16)
+    follower = msgspec.structs.replace(leader, rank=1)
+    Progress(2, out).tell_capacity(ClusterStatus((leader, follower)), max_context=2048)
+    assert out.getvalue() == "decode 0: KV cache of 65,536 tokens, 32.0 requests of 2,048\n"
 
 
 def test_a_table_is_as_wide_as_its_cells():
