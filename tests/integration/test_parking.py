@@ -104,8 +104,9 @@ def test_parked_sequences_go_on_as_if_nothing_had_been(
     with small_cluster(model, topology, tensor_parallel) as cluster:
         assert tokens_of([cluster.submit(*request) for request in requests]) == answers
         cluster.assert_pools_whole()
-        assert num_counted(cluster, "sequences_parked") == num_counted(cluster, "sequences_unparked") > 3
-        assert not any(map(len, copies))
+        # one whose last token is being drawn may be parked, and ends there
+        assert num_counted(cluster, "sequences_parked") >= num_counted(cluster, "sequences_unparked") > 3
+        cluster.wait_until(lambda: not any(map(len, copies)), timeout_s=5)
 
 
 def test_clients_that_leave_take_what_is_parked_for_them_along(
