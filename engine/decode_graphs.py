@@ -36,7 +36,7 @@ class DecodeGraphs:
         self._inputs = _inputs(self._sizes[-1], max_blocks, scratch)
         self._replays: dict[int, Callable[[], Tensor | None]] = {}
         for size in reversed(self._sizes):
-            inputs = _first_rows(self._inputs, size)
+            inputs = _rows(self._inputs, 0, size)
             self._replays[size] = capture(lambda inputs=inputs: forward(inputs))  # type: ignore[misc]
 
     def can_run(self, batch: BatchTensors) -> bool:
@@ -91,10 +91,6 @@ def _inputs(size: int, max_blocks: int, scratch: Scratch) -> BatchTensors:
     )
     scratch.fill(inputs)
     return inputs
-
-
-def _first_rows(inputs: BatchTensors, size: int) -> BatchTensors:
-    return _rows(inputs, 0, size)
 
 
 def _rows(inputs: BatchTensors, start: int, stop: int) -> BatchTensors:

@@ -8,6 +8,7 @@ sender can take memory away under a reader. A GPU's is in device_slab.py. Used b
 import fcntl
 import mmap
 import os
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class Slab:
         return offset // FRAME_BYTES if 0 <= offset < self.memory.numel() else None
 
 
-class OwnSlab(Slab):
+class OwnSlab(Slab, ABC):
     """The sender's end. take() and give_back() may be called by different threads."""
 
     def __init__(self, memory: torch.Tensor) -> None:
@@ -65,13 +66,13 @@ class OwnSlab(Slab):
         if index is not None:
             self._free.append(index)
 
+    @abstractmethod
     def lend(self) -> Lent:
         """Return what the receiver opens; called once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def close(self) -> None:
         """Give the slab up: it is never written again while its receiver may read it."""
-        raise NotImplementedError
 
 
 class HostSlab(OwnSlab):

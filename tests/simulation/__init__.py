@@ -3,6 +3,7 @@
     clock.py      time, and what happens when
     oracle.py     a model whose every token depends on every byte of KV it reads
     control.py    wires between ranks and router: in order, but they can be cut
+    plants.py     mistakes that both kinds of simulation must find
     kv.py         KV frames between ranks: dropped, doubled, reordered, late, flipped
     device.py     what computes, in the order of what was launched
     group.py      one group of ranks: joins, serves, dies, comes back as a stranger

@@ -12,12 +12,13 @@ import pytest
 
 from decode_worker.inbox import RemoteInbox
 from decode_worker.role import DecodeRole
-from decode_worker.running import Growth, Running
+from decode_worker.running import Growth
 from prefill_worker.admission import Admission, Job
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol import identity
 from protocol.orders import Park, Unpark
+from tests.simulation.plants import a_sequence_is_parked_whose_chunk_is_on_its_way, nobody_is_parked
 from tests.simulation.search import explore
 from tests.simulation.small_life import GROWING_REQUESTS, LONG_REQUESTS, Life, Limits, Violation
 from tests.simulation.small_world import SmallWorld
@@ -122,20 +123,6 @@ def a_first_token_is_sent_twice(patch: Patch) -> None:
         job.first_token_id = None
 
     patch.setattr(PrefillRole, "_give_up", _give_up)
-
-
-def nobody_is_parked(patch: Patch) -> None:
-    patch.setattr(Running, "_youngest_after", lambda self, reservation: None)
-
-
-def a_sequence_is_parked_whose_chunk_is_on_its_way(patch: Patch) -> None:
-    def schedule(self: DecodeRole, num_tokens: int):
-        chunks = [sequence.next_chunk(1) for sequence in self._running.ready(num_tokens)]
-        self._running.make_room(num_tokens)
-        self._admit()
-        return chunks
-
-    patch.setattr(DecodeRole, "schedule", schedule)
 
 
 def kv_is_put_back_where_it_was(patch: Patch) -> None:

@@ -6,7 +6,6 @@ import msgspec
 import pytest
 import torch
 
-from decode_worker.role import DecodeRole
 from decode_worker.running import Running
 from engine.group import GroupRanks
 from engine.parked_kv import ParkedKV
@@ -16,6 +15,7 @@ from prefill_worker.role import PrefillRole
 from protocol.orders import Discard, Park, Unpark
 from tests.simulation.device import QueuedParkedKV
 from tests.simulation.planting import MAX_SEEDS, STUCK, WRONG, first_failure
+from tests.simulation.plants import a_sequence_is_parked_whose_chunk_is_on_its_way, nobody_is_parked
 
 Patch = pytest.MonkeyPatch
 
@@ -72,20 +72,6 @@ def what_is_being_sent_is_given_up(patch: Patch) -> None:
 
     patch.setattr(Admission, "grant", grant)
     patch.setattr(PrefillRole, "_give_up", give_up)
-
-
-def nobody_is_parked(patch: Patch) -> None:
-    patch.setattr(Running, "_youngest_after", lambda self, reservation: None)
-
-
-def a_sequence_is_parked_whose_chunk_is_on_its_way(patch: Patch) -> None:
-    def schedule(self: DecodeRole, num_tokens: int):
-        chunks = [sequence.next_chunk(1) for sequence in self._running.ready(num_tokens)]
-        self._running.make_room(num_tokens)
-        self._admit()
-        return chunks
-
-    patch.setattr(DecodeRole, "schedule", schedule)
 
 
 def copies_overtake_the_step_under_way(patch: Patch) -> None:
