@@ -14,7 +14,7 @@ from torch.nn import functional
 from engine.tensor_parallel import Range, TensorParallel
 
 LinearMap = Callable[[Tensor], Tensor]
-"""[num_rows, num_inputs] -> [num_rows, num_outputs], as kernels/plain/linear.py makes one of a weight."""
+"""[num_rows, num_inputs] -> [num_rows, num_outputs], as kernels/linear.py makes one of a weight."""
 
 
 @dataclass(frozen=True, slots=True)
