@@ -65,10 +65,11 @@ class Place:
 
 
 class Leader:
-    """Rank 0's end of the group's channel."""
+    """Rank 0's end of the group's channel. counters: what came here that was not used."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
+        self.counters = {"unparsed_reports": 0}
         self._context = zmq.Context()
         self._socket = prepare(self._context.socket(zmq.ROUTER), queue=_MAX_ORDERS)
         self._store = open_store(place.host, 0, is_server=True, timeout_s=ASSEMBLY_TIMEOUT_S)
@@ -118,7 +119,8 @@ class Leader:
             try:
                 report = decode_report(data)
             except WireError:
-                continue  # not one of our followers
+                self.counters["unparsed_reports"] += 1
+                continue
             if isinstance(report, Enlist):
                 self._identities[report.rank], self._addresses[report.rank] = identity, report.kv_address
             reports.append(report)
@@ -216,8 +218,8 @@ class GroupRanks:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Return what all ranks' movers have counted, added up; followers' counts are a heartbeat old at most."""
-        return sums([self._own_rank.mover.counters(), *self._counted.values()])
+        """Return what all ranks have counted, added up; followers' counts are a heartbeat old at most."""
+        return sums([self._leader.counters, self._own_rank.mover.counters(), *self._counted.values()])
 
 
 def sums(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:
