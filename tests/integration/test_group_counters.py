@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry
 
 from kernels.process_group import open_store
 from kv_transfer.frames import FRAME_VERSION
-from protocol.orders import StopRank, encode
+from protocol.orders import Counted, StopRank, encode
 from protocol.request import SamplingParams
 from router.metrics import ClusterMetrics
 from tests.models import make_model
@@ -35,6 +35,16 @@ def test_frames_that_a_follower_drops_show_in_the_leaders_heartbeat(tmp_path: Pa
         assert prefill.leader.load.counters.keys() | decode.leader.load.counters.keys() <= PAGE
 
 
+NO_REPORTS = (
+    [b"no report"],
+    [b""],
+    [b"one part", b"and another"],
+    [encode(StopRank())],
+    [encode(Counted(1, {"frames": 1})).replace(b"frames", b"fr\xffmes")],  # no UTF-8
+    [b"\x81\xa7unknown" + b"\x91" * 100_000 + b"\xc0"],  # nested without end
+)
+
+
 def test_reports_to_a_leader_that_do_not_parse_show_in_metrics_and_stop_nobody(tmp_path: Path) -> None:
     greedy = SamplingParams(max_tokens=4, seed=0, temperature=0.0)
     with WorkerCluster(make_model("llama", tmp_path), [("prefill", 1, 1), ("decode", 1, 2)]) as cluster:
@@ -53,8 +63,8 @@ def test_reports_to_a_leader_that_do_not_parse_show_in_metrics_and_stop_nobody(t
         address = open_store(host, int(port), is_server=False, timeout_s=10).get("orders").decode()
         with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
             stranger.connect(address)
-            for parts in ([b"no report"], [b""], [encode(StopRank())], [b"one part", b"and another"]):
+            for parts in NO_REPORTS:
                 stranger.send_multipart(parts)
-            cluster.wait_until(lambda: num_unparsed("decode") == 4, timeout_s=10)
+            cluster.wait_until(lambda: num_unparsed("decode") == len(NO_REPORTS), timeout_s=10)
         assert num_unparsed("prefill") == 0
         assert cluster.generate([[1, 2, 3]], greedy) == [answer]
