@@ -256,7 +256,7 @@ def prefill_frees_blocks_that_are_fetched_into(patch: Patch) -> None:
 PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (decode_frees_on_abort_and_lets_the_transfer_live, WRONG, "slow frames"),
     (prefill_frees_what_was_not_fetched_in_time, WRONG, ""),
-    (decode_frees_what_did_not_come_in_time, WRONG, "slow frames"),
+    (decode_frees_what_did_not_come_in_time, WRONG, "late frames"),
     (nobody_looks_at_epochs, LEAK, "crash"),
     (nobody_looks_at_attempts, WRONG, ""),
     (decode_grants_before_its_ranks_expect, STUCK, ""),
