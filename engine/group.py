@@ -7,7 +7,7 @@ sends orders and followers report. A group is one failure unit: what goes wrong 
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -36,6 +36,7 @@ from protocol.sockets import bind, prepare
 ASSEMBLY_TIMEOUT_S = 60.0
 LOADING_TIMEOUT_S = 600.0
 COLLECTIVE_TIMEOUT_S = 60.0
+_LISTEN_EVERY_MS = 250
 _ORDERS_KEY = "orders"
 _MAX_ORDERS = 100_000
 
@@ -91,14 +92,21 @@ class Leader:
         """See Place.connect."""
         return self._place.connect(self._store)
 
-    def await_followers(self) -> list[str]:
-        """Return the followers' KV addresses by rank, once all have enlisted. Raise GroupError if not in time."""
+    def await_followers(self, listen: Callable[[], object]) -> list[str]:
+        """Return the followers' KV addresses by rank, once all have enlisted. Raise GroupError if not in time.
+
+        listen is called a few times a second meanwhile: a follower that is lost never enlists, and only the router
+        knows. What it raises ends the wait.
+        """
         deadline = time.monotonic() + LOADING_TIMEOUT_S
-        while len(self._addresses) < self._place.size - 1:
-            if not self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
-                raise GroupError("not every rank of the group loaded its weights in time")
+        while missing := sorted(set(range(1, self._place.size)) - self._addresses.keys()):
+            if time.monotonic() > deadline:
+                text = f"ranks {missing} of this group did not load their weights within {LOADING_TIMEOUT_S:g} s"
+                raise GroupError(text)
+            listen()
+            self._socket.poll(_LISTEN_EVERY_MS)
             self.reports()
-        return [address for _, address in sorted(self._addresses.items())]
+        return [self._addresses[rank] for rank in range(1, self._place.size)]
 
     def send(self, order: AnyOrder) -> None:
         """Send an order to every follower. Raise GroupError when one is gone."""
@@ -165,8 +173,11 @@ class Follower:
         return self._place.connect(self._store)
 
     def report(self, report: AnyReport) -> None:
-        """Tell the leader."""
-        self._socket.send(encode(report))
+        """Tell the leader. Raise GroupError when it takes nothing any more."""
+        try:
+            self._socket.send(encode(report), zmq.NOBLOCK)
+        except zmq.Again:
+            raise GroupError("the leader takes no more reports") from None
 
     def orders(self) -> list[AnyOrder]:
         """Return the orders that have come since the last call, without waiting. Raise WireError for a bad one."""
