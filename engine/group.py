@@ -70,13 +70,12 @@ class Leader:
 
     def __init__(self, place: Place) -> None:
         self._place = place
-        self.counters = {"unparsed_reports": 0}
+        self.counters = {"unparsed_reports": 0, "stray_reports": 0}
         self._context = zmq.Context()
         self._socket = prepare(self._context.socket(zmq.ROUTER), queue=_MAX_ORDERS)
         self._store = open_store(place.host, 0, is_server=True, timeout_s=ASSEMBLY_TIMEOUT_S)
         self._store.set(_ORDERS_KEY, bind(self._socket, place.host))
-        self._identities: dict[int, bytes] = {}
-        self._addresses: dict[int, str] = {}
+        self._addresses: dict[int, str] = {}  # for KV, of the ranks that have enlisted
 
     @property
     def rendezvous(self) -> str:
@@ -110,12 +109,12 @@ class Leader:
 
     def send(self, order: AnyOrder) -> None:
         """Send an order to every follower. Raise GroupError when one is gone."""
-        if not self._identities:
+        if not self._addresses:
             return
         data = encode(order)
-        for rank, identity in self._identities.items():
+        for rank in self._addresses:
             try:
-                self._socket.send_multipart([identity, data], zmq.NOBLOCK)
+                self._socket.send_multipart([_identity_of(rank), data], zmq.NOBLOCK)
             except zmq.ZMQError as error:
                 raise GroupError(f"rank {rank} of this group cannot be reached: {error}") from error
 
@@ -129,8 +128,11 @@ class Leader:
             except WireError:
                 self.counters["unparsed_reports"] += 1
                 continue
+            if identity != _identity_of(report.rank) or not 0 < report.rank < self._place.size:
+                self.counters["stray_reports"] += 1
+                continue
             if isinstance(report, Enlist):
-                self._identities[report.rank], self._addresses[report.rank] = identity, report.kv_address
+                self._addresses[report.rank] = report.kv_address
             reports.append(report)
         return reports
 
@@ -155,7 +157,7 @@ class Follower:
             raise GroupError(f"no leader at {rendezvous}: {error}") from error
         self._context = zmq.Context()
         self._socket = prepare(self._context.socket(zmq.DEALER), queue=_MAX_ORDERS)
-        self._socket.setsockopt(zmq.IDENTITY, f"rank-{place.rank}".encode())
+        self._socket.setsockopt(zmq.IDENTITY, _identity_of(place.rank))
         self._socket.connect(orders_address)
 
     @property
@@ -231,6 +233,11 @@ class GroupRanks:
     def counters(self) -> dict[str, int]:
         """Return what all ranks have counted, added up; followers' counts are a heartbeat old at most."""
         return sums([self._leader.counters, self._own_rank.mover.counters(), *self._counted.values()])
+
+
+def _identity_of(rank: int) -> bytes:
+    """Return the identity of a follower's socket."""
+    return f"rank-{rank}".encode()
 
 
 def sums(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:

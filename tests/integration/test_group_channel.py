@@ -1,4 +1,4 @@
-"""The channel of a group when somebody is missing at its other end: no rank waits longer than it must."""
+"""The channel of a group when somebody is missing at its other end, or a stranger is there."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +17,8 @@ from engine import group
 from engine.group import Follower, GroupError, Leader, Place
 from protocol.codec import decode, encode
 from protocol.messages import Fence, Join, Welcome
-from protocol.orders import Counted
+from protocol.orders import Counted, Enlist
+from protocol.orders import encode as encode_report
 from protocol.sockets import bind, prepare
 from protocol.topology import KVTransferSection, PrefillSection
 
@@ -127,3 +128,22 @@ def test_a_follower_whose_leader_takes_no_reports_ends_instead_of_waiting(monkey
 
         with pytest.raises(GroupError, match="the leader takes no more reports"):
             alongside(report_on).result(20)
+
+
+def test_whoever_is_no_rank_of_the_group_is_not_taken_for_one() -> None:
+    with (
+        closing(Leader(LEADER)) as leader,
+        closing(Follower(FOLLOWER, leader.rendezvous)) as follower,
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as stranger,
+    ):
+        stranger.setsockopt(zmq.IDENTITY, b"rank-2")  # of two
+        stranger.connect(str(leader.pollable.getsockopt_string(zmq.LAST_ENDPOINT)))
+        strays = [Enlist(1, 5, "his own"), Enlist(2, 5, "his own"), Counted(1, {"frames": 1}), Counted(-1, {})]
+        for stray in strays:
+            stranger.send(encode_report(stray))
+        while leader.counters["stray_reports"] < len(strays):
+            assert leader.pollable.poll(10_000)
+            assert leader.reports() == []
+        follower.report(Enlist(1, 5, "the follower's"))
+        assert leader.await_followers(lambda: None) == ["the follower's"]
