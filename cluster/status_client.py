@@ -3,6 +3,7 @@
 Only the keys that are shown or waited for are named here; whatever else the router tells is passed over.
 """
 
+import http.client
 import socket
 import urllib.error
 import urllib.request
@@ -11,7 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from protocol.errors import TandemError
+from protocol.errors import UNPARSABLE, TandemError
 from protocol.messages import BlockCounts, RoleName, WorkerState
 
 _TIMEOUT_S = 5.0
@@ -62,7 +63,7 @@ def fetch_raw(router_url: str) -> bytes:
             return bytes(answer.read())
     except urllib.error.HTTPError as error:
         raise TandemError(f"{router_url} answered {error.code} to GET /status: is it a Tandem router?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         raise TandemError(
             f"no router answers at {router_url} ({reason}); start one, or name it with --router"
@@ -78,5 +79,5 @@ def parse_status(body: bytes, router_url: str) -> ClusterStatus:
     """Return the status in body, or raise TandemError naming what does not fit."""
     try:
         return msgspec.json.decode(body, type=ClusterStatus)
-    except msgspec.DecodeError as error:
+    except UNPARSABLE as error:
         raise TandemError(f"{router_url}/status is not a Tandem router's: {error}") from None

@@ -66,7 +66,7 @@ class WorkerLife:
         self._cleanup.callback(leader.close)
         self._join(leader.rendezvous)
         loaded = self._load(leader.connect())
-        addresses = (loaded.rank.mover.address, *leader.await_followers())
+        addresses = (loaded.rank.mover.address, *leader.await_followers(self._link.receive))
         self._serve(loaded, leader, addresses)
 
     def follow(self) -> None:

@@ -7,7 +7,7 @@ sends orders and followers report. A group is one failure unit: what goes wrong 
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -36,6 +36,7 @@ from protocol.sockets import bind, prepare
 ASSEMBLY_TIMEOUT_S = 60.0
 LOADING_TIMEOUT_S = 600.0
 COLLECTIVE_TIMEOUT_S = 60.0
+_LISTEN_EVERY_MS = 250
 _ORDERS_KEY = "orders"
 _MAX_ORDERS = 100_000
 
@@ -65,16 +66,16 @@ class Place:
 
 
 class Leader:
-    """Rank 0's end of the group's channel."""
+    """Rank 0's end of the group's channel. counters: what came here that was not used."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
+        self.counters = {"unparsed_reports": 0, "stray_reports": 0}
         self._context = zmq.Context()
         self._socket = prepare(self._context.socket(zmq.ROUTER), queue=_MAX_ORDERS)
         self._store = open_store(place.host, 0, is_server=True, timeout_s=ASSEMBLY_TIMEOUT_S)
         self._store.set(_ORDERS_KEY, bind(self._socket, place.host))
-        self._identities: dict[int, bytes] = {}
-        self._addresses: dict[int, str] = {}
+        self._addresses: dict[int, str] = {}  # for KV, of the ranks that have enlisted
 
     @property
     def rendezvous(self) -> str:
@@ -90,23 +91,30 @@ class Leader:
         """See Place.connect."""
         return self._place.connect(self._store)
 
-    def await_followers(self) -> list[str]:
-        """Return the followers' KV addresses by rank, once all have enlisted. Raise GroupError if not in time."""
+    def await_followers(self, listen: Callable[[], object]) -> list[str]:
+        """Return the followers' KV addresses by rank, once all have enlisted. Raise GroupError if not in time.
+
+        listen is called a few times a second meanwhile: a follower that is lost never enlists, and only the router
+        knows. What it raises ends the wait.
+        """
         deadline = time.monotonic() + LOADING_TIMEOUT_S
-        while len(self._addresses) < self._place.size - 1:
-            if not self._socket.poll(max(0, int((deadline - time.monotonic()) * 1000))):
-                raise GroupError("not every rank of the group loaded its weights in time")
+        while missing := sorted(set(range(1, self._place.size)) - self._addresses.keys()):
+            if time.monotonic() > deadline:
+                text = f"ranks {missing} of this group did not load their weights within {LOADING_TIMEOUT_S:g} s"
+                raise GroupError(text)
+            listen()
+            self._socket.poll(_LISTEN_EVERY_MS)
             self.reports()
-        return [address for _, address in sorted(self._addresses.items())]
+        return [self._addresses[rank] for rank in range(1, self._place.size)]
 
     def send(self, order: AnyOrder) -> None:
         """Send an order to every follower. Raise GroupError when one is gone."""
-        if not self._identities:
+        if not self._addresses:
             return
         data = encode(order)
-        for rank, identity in self._identities.items():
+        for rank in self._addresses:
             try:
-                self._socket.send_multipart([identity, data], zmq.NOBLOCK)
+                self._socket.send_multipart([_identity_of(rank), data], zmq.NOBLOCK)
             except zmq.ZMQError as error:
                 raise GroupError(f"rank {rank} of this group cannot be reached: {error}") from error
 
@@ -118,9 +126,13 @@ class Leader:
             try:
                 report = decode_report(data)
             except WireError:
-                continue  # not one of our followers
+                self.counters["unparsed_reports"] += 1
+                continue
+            if identity != _identity_of(report.rank) or not 0 < report.rank < self._place.size:
+                self.counters["stray_reports"] += 1
+                continue
             if isinstance(report, Enlist):
-                self._identities[report.rank], self._addresses[report.rank] = identity, report.kv_address
+                self._addresses[report.rank] = report.kv_address
             reports.append(report)
         return reports
 
@@ -145,7 +157,7 @@ class Follower:
             raise GroupError(f"no leader at {rendezvous}: {error}") from error
         self._context = zmq.Context()
         self._socket = prepare(self._context.socket(zmq.DEALER), queue=_MAX_ORDERS)
-        self._socket.setsockopt(zmq.IDENTITY, f"rank-{place.rank}".encode())
+        self._socket.setsockopt(zmq.IDENTITY, _identity_of(place.rank))
         self._socket.connect(orders_address)
 
     @property
@@ -163,8 +175,11 @@ class Follower:
         return self._place.connect(self._store)
 
     def report(self, report: AnyReport) -> None:
-        """Tell the leader."""
-        self._socket.send(encode(report))
+        """Tell the leader. Raise GroupError when it takes nothing any more."""
+        try:
+            self._socket.send(encode(report), zmq.NOBLOCK)
+        except zmq.Again:
+            raise GroupError("the leader takes no more reports") from None
 
     def orders(self) -> list[AnyOrder]:
         """Return the orders that have come since the last call, without waiting. Raise WireError for a bad one."""
@@ -216,8 +231,13 @@ class GroupRanks:
 
     @property
     def counters(self) -> dict[str, int]:
-        """Return what all ranks' movers have counted, added up; followers' counts are a heartbeat old at most."""
-        return sums([self._own_rank.mover.counters(), *self._counted.values()])
+        """Return what all ranks have counted, added up; followers' counts are a heartbeat old at most."""
+        return sums([self._leader.counters, self._own_rank.mover.counters(), *self._counted.values()])
+
+
+def _identity_of(rank: int) -> bytes:
+    """Return the identity of a follower's socket."""
+    return f"rank-{rank}".encode()
 
 
 def sums(counters: Iterable[Mapping[str, int]]) -> dict[str, int]:

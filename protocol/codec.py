@@ -5,7 +5,7 @@ The only place that encodes or decodes control messages. Decoding returns an Env
 
 import msgspec
 
-from protocol.errors import WireError
+from protocol.errors import UNPARSABLE, WireError
 from protocol.identity import Epoch
 from protocol.messages import PROTOCOL_VERSION, AnyMessage, Envelope
 
@@ -27,7 +27,7 @@ def decode(data: bytes | memoryview) -> Envelope:
         raise WireError(f"message of {len(data)} bytes; at most {MAX_MESSAGE_BYTES} are accepted")
     try:
         envelope = _decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except UNPARSABLE as error:
         raise WireError(f"message does not parse: {error}") from error
     if envelope.version != PROTOCOL_VERSION:
         raise WireError(f"message has protocol version {envelope.version}; this is version {PROTOCOL_VERSION}")

@@ -13,6 +13,8 @@ ValueError stays for a client's bad parameter, assert for a programmer's mistake
 
 from typing import Literal
 
+import msgspec
+
 FailureCode = Literal[
     "worker_lost",
     "transfer_failed",
@@ -22,6 +24,9 @@ FailureCode = Literal[
     "internal_error",
 ]
 """Why an attempt ended without its last token, as clients and metrics see it."""
+
+UNPARSABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+"""What msgspec raises for bytes that are not what was expected, nest too deep, or hold text that is no UTF-8."""
 
 
 class TandemError(Exception):

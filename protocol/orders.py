@@ -7,7 +7,7 @@ filled them and before any step that reuses them.
 
 import msgspec
 
-from protocol.errors import WireError
+from protocol.errors import UNPARSABLE, WireError
 from protocol.identity import Attempt, Epoch
 from protocol.layout import Endpoint
 
@@ -192,7 +192,7 @@ def decode_order(data: bytes) -> AnyOrder:
     """Return the order in data, or raise WireError."""
     try:
         return _orders.decode(data)
-    except msgspec.DecodeError as error:
+    except UNPARSABLE as error:
         raise WireError(f"order does not parse: {error}") from error
 
 
@@ -200,5 +200,5 @@ def decode_report(data: bytes) -> AnyReport:
     """Return the report in data, or raise WireError."""
     try:
         return _reports.decode(data)
-    except msgspec.DecodeError as error:
+    except UNPARSABLE as error:
         raise WireError(f"report does not parse: {error}") from error

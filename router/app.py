@@ -20,7 +20,7 @@ from protocol.identity import new_request_id
 from router import pages
 from router.chat import chat_completions
 from router.completions import completions
-from router.errors import ApiError
+from router.errors import ApiError, RequestFailed
 from router.http_protocol import header_problem
 from router.metrics import RequestMetrics
 from router.openapi import openapi
@@ -79,7 +79,8 @@ class RequestLabel:
 
         problem = header_problem(scope)
         if problem is not None:
-            await _render(ApiError(400, problem, close=True))(scope, receive, send_labelled)
+            refusal = await _api_error(Request(scope), ApiError(400, problem, close=True))
+            await refusal(scope, receive, send_labelled)
             return
         await self._app(scope, receive, send_labelled)
 
@@ -95,7 +96,8 @@ def _render(error: ApiError) -> Response:
 
 async def _api_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    _metrics(http).rejected(error.status)
+    if not isinstance(error, RequestFailed):
+        _metrics(http).rejected(error.status)
     return _render(error)
 
 
@@ -106,7 +108,7 @@ async def _http_error(http: Request, error: Exception) -> Response:
     messages = {404: f"there is nothing at {path}", 405: f"{http.method} is not served at this path"}
     ours = ApiError(error.status_code, messages.get(error.status_code, error.detail))
     ours.headers.update(error.headers or {})
-    return _render(ours)
+    return await _api_error(http, ours)
 
 
 async def _gone(http: Request, error: Exception) -> Response:

@@ -53,6 +53,10 @@ class ApiError(Exception):
         return msgspec.json.encode(ErrorBody(self.detail))
 
 
+class RequestFailed(ApiError):
+    """The end of a request that was under way, which is counted by its outcome and not as a refusal."""
+
+
 _TYPES = {404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}
 
 
@@ -82,10 +86,10 @@ _STATUSES: dict[EndCode, tuple[int, bool]] = {  # status, and whether the same r
 }
 
 
-def from_outcome(outcome: Outcome) -> ApiError:
+def from_outcome(outcome: Outcome) -> RequestFailed:
     """Return the error for a request that failed."""
     status, should_retry = _STATUSES.get(outcome.code, (500, False))
-    return ApiError(
+    return RequestFailed(
         status,
         outcome.message or "the request failed",
         code=outcome.code,

@@ -18,7 +18,8 @@ MAX_HEADERS = 64
 class GuardedProtocol(HttpToolsProtocol):
     """A connection between two requests, or with half a header, is closed when its time is up."""
 
-    _header_timer: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None
+    _is_in_header = False
     _num_header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -31,10 +32,15 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self._header_timer is not None and not self.transport.is_closing():
+        if self.transport.is_closing():
+            return
+        if self._is_in_header:
             self._num_header_bytes += len(data)
             if self._num_header_bytes > MAX_HEADER_BYTES:
                 self.send_400_response(f"the request's headers are larger than {MAX_HEADER_BYTES >> 10} KiB")
+        elif self._timer is None and self.cycle.response_complete:
+            # No request yet, but uvicorn has just stopped its own timer: an unread body's rest, or empty lines.
+            self._start_timer()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -59,13 +65,17 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _await_header(self) -> None:
         self._stop_timer()
-        self._num_header_bytes = 0
-        self._header_timer = self.loop.call_later(HEADER_TIMEOUT_S, self._abort)
+        self._is_in_header, self._num_header_bytes = True, 0
+        self._start_timer()
+
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(HEADER_TIMEOUT_S, self._abort)
 
     def _stop_timer(self) -> None:
-        if self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
+        self._is_in_header = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _abort(self) -> None:
         self.transport.abort()

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
+from protocol.errors import UNPARSABLE
 from router.errors import ApiError, bad_request
 
 MAX_PROMPTS = 16
@@ -165,7 +166,7 @@ def parse_body(data: bytes, body_type: type[BodyT]) -> BodyT:
         body = msgspec.json.decode(data, type=body_type)
     except msgspec.ValidationError as error:
         raise _invalid(str(error)) from None
-    except (ValueError, RecursionError) as error:
+    except UNPARSABLE as error:
         raise bad_request(f"the body is not valid JSON: {error}") from None
     _refuse_unsupported(body)
     return body

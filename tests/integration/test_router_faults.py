@@ -59,10 +59,14 @@ def connect(router: RouterUnderTest, body: dict[str, object]) -> socket.socket:
     return raw
 
 
+def counted(router: RouterUnderTest, metric: str, label: str) -> dict[str, float]:
+    """Return a counter of /metrics by the values of one of its labels."""
+    lines = [line for line in router.client.get("/metrics").text.splitlines() if line.startswith(f"{metric}_total{{")]
+    return {line.split(f'{label}="')[1].split('"')[0]: float(line.split()[-1]) for line in lines}
+
+
 def drops(router: RouterUnderTest) -> dict[str, float]:
-    prefix = "tandem_dropped_messages_total{"
-    lines = [line for line in router.client.get("/metrics").text.splitlines() if line.startswith(prefix)]
-    return {line.split('"')[1]: float(line.split()[-1]) for line in lines}
+    return counted(router, "tandem_dropped_messages", "reason")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -130,6 +134,17 @@ def test_an_error_before_the_first_token_is_a_status_that_says_whether_to_retry(
     assert (answers[0].status_code, answers[0].headers["x-should-retry"]) == (500, "false")
     assert answers[0].json()["error"]["code"] == "kv_cache_too_small"
     wait_until(lambda: len(prefill.messages(Abort)) == 1)
+    assert counted(router, "tandem_requests", "outcome") == {"kv_cache_too_small": 1}
+    assert "500" not in counted(router, "tandem_rejected", "status"), "it had become a request"
+
+
+def test_every_call_that_is_refused_is_counted_by_its_status(router) -> None:
+    assert router.client.get("/nowhere").status_code == 404
+    assert router.client.get("/v1/completions").status_code == 405
+    assert router.client.post("/v1/completions", content=b"{").status_code == 400
+    assert router.client.get("/health", headers={f"x-{number}": "1" for number in range(70)}).status_code == 400
+    assert router.client.post("/v1/completions", json=LONG).status_code == 503
+    assert counted(router, "tandem_rejected", "status") == {"404": 1, "405": 1, "400": 2, "503": 1}
 
 
 def test_the_official_client_raises_on_an_error_in_the_middle_of_a_stream(router, prefill, decode) -> None:

@@ -87,6 +87,36 @@ def test_a_header_that_never_ends_costs_its_connection(monkeypatch: pytest.Monke
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize(
+    ("asked", "more"),
+    [
+        (b"GET / HTTP/1.1\r\nHost: a\r\nContent-Length: 999\r\n\r\n", b"x"),  # of a body that nobody reads
+        (b"GET / HTTP/1.1\r\nHost: a\r\n\r\n", b"\r\n"),
+    ],
+)
+def test_what_comes_behind_an_answer_and_begins_no_request_costs_its_connection(
+    monkeypatch: pytest.MonkeyPatch, asked: bytes, more: bytes
+) -> None:
+    monkeypatch.setattr(http_protocol, "HEADER_TIMEOUT_S", SHORT_S)
+
+    async def scenario() -> None:
+        async with serving(Route("/", lambda request: Response(b"fine"))) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(asked)
+            await reader.readuntil(b"fine")
+            closing = asyncio.create_task(reader.read())
+            for _ in range(40):
+                with contextlib.suppress(ConnectionError):
+                    writer.write(more)
+                if (await asyncio.wait({closing}, timeout=0.05))[0]:
+                    break
+            assert closing.done(), "the connection is still open"
+            writer.close()
+            await asyncio.wait({closing})
+
+    asyncio.run(scenario())
+
+
 def test_a_body_that_never_ends_is_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "BODY_TIMEOUT_S", SHORT_S)
 

@@ -325,6 +325,7 @@ class LeaderEnd:
     """What engine.group.Leader is to GroupRanks: orders go to all followers, reports come back."""
 
     def __init__(self, followers: list[SimulatedRank], reports: deque[AnyReport]) -> None:
+        self.counters: dict[str, int] = {}
         self._followers = followers
         self._reports = reports
 

@@ -51,7 +51,10 @@ TOPOLOGIES: list[Topology] = [
 
 @dataclass(frozen=True)
 class Faults:
-    """How often what goes wrong. explained: the codes of errors that clients may see for it."""
+    """How often what goes wrong. explained: the codes of errors that clients may see for it.
+
+    crowded: the share of seeds with many requests at once and the smallest pools that can serve them.
+    """
 
     name: str
     kv: KVFaults
@@ -60,6 +63,7 @@ class Faults:
     num_pauses: int = 0
     cancels: float = 0.0
     short_deadlines: float = 0.0
+    crowded: float = 0.2
 
     @property
     def explained(self) -> set[str]:
@@ -72,6 +76,7 @@ class Faults:
 FAULTS = [
     Faults("none", KVFaults()),
     Faults("slow frames and cancels", KVFaults(latency_s=0.05), cancels=0.5),
+    Faults("late frames in a crowd", KVFaults(late=0.2, late_s=0.03), crowded=0.75),
     Faults("doubled and reordered frames", KVFaults(double=0.3, late=0.3), cancels=0.2),
     Faults("lost and damaged frames", KVFaults(drop=0.05, flip=0.05, lose_answer=0.05, late=0.1), cancels=0.2),
     Faults("a crash", KVFaults(late=0.2), num_crashes=1),
@@ -80,9 +85,6 @@ FAULTS = [
     Faults("deadlines and pauses", KVFaults(late=0.2), num_pauses=3, short_deadlines=0.4),
     Faults("everything", KVFaults(0.02, 0.1, 0.02, 0.2, 0.02), 2, 1, 1, cancels=0.2, short_deadlines=0.1),
 ]
-
-CROWDED = 0.25
-"""The share of seeds with many requests at once and the smallest pools that can serve them."""
 
 GROWTHS = [ALL_AT_ONCE, Growth(1, 3), Growth(1, 100), Growth(2, 100), Growth(3, 8)]
 
@@ -105,7 +107,7 @@ class Scenario:
         self.world = World(self.rng, self.faults.kv, is_told)
         topology = self.rng.choice(TOPOLOGIES)
         specs = [GroupSpec(role, group, tp) for role, num, tp in topology for group in range(num)]
-        self.is_crowded = self.rng.random() < CROWDED
+        self.is_crowded = self.rng.random() < self.faults.crowded
         size = GroupSize(
             num_blocks=6 if self.is_crowded else self.rng.choice([6, 8, 12, 30]),
             batch_tokens=self.rng.choice([3, 6, 16, 32]),

@@ -1,13 +1,15 @@
 """What the command line shows: the table of workers, and the way to ready line by line."""
 
 import io
+import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
 
 from cluster.commands.status import format_table
 from cluster.progress import Progress
-from cluster.status_client import ClusterStatus, WorkerStatus, parse_status
+from cluster.status_client import ClusterStatus, WorkerStatus, fetch_raw, parse_status
 from protocol.errors import TandemError
 from protocol.messages import BlockCounts, RoleName, WorkerState
 
@@ -71,7 +73,24 @@ def test_a_status_with_more_than_is_shown_still_reads():
     assert parse_status(body, "http://x").workers == (worker("decode", "ready"),)
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'{"workers": [{}]}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b"[]", b'{"workers": [{}]}', b'{"workers": [{"role": "\xff"}]}', b'{"a":' * 9999]
+)
 def test_a_status_of_someone_else_is_refused(body: bytes):
     with pytest.raises(TandemError, match="http://x/status is not a Tandem router's"):
         parse_status(body, "http://x")
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"])
+def test_what_speaks_no_http_is_no_router(answer: bytes):
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as threads:
+
+        def serve() -> None:
+            with server.accept()[0] as connection:
+                connection.recv(1 << 16)
+                connection.sendall(answer)
+
+        served = threads.submit(serve)
+        with pytest.raises(TandemError, match="no router answers at http://127.0.0.1"):
+            fetch_raw(f"http://127.0.0.1:{server.getsockname()[1]}")
+        served.result(10)

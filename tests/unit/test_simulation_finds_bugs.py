@@ -245,6 +245,10 @@ def prefill_goes_on_behind_what_it_has_only_asked_for(patch: Patch) -> None:
     patch.setattr(RemoteFetcher, "_ask_when_ready", ask_and_go_on)
 
 
+def prefill_goes_on_expecting_a_fetch_that_it_has_given_up(patch: Patch) -> None:
+    patch.setattr(RemoteFetcher, "fail", lambda self, attempt: self.forget(attempt))
+
+
 def prefill_frees_blocks_that_are_fetched_into(patch: Patch) -> None:
     patch.setattr(RemoteOutbox, "drop", lambda self, attempt: None)
 
@@ -252,7 +256,7 @@ def prefill_frees_blocks_that_are_fetched_into(patch: Patch) -> None:
 PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (decode_frees_on_abort_and_lets_the_transfer_live, WRONG, "slow frames"),
     (prefill_frees_what_was_not_fetched_in_time, WRONG, ""),
-    (decode_frees_what_did_not_come_in_time, WRONG, "slow frames"),
+    (decode_frees_what_did_not_come_in_time, WRONG, "late frames"),
     (nobody_looks_at_epochs, LEAK, "crash"),
     (nobody_looks_at_attempts, WRONG, ""),
     (decode_grants_before_its_ranks_expect, STUCK, ""),
@@ -269,6 +273,7 @@ PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (prefill_does_not_say_that_more_is_computed, STUCK, ""),
     (prefill_takes_one_ranks_word_for_a_whole_fetch, WRONG, ""),
     (prefill_goes_on_behind_what_it_has_only_asked_for, WRONG, "slow frames"),
+    (prefill_goes_on_expecting_a_fetch_that_it_has_given_up, LEAK, "damaged"),
     (prefill_frees_blocks_that_are_fetched_into, WRONG, "slow frames"),
     (a_token_that_is_being_drawn_is_forgotten, WRONG + "|AssertionError", ""),
 ]
