@@ -39,13 +39,18 @@ def copy_area(
     run = function(name, "ppp" + "i" * 9)
     if run is None:
         return False
+    num_layers, _, num_blocks, num_cache_heads, block_size, head_dim = cache.shape
+    num_heads, num_tokens = heads[1] - heads[0], tokens[1] - tokens[0]
     assert cache.is_contiguous()
     assert payload.is_contiguous()
-    assert payload.dtype == cache.dtype
-    assert block_table.dtype == torch.int64
-    first, num_planes = cache[layers[0] : layers[1]], 2 * (layers[1] - layers[0])
-    num_blocks, num_cache_heads, block_size, head_dim = cache.shape[2:]
-    pointers = first.data_ptr(), payload.data_ptr(), block_table.contiguous().data_ptr()
-    sizes = num_planes, num_blocks, num_cache_heads, block_size, head_dim * cache.itemsize
-    run(*pointers, *sizes, heads[0], heads[1] - heads[0], tokens[0], tokens[1] - tokens[0])
+    assert block_table.is_contiguous()
+    assert (payload.dtype, block_table.dtype) == (cache.dtype, torch.int64)
+    assert payload.shape == (layers[1] - layers[0], 2, num_heads, num_tokens, head_dim)
+    # C does not look whether an area is there; block ids are checked where a table comes in
+    assert 0 <= layers[0] <= layers[1] <= num_layers
+    assert 0 <= heads[0] <= heads[1] <= num_cache_heads
+    assert 0 <= tokens[0] <= tokens[1] <= len(block_table) * block_size
+    pointers = cache[layers[0] : layers[1]].data_ptr(), payload.data_ptr(), block_table.data_ptr()
+    sizes = 2 * (layers[1] - layers[0]), num_blocks, num_cache_heads, block_size, head_dim * cache.itemsize
+    run(*pointers, *sizes, heads[0], num_heads, tokens[0], num_tokens)
     return True
