@@ -172,7 +172,8 @@ class SlabSender(PeerLoop):
         super().__init__(reach.scheme, open_peer, site.timeout_s, settled)
 
     def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
-        return self._slabs.of(destination).take(num_bytes)
+        # One slot stays for payloads from elsewhere: such a one may stand before frames that have all the others.
+        return self._slabs.of(destination).take(num_bytes, spared=1)
 
     def close(self) -> None:
         super().close()

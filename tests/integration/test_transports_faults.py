@@ -148,6 +148,18 @@ def test_a_damaged_frame_is_refused_counted_and_mended_by_a_second_one(name, dam
         assert poll_until([*sink.receivers], 1) == [Received(0, attempt)]
 
 
+def test_a_payload_from_elsewhere_is_sent_over_shm_though_all_staging_is_taken_by_what_waits_behind_it():
+    with tampering("shm") as (_, sink, attempt, frames, transport):
+        taken = []
+        while (room := transport.staging(frames[0].destination, 16)) is not None:
+            taken.append(room)
+        assert taken
+        for frame in frames:
+            transport.send(frame)
+        assert poll_until([*sink.receivers], 1) == [Received(0, attempt)]
+        assert [settled.fault for settled in settled_of(transport, len(frames))] == [None] * len(frames)
+
+
 def settled_of(transport: SendingTransport, number: int) -> list[Settled]:
     found: list[Settled] = []
     while len(found) < number:
