@@ -350,20 +350,6 @@ def slab_like(num_bytes: int, is_sealed: bool) -> int:
     return fd
 
 
-def test_a_payload_from_elsewhere_arrives_though_what_is_sent_after_it_holds_the_whole_slab():
-    """As when a connection failed between gathering and sending: what was gathered lies in the slab of that one."""
-    with tampering("shm") as (_, sink, attempt, [first, *others], transport):
-        slots = [transport.staging(first.destination, FRAME_BYTES) for _ in range(NUM_SLOTS)]
-        frames = [first]
-        for index, slot in enumerate(slots):
-            frame = others[index % len(others)]
-            frames.append(frame._replace(payload=slot[: len(frame.payload)].copy_(frame.payload)))
-        for frame in frames:
-            transport.send(frame)
-        assert poll_until([*sink.receivers], 1, deadline_s=4) == [Received(0, attempt)]
-        assert sink.counters().get("reordered_frame", 0) == 0
-
-
 @pytest.mark.parametrize(("num_bytes", "is_sealed"), [(4096, True), (NUM_SLOTS * FRAME_BYTES, False)])
 def test_shared_memory_that_could_vanish_under_its_reader_is_not_accepted(num_bytes, is_sealed):
     with connected("shm") as (source, sink), new_socket() as peer:
