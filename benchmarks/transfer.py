@@ -6,33 +6,33 @@
 An 8B-like layout (8 KV heads of 128, bfloat16) with fewer layers, so that two caches fit a small machine. Sender and
 receiver are processes of their own; a transfer is timed from the order to send until every block is in the receiver's
 cache: gathered from scattered blocks, digested, moved, checked, scattered. Rounds interleave all rows, and medians are
-shown. Anchors, in the same rounds: memcpy (one copy of as many bytes), paged (gather and scatter in one process), tcp
-(a plain socket stream of as many bytes between two processes), digest (what either end spends on digests of as many
+shown. Anchors, in the same rounds (transfer_anchors.py): memcpy (one copy of as many bytes), paged (gather and scatter
+in one process), tcp, raw zmq and raw gloo (a plain stream of as many bytes between two processes, over a socket and
+over the libraries that the transports of that name stand on), digest (what either end spends on digests of as many
 bytes; the column of that name is its share of a transfer's time).
 
 exposed: the prompt is "computed" in chunks of a quarter, by matrix products that take about as long as its transfer
 did, and each chunk is sent when it is done, while the next is computed. Shown is what is left after the last chunk, in
-milliseconds and as a share of the transfer's time alone: 1.00 would be no overlap at all.
+milliseconds and as a share of the transfer's time alone: 1.00 would be no overlap at all, and 0.25 is the least, for
+the last quarter itself.
 """
 
 import argparse
 import os
 import select
-import socket
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import msgspec
 import torch
 
-from kernels.backend import operations_for
-from kv_transfer.digests import unit_digests
-from kv_transfer.frames import DigestKind
-from kv_transfer.plan import FRAME_BYTES, frames_of, manifest_of, plan_transfer
+from benchmarks.child_process import Child, child, said
+from benchmarks.transfer_anchors import HOST, TIMEOUT_S, Run, block_table, digest, memcpy, paged, stream, synchronize
+from kernels.heap import keep_freed_memory
+from kv_transfer.plan import manifest_of
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.opening import open_receiver, open_sender
@@ -41,12 +41,7 @@ from protocol.identity import Attempt, new_attempt, new_epoch, new_request_id
 from protocol.layout import Endpoint, KVLayout
 from protocol.orders import ExpectBlocks, Received, SendBlocks, SendMore
 
-HOST = "127.0.0.1"
-TIMEOUT_S = 30.0
-TCP_BYTES = 4 << 20
 NUM_CHUNKS = 4
-Run = Callable[[int], float]
-"""Moves the KV of so many tokens once; returns seconds."""
 
 
 def layout(num_layers: int) -> KVLayout:
@@ -57,18 +52,6 @@ def new_cache(shape: KVLayout, num_tokens: int, device: torch.device) -> torch.T
     """Return a cache of random bits with every page touched."""
     size = (shape.num_layers, 2, num_tokens // shape.block_size, shape.num_kv_heads, shape.block_size, shape.head_dim)
     return torch.randint(-(2**15), 2**15, size, dtype=torch.int16, device=device).view(torch.bfloat16)
-
-
-def synchronize(cache: torch.Tensor) -> None:
-    """Wait until everything launched on the cache's device is over."""
-    if cache.is_cuda:
-        torch.cuda.synchronize(cache.device)
-
-
-def block_table(num_tokens: int, num_blocks: int, seed: int) -> torch.Tensor:
-    """Return scattered blocks, as a pool gives them out after a while."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(num_blocks, generator=generator)[: num_tokens // 16]
 
 
 class Receiving:
@@ -97,33 +80,12 @@ class Receiving:
 
 
 @contextmanager
-def child(*arguments: object) -> Iterator["subprocess.Popen[str]"]:
-    """Run this module again, in the part that arguments name.
-
-    NCCL takes two ranks on one GPU only if they seem to be on different hosts, and then goes through its sockets: its
-    row shows there that it works, not how fast it is.
-    """
-    command = [sys.executable, "-m", "benchmarks.transfer", *map(str, arguments)]
-    there = os.environ | {"NCCL_HOSTID": "receiver"}
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=there) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def said(process: "subprocess.Popen[str]") -> str:
-    assert process.stdout
-    return process.stdout.readline().strip()
-
-
-@contextmanager
 def transport(name: str, cache: torch.Tensor, shape: KVLayout) -> Iterator["Transport"]:
     """Yield one transport to a process of its own."""
     num_tokens = cache.shape[2] * shape.block_size
     sender = KVSender(cache, shape, 0, open_sender(name, Site(HOST, cache.device, shape, TIMEOUT_S)))  # type: ignore[arg-type]
     arguments = ("--receive", name, "--layers", shape.num_layers, "--tokens", num_tokens, "--device", cache.device)
-    with child(*arguments) as process:
+    with child("benchmarks.transfer", *arguments) as process:
         endpoint = Endpoint(new_epoch(), shape, name, (said(process),))
         yield Transport(sender, process, endpoint, cache)
         sender.close()
@@ -132,9 +94,7 @@ def transport(name: str, cache: torch.Tensor, shape: KVLayout) -> Iterator["Tran
 class Transport:
     """The sending end of one transport; a Run when called."""
 
-    def __init__(
-        self, sender: KVSender, process: "subprocess.Popen[str]", endpoint: Endpoint, cache: torch.Tensor
-    ) -> None:
+    def __init__(self, sender: KVSender, process: Child, endpoint: Endpoint, cache: torch.Tensor) -> None:
         self._sender = sender
         self._process = process
         self._endpoint = endpoint
@@ -187,90 +147,6 @@ def compute(seconds: float) -> None:
         torch.mm(matrix, matrix)
 
 
-@contextmanager
-def memcpy(cache: torch.Tensor) -> Iterator[Run]:
-    flat = cache.flatten()
-    target = torch.zeros_like(flat)
-
-    def run(num_tokens: int) -> float:
-        size = flat.numel() // (cache.shape[2] * cache.shape[4]) * num_tokens
-        began = time.perf_counter()
-        target[:size].copy_(flat[:size])
-        synchronize(cache)
-        return time.perf_counter() - began
-
-    yield run
-
-
-@contextmanager
-def paged(cache: torch.Tensor) -> Iterator[Run]:
-    """What a transfer does to memory anyway, in pieces of 256 tokens and without processes, digests, or a wire."""
-    target = torch.zeros_like(cache)
-    num_layers, _, num_blocks, num_heads = cache.shape[:4]
-    gather_kv, scatter_kv = operations_for(cache.device).gather_kv, operations_for(cache.device).scatter_kv
-
-    def run(num_tokens: int) -> float:
-        ours, theirs = (block_table(num_tokens, num_blocks, seed).to(cache.device) for seed in (1, 2))
-        began = time.perf_counter()
-        for start in range(0, num_tokens, 256):
-            for layer in range(0, num_layers, 4):
-                area = (layer, min(layer + 4, num_layers)), (0, num_heads), (start, min(start + 256, num_tokens))
-                scatter_kv(gather_kv(cache, ours, *area), target, theirs, *area)
-        synchronize(cache)
-        return time.perf_counter() - began
-
-    yield run
-
-
-@contextmanager
-def digest(cache: torch.Tensor, shape: KVLayout) -> Iterator[Run]:
-    """Digests of one payload over and over, frame by frame: warm, as it is when a transfer has just gathered it."""
-    (link,) = plan_transfer(shape, shape)
-    kind: DigestKind = "words" if cache.is_cuda else "xxh3"
-
-    def run(num_tokens: int) -> float:
-        pieces = frames_of(link, shape, 0, num_tokens)
-        payload = cache.flatten()[: FRAME_BYTES // 2].view(torch.uint8)
-        began = time.perf_counter()
-        for piece in pieces:
-            unit_digests(kind, piece, payload[: piece.num_bytes])
-        return time.perf_counter() - began
-
-    yield run
-
-
-@contextmanager
-def tcp(token_bytes: int) -> Iterator[Run]:
-    """A plain stream: one process sends a buffer over and over, the other reads into one."""
-    with socket.create_server((HOST, 0)) as server, child("--drain", server.getsockname()[1]) as process:
-        stream, _ = server.accept()
-        buffer = memoryview(torch.randint(0, 255, (TCP_BYTES,), dtype=torch.uint8).numpy()).cast("B")
-
-        def run(num_tokens: int) -> float:
-            left = num_tokens * token_bytes
-            print(left, file=process.stdin, flush=True)
-            assert said(process) == "ready"
-            began = time.perf_counter()
-            while left:
-                left -= stream.send(buffer[: min(left, TCP_BYTES)])
-            assert said(process) == "received"
-            return time.perf_counter() - began
-
-        yield run
-        stream.close()
-
-
-def drain(port: int) -> None:
-    buffer = memoryview(bytearray(TCP_BYTES))
-    with socket.create_connection((HOST, port)) as stream:
-        for line in sys.stdin:
-            left = int(line)
-            print("ready", flush=True)
-            while left:
-                left -= stream.recv_into(buffer[: min(left, TCP_BYTES)])
-            print("received", flush=True)
-
-
 Seconds = dict[str, dict[int, list[float]]]
 """By row and number of tokens, one per round."""
 
@@ -285,7 +161,8 @@ def measure(
     with ExitStack() as stack:
         rows: dict[str, Run] = {"memcpy": stack.enter_context(memcpy(cache))}
         rows["paged"] = stack.enter_context(paged(cache))
-        rows["tcp"] = stack.enter_context(tcp(token_bytes))
+        for kind, title in (("tcp", "tcp"), ("zmq", "raw zmq"), ("gloo", "raw gloo")):
+            rows[title] = stack.enter_context(stream(kind, token_bytes))
         rows["digest"] = stack.enter_context(digest(cache, shape))
         rows |= {name: stack.enter_context(transport(name, cache, shape)) for name in names}
         seconds: Seconds = {name: {length: [] for length in lengths} for name in rows}
@@ -305,7 +182,7 @@ def measure(
 def show(seconds: Seconds, tails: Seconds, token_bytes: int) -> None:
     """Ratios are medians over rounds of ratios within a round, for the machine may be busy with other things."""
     titles = f"{'ms':>9}{'GB/s':>7}{'x memcpy':>10}{'x paged':>9}{'x tcp':>7}{'exposed ms, share':>20}{'digest':>8}"
-    print(f"{'':8}{'tokens':>8}{'MB':>6}{titles}")
+    print(f"{'':9}{'tokens':>7}{'MB':>6}{titles}")
     for name, of in seconds.items():
         for length, elapsed in of.items():
             num_bytes, median = length * token_bytes, statistics.median(elapsed)
@@ -315,7 +192,7 @@ def show(seconds: Seconds, tails: Seconds, token_bytes: int) -> None:
             if name in tails:
                 tail = f"{statistics.median(tails[name][length]) * 1e3:12.2f}{ratio(tails[name][length], elapsed):8.2f}"
                 tail += f"{ratio(seconds['digest'][length], elapsed):8.3f}"
-            print(f"{name:8}{length:8}{figures}{against[0]:10.2f}{against[1]:9.2f}{against[2]:7.2f}{tail}")
+            print(f"{name:9}{length:7}{figures}{against[0]:10.2f}{against[1]:9.2f}{against[2]:7.2f}{tail}")
 
 
 def ratio(ours: list[float], theirs: list[float]) -> float:
@@ -330,16 +207,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda:0")
     parser.add_argument("--receive", help=argparse.SUPPRESS)
-    parser.add_argument("--drain", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.device.type == "cuda":
+    if options.device.type == "cpu":
+        keep_freed_memory()  # as workers do
+    else:
         for variable, value in {"NCCL_HOSTID": "sender", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}.items():
             os.environ.setdefault(variable, value)
     if options.receive:
         Receiving(options.receive, options.layers, options.tokens[0], options.device).run()
-    elif options.drain:
-        drain(options.drain)
     else:
         shape = layout(options.layers)
         seconds, tails = measure(options.transports, options.layers, options.tokens, options.rounds, options.device)

@@ -2,6 +2,6 @@
 
 plain/<op>.py is the operation in plain torch: it runs on every device and is what faster ones are tested against.
 triton/<op>.py, with the same name and signature, is the fused version for NVIDIA GPUs; native/<op>.py, of those that
-decide how fast a CPU decodes, the one in C. backend.py chooses.
+decide how fast a CPU decodes and moves KV, the one in C. backend.py chooses.
 Nothing here knows of requests, models or ranks.
 """

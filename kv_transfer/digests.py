@@ -6,19 +6,13 @@ on a GPU (kernels/plain/digest_kv.py); whoever makes digests says in the header 
 both. Why, and what each finds: docs/decisions/0006-digests.md.
 """
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
-
 import torch
-import xxhash
 
 from kernels.backend import operations_for
+from kernels.native.xxh3_kv import xxh3_kv
 from kernels.plain.digest_kv import WORD_BYTES
 from kv_transfer.frames import DIGEST_BYTES, DigestKind, FrameError, FrameHeader
 from kv_transfer.plan import Piece, num_units, row_and_unit_bytes, unit_name
-
-if TYPE_CHECKING:
-    import numpy as np
 
 
 def unit_digests(kind: DigestKind, piece: Piece, payload: torch.Tensor) -> bytes:
@@ -28,7 +22,7 @@ def unit_digests(kind: DigestKind, piece: Piece, payload: torch.Tensor) -> bytes
     itself, or that this kind cannot digest.
     """
     if kind == "xxh3":
-        return _xxh3_digests(piece, payload.cpu().numpy())
+        return xxh3_kv(payload.cpu(), *row_and_unit_bytes(piece))
     return words_digests(piece, payload).cpu().numpy().tobytes()
 
 
@@ -64,18 +58,6 @@ def check_size(header: FrameHeader, payload: torch.Tensor) -> None:
             raise ValueError(f"{len(header.unit_digests)} bytes of digests for {num_units(piece)} units")
     except ValueError as error:
         raise FrameError("bad_header", f"frame header contradicts itself: {error}") from error
-
-
-def _xxh3_digests(piece: Piece, payload: "np.ndarray[Any, Any]") -> bytes:
-    """Where every row is whole units, NumPy cuts them: twice as fast as slices, and the calls are most of the cost."""
-    row_bytes, unit_bytes = row_and_unit_bytes(piece)
-    units: Iterable[Any]
-    if row_bytes % unit_bytes == 0:
-        units = payload.reshape(-1, unit_bytes)
-    else:
-        starts = range(0, row_bytes, unit_bytes)
-        units = (row[start : start + unit_bytes] for row in payload.reshape(-1, row_bytes) for start in starts)
-    return b"".join(map(xxhash.xxh3_64_digest, units))
 
 
 def _difference(header: FrameHeader, found: bytes) -> str:

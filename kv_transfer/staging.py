@@ -1,15 +1,16 @@
 """Between a rank's cache and the payloads of frames: gathered with their digests, checked, and scattered.
 
-KVSender gathers and KVReceiver scatters on the rank's main thread; transports wait for digests, and check payloads that
-have arrived, on threads of their own. A cache on a GPU is never waited for by the main thread.
+KVSender gathers and KVReceiver scatters on the rank's main thread; transports wait for payloads to be whole, and check
+those that have arrived, on threads of their own. A cache on a GPU is never waited for by the main thread.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 
-from kernels.backend import operations_for
+from kernels.backend import Operations, operations_for
 from kv_transfer.digests import check_payload, check_size, unit_digests, words_digests
 from kv_transfer.frames import DigestKind, FrameHeader
 from kv_transfer.plan import Piece, Range
@@ -54,18 +55,20 @@ class Staging(Protocol):
 
 
 class HostStaging:
-    """A cache in the host's memory: copies are over when they return, digests are computed by who asks for them."""
+    """A cache in the host's memory: copies are over, and digests computed, when they return."""
 
     digest_kind: DigestKind = "xxh3"
 
     def __init__(self, cache: torch.Tensor) -> None:
         self._cache = cache
         self._operations = operations_for(cache.device)
+        _compile(self._operations, cache, partial(unit_digests, self.digest_kind))
 
     def gather(self, piece: Piece, heads: Range, block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
         out = staging.view(self._cache.dtype)
         self._operations.gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens, out)
-        return lambda: unit_digests(self.digest_kind, piece, staging)
+        digests = unit_digests(self.digest_kind, piece, staging)  # now, while this core's caches hold what it reads
+        return lambda: digests
 
     def scatter(
         self,
@@ -95,7 +98,7 @@ class DeviceStaging:
         self._cache = cache
         self._operations = operations_for(cache.device)
         self._streams = streams
-        self._compile()
+        _compile(self._operations, cache, words_digests)
         self._afterwards = Afterwards()
 
     def gather(self, piece: Piece, heads: Range, block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
@@ -127,16 +130,6 @@ class DeviceStaging:
 
     def close(self) -> None:
         self._afterwards.close()
-
-    def _compile(self) -> None:
-        """Run every kernel once, so that no request waits for one to be compiled; block 0 is left as it is."""
-        piece = Piece(0, (0, 1), (0, 1), (0, 1), 2 * self._cache.shape[-1] * self._cache.itemsize)
-        block_table = torch.zeros(1, dtype=torch.int64, device=self._cache.device)
-        payload = torch.empty(piece.num_bytes, dtype=torch.uint8, device=self._cache.device)
-        area = (block_table, piece.layers, piece.heads, piece.tokens)
-        self._operations.gather_kv(self._cache, *area, payload.view(self._cache.dtype))
-        words_digests(piece, payload)
-        self._operations.scatter_kv(_shaped(piece, payload, self._cache), self._cache, *area)
 
     def _is_here(self, staging: torch.Tensor) -> bool:
         return staging.device == self._cache.device
@@ -190,6 +183,17 @@ def staging_for(cache: torch.Tensor) -> Staging:
 def landing_for(device: torch.device) -> Landing:
     """Return what checks payloads that are meant for a cache on device."""
     return DeviceLanding(device, CudaStreams(device)) if device.type == "cuda" else HostLanding()
+
+
+def _compile(operations: Operations, cache: torch.Tensor, digests: Callable[[Piece, torch.Tensor], object]) -> None:
+    """Run every operation once, so that no request waits for one to be compiled; block 0 is left as it is."""
+    piece = Piece(0, (0, 1), (0, 1), (0, 1), 2 * cache.shape[-1] * cache.itemsize)
+    block_table = torch.zeros(1, dtype=torch.int64, device=cache.device)
+    payload = torch.empty(piece.num_bytes, dtype=torch.uint8, device=cache.device)
+    area = (block_table, piece.layers, piece.heads, piece.tokens)
+    operations.gather_kv(cache, *area, payload.view(cache.dtype))
+    digests(piece, payload)
+    operations.scatter_kv(_shaped(piece, payload, cache), cache, *area)
 
 
 def _shaped(piece: Piece, payload: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:

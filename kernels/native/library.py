@@ -33,10 +33,11 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
 
 
 @cache
-def function(name: str, parameters: str, dtype: torch.dtype) -> Callable[..., None] | None:
+def function(name: str, parameters: str, dtype: torch.dtype = torch.float32) -> Callable[..., None] | None:
     """Return the C function of that name for elements of dtype; None where only the plain twin serves.
 
-    parameters: one letter each, p for a pointer (an address as an int), i for an int64_t, f for a float
+    parameters: one letter each, p for a pointer (an address as an int), i for an int64_t, f for a float. A function of
+    bytes, which knows no elements, is the same for every dtype.
     """
     found = _library(dtype)
     if found is None:

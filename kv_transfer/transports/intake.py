@@ -12,6 +12,9 @@ from kv_transfer.mailbox import Mailbox
 from kv_transfer.staging import Landing
 from kv_transfer.transports.transport import Arrival, ReceivingFault
 
+_ALIGNMENT = 4
+"""Of the largest elements that a cache has, and of the words that are digested."""
+
 
 def _nothing() -> None:
     """Memory that is nobody else's needs no giving back."""
@@ -67,9 +70,10 @@ class Intake:
 def as_payload(data: memoryview) -> torch.Tensor:
     """Return data as uint8 [num_bytes].
 
-    Small messages lie anywhere in ZMQ's buffer; they are moved to where every element type may be read.
+    Small messages lie anywhere in ZMQ's buffer; they are moved to where every element type may be read. Large ones
+    follow ZMQ's own record of them, at a multiple of 8 bytes and seldom of 16.
     """
     if not len(data):
         return torch.empty(0, dtype=torch.uint8)
     flat = torch.frombuffer(data, dtype=torch.uint8)
-    return flat if flat.data_ptr() % 16 == 0 else flat.clone()
+    return flat if flat.data_ptr() % _ALIGNMENT == 0 else flat.clone()

@@ -53,11 +53,13 @@ class OwnSlab(Slab, ABC):
         super().__init__(memory)
         self._free = list(range(NUM_SLOTS - 1, -1, -1))  # used last in, first out: the warmest memory first
 
-    def take(self, num_bytes: int) -> torch.Tensor | None:
-        """Return a free slot's first num_bytes, or None while there is none."""
+    def take(self, num_bytes: int, spared: int = 0) -> torch.Tensor | None:
+        """Return a free slot's first num_bytes, or None while no more than spared slots are free."""
+        if len(self._free) <= spared:
+            return None
         try:
             return self.slot(self._free.pop(), num_bytes)
-        except IndexError:
+        except IndexError:  # the other thread was faster
             return None
 
     def give_back(self, payload: torch.Tensor) -> None:

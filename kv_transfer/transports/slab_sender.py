@@ -133,26 +133,11 @@ class SlabPeer:
             return None
 
     def _in_slab(self, frame: OutgoingFrame) -> OutgoingFrame | None:
-        """Return the frame with its payload in the slab; None while there is no slot for a payload from elsewhere.
-
-        That is one gathered for a connection that has failed since.
-        """
+        """Return the frame with its payload in the slab; None while a payload from elsewhere finds no free slot."""
         if self._slab.index_of(frame.payload) is not None:
             return frame
         room = self._slab.take(len(frame.payload))
-        if room is None:
-            room = self._room_of_last(len(frame.payload))
         return None if room is None else frame._replace(payload=room.copy_(frame.payload))
-
-    def _room_of_last(self, num_bytes: int) -> torch.Tensor | None:
-        """Return the slot of the last frame that waits in one, which moves out: else the first could wait for ever."""
-        for index, frame in reversed(list(enumerate(self.waiting))):
-            slot = self._slab.index_of(frame.payload)
-            if slot is not None:
-                whole = frame.sealed()
-                self.waiting[index] = whole._replace(payload=whole.payload.clone())
-                return self._slab.slot(slot, num_bytes)
-        return None
 
     def _send(self, frame: OutgoingFrame) -> None:
         sequence, slot = self._num_sent, self._slab.index_of(frame.payload)
@@ -172,7 +157,8 @@ class SlabSender(PeerLoop):
         super().__init__(reach.scheme, open_peer, site.timeout_s, settled)
 
     def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
-        return self._slabs.of(destination).take(num_bytes)
+        # One slot stays for payloads from elsewhere: such a one may stand before frames that have all the others.
+        return self._slabs.of(destination).take(num_bytes, spared=1)
 
     def close(self) -> None:
         super().close()

@@ -5,17 +5,21 @@ import time
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 import torch
+import zmq
 
-from kv_transfer.plan import manifest_of
+from kv_transfer.plan import FRAME_BYTES, manifest_of
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.host_identity import host_identity
+from kv_transfer.transports.intake import as_payload
 from kv_transfer.transports.opening import open_receiver, open_sender
 from protocol.identity import new_attempt
 from protocol.layout import Endpoint, KVLayout
 from protocol.orders import Broken, ExpectBlocks, Received, SendBlocks
+from protocol.sockets import bind
 from tests.integration.kv_groups import (
     SMALL_FRAME_BYTES,
     TRANSPORTS,
@@ -117,6 +121,15 @@ def test_a_receiver_that_is_busy_for_seconds_loses_nothing(name, monkeypatch):
     assert torch.equal(sink, source)
     sender.close()
     receiver.close()
+
+
+def test_a_large_message_of_zmq_is_checked_and_copied_from_where_it_arrived():
+    with zmq.Context() as context, context.socket(zmq.PUSH) as push, context.socket(zmq.PULL) as pull:
+        push.connect(bind(pull, "127.0.0.1"))
+        for num_bytes in (1 << 20, FRAME_BYTES):
+            push.send(bytes(num_bytes))
+            buffer = pull.recv(copy=False).buffer
+            assert as_payload(buffer).data_ptr() == np.frombuffer(buffer, np.uint8).ctypes.data
 
 
 @transports

@@ -6,11 +6,14 @@ import tempfile
 
 import pytest
 import torch
+import xxhash
 
 from kernels.backend import _operations_in, operations_for
 from kernels.native import library
 from kernels.native.attention_decode import attention_decode
 from kernels.native.silu_mul import silu_mul
+from kernels.native.xxh3_kv import _xxh3, xxh3_kv
+from kernels.plain.xxh3_kv import xxh3_kv as plain_xxh3_kv
 from tests.kernels import twins
 
 PLAIN = _operations_in("kernels.plain")
@@ -102,9 +105,55 @@ def test_rope_and_cache_write(heads, head_dim, block_size, dtype):
         twins.check_rope(NATIVE, PLAIN, num_tokens, heads, head_dim, block_size, dtype, "cpu")
 
 
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("dtype", [F32, BF16, torch.float16])
+@pytest.mark.parametrize(("block_size", "head_dim"), [(16, 8), (16, 80), (4, 128), (6, 3), (128, 64)])
+def test_kv_copies(block_size, head_dim, dtype, num_threads):
+    """Whole and partial blocks; runs shorter than a cache line, and some that begin and end in the middle of one."""
+    torch.set_num_threads(num_threads)
+    shape, end = (3, 12, 4, block_size, head_dim), 12 * block_size
+    for tokens in ((0, end), (0, 1), (5, end - 3), (end - 1, end), (block_size, 3 * block_size), (7, 7)):
+        for layers, heads in (((0, 3), (0, 4)), ((1, 2), (1, 3)), ((2, 3), (3, 4))):
+            twins.check_kv_copies(NATIVE, PLAIN, shape, (layers, heads, tokens), dtype, "cpu")
+
+
+@pytest.mark.parametrize("offset", [1, 3, 31])
+def test_payloads_may_lie_anywhere(offset):
+    """What has arrived begins where its transport put it."""
+    cache, table, area = torch.randn(2, 2, 5, 3, 16, 40), torch.randperm(5), ((0, 2), (1, 3), (3, 70))
+    payload = PLAIN.gather_kv(cache, table, *area)
+    room = torch.empty(payload.numel() + offset)[offset:]
+    assert torch.equal(NATIVE.gather_kv(cache, table, *area, room), payload)
+    target, expected = torch.zeros(2, *cache.shape)
+    NATIVE.scatter_kv(room.view(payload.shape), target, table, *area)
+    PLAIN.scatter_kv(payload, expected, table, *area)
+    assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "row_bytes", "unit_bytes"), [(6, 8192, 4096), (5, 700, 256), (2, 24, 64), (1, 1, 16)]
+)
+def test_host_digests(num_rows, row_bytes, unit_bytes):
+    payload = torch.randint(0, 256, (num_rows * row_bytes + 1,), dtype=torch.uint8)[1:]
+    found = xxh3_kv(payload, row_bytes, unit_bytes)
+    assert found == plain_xxh3_kv(payload, row_bytes, unit_bytes)
+    assert found[-8:] == xxhash.xxh3_64_digest(
+        payload[(row_bytes - 1) // unit_bytes * unit_bytes - row_bytes :].numpy()
+    )
+
+
+def test_host_digests_of_a_package_that_does_not_show_its_function(monkeypatch):
+    monkeypatch.setattr("kernels.native.xxh3_kv._HASHES", ())
+    monkeypatch.setattr("kernels.native.xxh3_kv._xxh3", _xxh3.__wrapped__)
+    payload = torch.randint(0, 256, (640,), dtype=torch.uint8)
+    assert _xxh3.__wrapped__() is None
+    assert xxh3_kv(payload, 320, 128) == plain_xxh3_kv(payload, 320, 128)
+
+
 def test_a_cpu_computes_in_c() -> None:
     operations = operations_for(torch.device("cpu"))
     assert operations.attention_decode is attention_decode
+    assert operations.gather_kv is NATIVE.gather_kv is not PLAIN.gather_kv
     assert operations.attention_prefill is PLAIN.attention_prefill
 
 

@@ -1,0 +1,30 @@
+/* Blocks of a paged KV cache -> one contiguous payload. See gather_kv.py. */
+#include "paged_copy.h"
+
+#define CACHE_LINE 64
+
+/* Blocks lie anywhere, so no processor foresees the next one: it is sent for while this one is copied. */
+static inline void send_for(const char *bytes, int64_t num_bytes) {
+    for (int64_t i = 0; i < num_bytes; i += CACHE_LINE)
+        __builtin_prefetch(bytes + i);
+}
+
+/* Shapes: see struct area. */
+void gather_kv(char *cache, char *payload, const int64_t *table, int64_t num_planes, int64_t num_blocks,
+               int64_t num_cache_heads, int64_t block_size, int64_t slot_bytes, int64_t first_head, int64_t num_heads,
+               int64_t first_token, int64_t num_tokens) {
+    const struct area area = {cache,      payload,    table,      num_planes, num_blocks,  num_cache_heads,
+                              block_size, slot_bytes, first_head, num_heads,  first_token, num_tokens};
+    int64_t first = first_entry(&area), end = end_entry(&area);
+#pragma omp parallel for collapse(2) if (is_worth_sharing(&area))
+    for (int64_t plane = 0; plane < num_planes; plane++)
+        for (int64_t entry = first; entry < end; entry++) {
+            struct part part = part_in(&area, plane, entry);
+            struct part next = part_in(&area, plane, entry + 1 < end ? entry + 1 : entry);
+            for (int64_t head = 0; head < num_heads; head++) {
+                send_for(next.in_cache + head * next.cache_stride, next.num_bytes);
+                memcpy(part.in_payload + head * part.payload_stride, part.in_cache + head * part.cache_stride,
+                       part.num_bytes);
+            }
+        }
+}

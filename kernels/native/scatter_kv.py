@@ -1,0 +1,22 @@
+"""One contiguous payload -> blocks of a paged KV cache; the inverse of gather_kv.
+
+Called by kv_transfer on the receiving side, on the thread that owns the cache, after a payload has been checked.
+"""
+
+from torch import Tensor
+
+from kernels.native.gather_kv import copy_area
+from kernels.plain import scatter_kv as plain
+
+
+def scatter_kv(
+    payload: Tensor,
+    cache: Tensor,
+    block_table: Tensor,
+    layers: tuple[int, int],
+    heads: tuple[int, int],
+    tokens: tuple[int, int],
+) -> None:
+    """Copy a payload into the cache; nothing else is written. As kernels/plain/scatter_kv.py."""
+    if not copy_area("scatter_kv", payload.contiguous(), cache, block_table, layers, heads, tokens):
+        plain.scatter_kv(payload, cache, block_table, layers, heads, tokens)
