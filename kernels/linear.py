@@ -21,8 +21,8 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         packed = _pack(weight)
-        self._bias = bias
-        self._weight = weight if packed is None else packed
+        self.bias = bias
+        self.weight = weight if packed is None else packed
         self._multiply = functional.linear if packed is None else _multiply_packed
         self._multiply_few = few_rows_linear(weight, bias)
 
@@ -30,7 +30,7 @@ class Linear:
         """Return [num_rows, num_outputs] for x [num_rows, num_inputs]."""
         if self._multiply_few is not None and len(x) <= FEW_ROWS:
             return self._multiply_few(x)
-        return self._multiply(x, self._weight, self._bias)
+        return self._multiply(x, self.weight, self.bias)
 
 
 def _pack(weight: Tensor) -> Tensor | None:
