@@ -12,6 +12,10 @@ import msgspec
 from cluster import launch
 from protocol.errors import ConfigError, TandemError
 
+_LOOKS_BEFORE_SLEEP = "5000"
+"""How often an idle thread of OpenMP's looks for work, some hundred microseconds in all; by default it is milliseconds,
+on a core that a router, a client or another worker may need."""
+
 
 class WorkerActor:
     """Holds no state: everything a life needs is in the launch, everything it learns dies with it."""
@@ -22,6 +26,7 @@ class WorkerActor:
         Raises ConfigError for a model that cannot be served. A life that must end at once (fenced, or its group is
         lost) takes the whole process with it, so that Ray starts the next one from nothing.
         """
+        os.environ.setdefault("GOMP_SPINCOUNT", _LOOKS_BEFORE_SLEEP)  # read once, when torch comes
         from cluster.worker import run_worker  # torch comes with it, and only workers pay for that
 
         mine = launch.decode(encoded)

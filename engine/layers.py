@@ -14,7 +14,7 @@ from torch.nn import functional
 from engine.tensor_parallel import Range, TensorParallel
 
 LinearMap = Callable[[Tensor], Tensor]
-"""[num_rows, num_inputs] -> [num_rows, num_outputs], as kernels/plain/linear.py makes one of a weight."""
+"""[num_rows, num_inputs] -> [num_rows, num_outputs], as kernels/linear.py makes one of a weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class VocabularyEmbedding:
 
     def __call__(self, token_ids: Tensor) -> Tensor:
         """Return the embeddings: [num_tokens, hidden_size]."""
+        if self.tensor_parallel.size == 1:
+            return functional.embedding(token_ids, self.weight)
         is_foreign = (token_ids < self.token_ids.start) | (token_ids >= self.token_ids.stop)
         rows = (token_ids - self.token_ids.start).masked_fill(is_foreign, 0)
         embedded = functional.embedding(rows, self.weight).masked_fill_(is_foreign.unsqueeze(1), 0)

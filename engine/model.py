@@ -76,10 +76,10 @@ class Decoder:
     def _attend(self, q: Tensor, batch: BatchTensors, cache: tuple[Tensor, Tensor]) -> Tensor:
         """Send single tokens and longer chunks to their own kernel; q and result: [num_tokens, num_heads, head_dim]."""
         num, tables, lens, scale = batch.num_decodes, batch.block_tables, batch.context_lens, self._head_dim**-0.5
-        parts = []
-        if num > 0:
-            parts.append(self._operations.attention_decode(q[:num], *cache, tables[:num], lens[:num], scale))
-        if num < len(lens):
-            starts = batch.query_starts
-            parts.append(self._operations.attention_prefill(q[num:], *cache, tables[num:], starts, lens[num:], scale))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        if num == len(lens):
+            return self._operations.attention_decode(q, *cache, tables, lens, scale)
+        attend = self._operations.attention_prefill
+        chunks = attend(q[num:], *cache, tables[num:], batch.query_starts, lens[num:], scale)
+        if num == 0:
+            return chunks
+        return torch.cat([self._operations.attention_decode(q[:num], *cache, tables[:num], lens[:num], scale), chunks])

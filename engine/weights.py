@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.checkpoint import Checkpoint, Shape
 from engine.layers import ColumnParallelLinear, RowParallelLinear, VocabularyEmbedding, VocabularyHead
 from engine.tensor_parallel import Range, TensorParallel
-from kernels.plain.linear import Linear
+from kernels.linear import Linear
 from protocol.model_config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"

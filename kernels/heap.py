@@ -1,10 +1,15 @@
-"""How this process's C heap treats what tensors let go of. Called by a worker that computes on a CPU, at its start."""
+"""Where tensors lie in the host's memory. Called by workers that compute on a CPU, at their start and for weights."""
 
 import ctypes
+import mmap
+
+import torch
+from torch import Tensor
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 1 << 30
 _LARGEST_KEPT_BYTES = 32 << 20  # glibc takes no more
+_HUGE_PAGE_BYTES = 2 << 20
 
 
 def keep_freed_memory() -> bool:
@@ -17,3 +22,22 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_BYTES) and mallopt(_TRIM_THRESHOLD, _KEPT_BYTES))
+
+
+def on_huge_pages(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor of the host's in pages of 2 MiB, where the system has them; else tensor itself.
+
+    A large matrix that is read from end to end is read up to a quarter faster so: the processor looks up where a page
+    is five hundred times less often.
+    """
+    num_bytes = tensor.numel() * tensor.itemsize
+    if num_bytes < _HUGE_PAGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return tensor
+    area = mmap.mmap(-1, num_bytes + _HUGE_PAGE_BYTES)  # what stays untouched costs nothing
+    try:
+        area.madvise(mmap.MADV_HUGEPAGE)
+    except OSError:
+        return tensor
+    room = torch.frombuffer(area, dtype=torch.uint8)
+    start = -room.data_ptr() % _HUGE_PAGE_BYTES
+    return room[start : start + num_bytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)

@@ -4,6 +4,7 @@
  * with heads of zeros. Scores of POSITIONS x HEADS are one vector, position by position, and so the weights lie.
  */
 #include "element.h"
+#include "share.h"
 
 #define HEADS 4
 #define POSITIONS 4
@@ -28,26 +29,6 @@ static inline const element *block_at(const struct task *t, const element *cache
             __builtin_prefetch(next + i);
     }
     return cache + t->table[index] * t->block_stride;
-}
-
-/* The sum of each of sixteen vectors, in their order: pairs are folded until all lanes are sums. */
-static inline lanes sum_each(lanes x[LANES]) {
-#define FOLD(a, b, first, second) (__builtin_shufflevector(a, b, first) + __builtin_shufflevector(a, b, second))
-#define EIGHTS_LOW 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define EIGHTS_HIGH 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#define FOURS_LOW 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
-#define FOURS_HIGH 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
-#define TWOS_LOW 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29
-#define TWOS_HIGH 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31
-#define ONES_LOW 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
-#define ONES_HIGH 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-    for (int i = 0; i < 8; i++)
-        x[i] = FOLD(x[2 * i], x[2 * i + 1], EIGHTS_LOW, EIGHTS_HIGH);
-    for (int i = 0; i < 4; i++)
-        x[i] = FOLD(x[2 * i], x[2 * i + 1], FOURS_LOW, FOURS_HIGH);
-    for (int i = 0; i < 2; i++)
-        x[i] = FOLD(x[2 * i], x[2 * i + 1], TWOS_LOW, TWOS_HIGH);
-    return FOLD(x[0], x[1], ONES_LOW, ONES_HIGH);
 }
 
 /* The scores of POSITIONS keys that follow one another. */
@@ -136,31 +117,49 @@ static void attend(const struct task *t, element *out, int64_t num_heads) {
  * block_tables: rows tables_stride apart; context_lens: [num_sequences]
  * room: [num_sequences, num_kv_heads, parts of a group, HEADS * (max_context + 2 * head_dim)];
  * max_context: a multiple of POSITIONS */
+struct call {
+    const element *q, *k_cache, *v_cache;
+    const int32_t *block_tables, *context_lens;
+    element *out;
+    float *room;
+    int64_t num_heads, num_kv_heads, block_size, head_dim, q_stride, tables_stride, max_context;
+    float scale;
+};
+
+static int64_t parts_of_group(const struct call *c) {
+    return (c->num_heads / c->num_kv_heads + HEADS - 1) / HEADS;
+}
+
+static void attend_part(const void *context, int64_t index) {
+    const struct call *c = context;
+    int64_t group = c->num_heads / c->num_kv_heads, parts = parts_of_group(c), head_dim = c->head_dim;
+    int64_t sequence = index / (c->num_kv_heads * parts), kv_head = index / parts % c->num_kv_heads;
+    int64_t first = index % parts * HEADS, head = kv_head * group + first; /* in the group, in the sequence */
+    int64_t heads = group - first < HEADS ? group - first : HEADS;
+    float *own = c->room + index * HEADS * (c->max_context + 2 * head_dim);
+    struct task t = {
+        .k_head = c->k_cache + kv_head * c->block_size * head_dim,
+        .v_head = c->v_cache + kv_head * c->block_size * head_dim,
+        .table = c->block_tables + sequence * c->tables_stride,
+        .context_len = c->context_lens[sequence],
+        .block_size = c->block_size,
+        .block_stride = c->num_kv_heads * c->block_size * head_dim,
+        .head_dim = head_dim,
+        .queries = own,
+        .sums = own + HEADS * head_dim,
+        .weights = own + 2 * HEADS * head_dim,
+    };
+    const element *queries = c->q + sequence * c->q_stride + head * head_dim;
+    for (int64_t i = 0; i < HEADS * head_dim; i++)
+        t.queries[i] = i < heads * head_dim ? widen(queries[i]) * c->scale : 0.0f;
+    attend(&t, c->out + (sequence * c->num_heads + head) * head_dim, heads);
+}
+
 void attention_decode(const element *q, const element *k_cache, const element *v_cache, const int32_t *block_tables,
                       const int32_t *context_lens, element *out, float *room, int64_t num_sequences, int64_t num_heads,
                       int64_t num_kv_heads, int64_t block_size, int64_t head_dim, int64_t q_stride,
                       int64_t tables_stride, int64_t max_context, float scale) {
-    int64_t group = num_heads / num_kv_heads, parts = (group + HEADS - 1) / HEADS;
-#pragma omp parallel for schedule(dynamic) if (num_sequences * num_kv_heads * max_context > 256)
-    for (int64_t index = 0; index < num_sequences * num_kv_heads * parts; index++) {
-        int64_t sequence = index / (num_kv_heads * parts), kv_head = index / parts % num_kv_heads;
-        int64_t first = index % parts * HEADS, head = kv_head * group + first; /* in the group, in the sequence */
-        int64_t heads = group - first < HEADS ? group - first : HEADS;
-        float *own = room + index * HEADS * (max_context + 2 * head_dim);
-        struct task t = {
-            .k_head = k_cache + kv_head * block_size * head_dim,
-            .v_head = v_cache + kv_head * block_size * head_dim,
-            .table = block_tables + sequence * tables_stride,
-            .context_len = context_lens[sequence],
-            .block_size = block_size,
-            .block_stride = num_kv_heads * block_size * head_dim,
-            .head_dim = head_dim,
-            .queries = own,
-            .sums = own + HEADS * head_dim,
-            .weights = own + 2 * HEADS * head_dim,
-        };
-        for (int64_t i = 0; i < HEADS * head_dim; i++)
-            t.queries[i] = i < heads * head_dim ? widen(q[sequence * q_stride + head * head_dim + i]) * scale : 0.0f;
-        attend(&t, out + (sequence * num_heads + head) * head_dim, heads);
-    }
+    struct call call = {q,          k_cache,  v_cache,  block_tables,  context_lens, out,  room, num_heads, num_kv_heads,
+                        block_size, head_dim, q_stride, tables_stride, max_context,  scale};
+    share(attend_part, &call, num_sequences * num_kv_heads * parts_of_group(&call));
 }

@@ -66,6 +66,26 @@ static inline lanes widen_lanes(const element *x) {
 #endif
 }
 
+/* The sum of each of sixteen vectors, in their order: pairs are folded until all lanes are sums. */
+static inline lanes sum_each(lanes x[LANES]) {
+#define FOLD(a, b, first, second) (__builtin_shufflevector(a, b, first) + __builtin_shufflevector(a, b, second))
+#define EIGHTS_LOW 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define EIGHTS_HIGH 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define FOURS_LOW 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27
+#define FOURS_HIGH 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31
+#define TWOS_LOW 0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29
+#define TWOS_HIGH 2, 3, 6, 7, 10, 11, 14, 15, 18, 19, 22, 23, 26, 27, 30, 31
+#define ONES_LOW 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ONES_HIGH 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+    for (int i = 0; i < 8; i++)
+        x[i] = FOLD(x[2 * i], x[2 * i + 1], EIGHTS_LOW, EIGHTS_HIGH);
+    for (int i = 0; i < 4; i++)
+        x[i] = FOLD(x[2 * i], x[2 * i + 1], FOURS_LOW, FOURS_HIGH);
+    for (int i = 0; i < 2; i++)
+        x[i] = FOLD(x[2 * i], x[2 * i + 1], TWOS_LOW, TWOS_HIGH);
+    return FOLD(x[0], x[1], ONES_LOW, ONES_HIGH);
+}
+
 /* e^x for x in [-87, 88], the nearest of these beyond, NaN for NaN: 2^n times the Taylor series of the rest, to float's
  * precision. */
 static inline float exponential(float x) {

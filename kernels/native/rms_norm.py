@@ -3,6 +3,7 @@
 Called by the decoder on hidden states, and per head on queries and keys.
 """
 
+import torch
 from torch import Tensor
 
 from kernels.native.library import function
@@ -30,7 +31,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     if run is None:
         return plain.add_rms_norm(x, residual, weight, eps)
     x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
-    out, total = x.new_empty(x.shape), x.new_empty(x.shape)
+    out, total = torch.empty_like(x), torch.empty_like(x)
     size = x.shape[-1]
     pointers = (tensor.data_ptr() for tensor in (x, residual, weight, out, total))
     run(*pointers, x.numel() // size, size, eps)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.tensor_parallel import TensorParallel
 from engine.weights import ModelWeights, expected_tensors, load_weights
-from kernels.plain import linear
+from kernels import linear
 from protocol.errors import ConfigError
 from protocol.model_config import load_model_config
 from tests.models import make_model

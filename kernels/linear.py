@@ -1,13 +1,16 @@
-"""x W^T + b for a weight that never changes, laid out once as the CPU's matrix units like it. Called by all layers.
+"""x W^T + b for a weight that never changes, made ready once for what its device is good at. Called by all layers.
 
-oneDNN computes in a layout of its own, and brings a plain weight into it at every call; for a few rows, as in decode,
-that costs more than the product. The operations that pack a weight are private to torch: where they are missing, or do
-not take this weight, torch's plain linear serves.
+On a CPU a few rows, as in decode, take as long as reading the weight, and C reads it in order. For many rows oneDNN
+computes in a layout of its own, and would bring a plain weight into it at every call; so there it gets a second copy,
+packed once. The operations that pack are private to torch: where they are missing, or do not take this weight, torch's
+plain linear serves, and where there is no C, all of this is for few rows as well.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from kernels.native.linear import FEW_ROWS, few_rows_linear
 
 PACKED_FOR_ROWS = 64
 """The number of rows that the layout is chosen for; it was measured to serve well from 1 to 2048."""
@@ -18,12 +21,15 @@ class Linear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         packed = _pack(weight)
-        self.weight = weight if packed is None else packed
         self.bias = bias
+        self.weight = weight if packed is None else packed
         self._multiply = functional.linear if packed is None else _multiply_packed
+        self._multiply_few = few_rows_linear(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [num_rows, num_outputs] for x [num_rows, num_inputs]."""
+        if self._multiply_few is not None and len(x) <= FEW_ROWS:
+            return self._multiply_few(x)
         return self._multiply(x, self.weight, self.bias)
 
 
