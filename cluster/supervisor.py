@@ -14,6 +14,7 @@ import ray
 from cluster.placement import Rank
 from cluster.progress import Progress
 from cluster.router_process import RouterProcess
+from cluster.start_watch import StartWatch
 from cluster.status_client import ClusterStatus, WorkerStatus, fetch_status
 from cluster.stop_signal import StopSignal
 from protocol.errors import ConfigError, TandemError
@@ -21,7 +22,6 @@ from protocol.errors import ConfigError, TandemError
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray paints tracebacks
 _LOOK_EVERY_S = 0.25
 _DEAD_FOR_S = 5.0  # a killed worker's next life has mostly joined by then
-_MAX_LIVES_WHILE_STARTING = 3
 _PATIENCE_S = 5.0  # beyond the router's own grace, for whatever is then still there
 
 
@@ -41,19 +41,18 @@ class Supervisor:
         self._progress = progress
         self._logs = logs
         self._phase = Phase.STARTING
-        self._epochs: dict[str, set[str]] = {}
         self._dead_since_s: dict[str, float] = {}
 
     def wait_until_ready(self, stop: StopSignal) -> bool:
         """Return True when all ranks are ready, False when asked to stop; raise TandemError when that cannot be."""
+        start = StartWatch([rank.launch for rank in self._ranks], self._logs)
         while not stop.is_asked:
             self._look()
             status = self._show_status()
             if status is not None and self._is_all_ready(status):
                 self._phase = Phase.SERVING
                 return True
-            if status is not None:
-                self._refuse_crash_loop(status)
+            start.look(status)
         return False
 
     def watch(self, stop: StopSignal) -> None:
@@ -120,13 +119,6 @@ class Supervisor:
 
     def _is_all_ready(self, status: ClusterStatus) -> bool:
         return sum(worker.state == "ready" for worker in status.workers) >= len(self._ranks)
-
-    def _refuse_crash_loop(self, status: ClusterStatus) -> None:
-        for worker in status.workers:
-            epochs = self._epochs.setdefault(worker.name, set())
-            epochs.add(worker.epoch)
-            if len(epochs) > _MAX_LIVES_WHILE_STARTING:
-                raise TandemError(f"{worker.name} died {len(epochs) - 1} times while starting; see {self._logs}")
 
 
 def _complaint(running: Any) -> str:
