@@ -128,14 +128,17 @@ class Supervisor:
         Once per epoch: should it be the next life, slow to start, that is hit, then the one after that is left alone.
         """
         now_s = self._clock()
-        for worker in status.workers:
-            rank = self._rank_of(worker)
-            if worker.state != "dead" or not worker.may_be_alive or self._restarts.is_waiting(rank.name):
-                continue
-            if now_s - self._dead_since_s.setdefault(worker.epoch, now_s) > _DEAD_FOR_S:
+        stuck = [worker for worker in status.workers if self._may_be_stuck(worker)]
+        self._dead_since_s = {worker.epoch: self._dead_since_s.get(worker.epoch, now_s) for worker in stuck}
+        for worker in stuck:
+            if now_s - self._dead_since_s[worker.epoch] > _DEAD_FOR_S:
                 self._dead_since_s[worker.epoch] = float("inf")
                 self._progress.say(f"{worker.name} does not end; killing it")
-                rank.kill()
+                self._rank_of(worker).kill()
+
+    def _may_be_stuck(self, worker: WorkerStatus) -> bool:
+        is_waiting = self._restarts.is_waiting(self._rank_of(worker).name)
+        return worker.state == "dead" and worker.may_be_alive and not is_waiting
 
     def _rank_of(self, worker: WorkerStatus) -> Rank:
         who = (worker.role, worker.group, worker.rank)

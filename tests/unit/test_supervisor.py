@@ -118,3 +118,12 @@ def test_when_all_workers_have_failed_each_is_run_again(cluster: Cluster):
         rank.ends_in_s = 0.5
     cluster.serve(3)
     assert [len(rank.runs_s) for rank in cluster.ranks] == [2, 2]
+
+
+def test_whoever_does_not_end_is_killed_once_and_lives_that_are_over_are_forgotten(cluster: Cluster):
+    stuck = cluster.ranks[0]
+    for life in range(50):
+        cluster.workers = (worker_of(stuck, "dead", epoch=str(life)), worker_of(cluster.ranks[1]))
+        cluster.serve(20)
+        assert stuck.num_kills == life + 1
+    assert len(cluster.supervisor._dead_since_s) == 1
