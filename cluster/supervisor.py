@@ -54,17 +54,17 @@ class Supervisor:
         self._restarts = Restarts(clock)
         self._dead_since_s: dict[str, float] = {}
 
-    def wait_until_ready(self, stop: StopSignal) -> bool:
-        """Return True when all ranks are ready, False when asked to stop; raise TandemError when that cannot be."""
+    def wait_until_ready(self, stop: StopSignal) -> ClusterStatus | None:
+        """Return the first status with all ranks ready, None when asked to stop. Raise TandemError when none can be."""
         start = StartWatch([rank.launch for rank in self._ranks], self._logs, self._clock)
         while not stop.is_asked:
             self._look()
             status = self._show_status()
             if status is not None and self._is_all_ready(status):
                 self._phase = Phase.SERVING
-                return True
+                return status
             start.look(status)
-        return False
+        return None
 
     def watch(self, stop: StopSignal) -> None:
         """Return when asked to stop; raise TandemError when the router ends by itself."""

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from cluster import placement
 from cluster import supervisor as module
+from cluster.commands import up
 from cluster.progress import Progress
 from cluster.restarts import MAX_DELAY_S, SERVED_FOR_S
 from cluster.status_client import ClusterStatus, WorkerStatus
 from cluster.supervisor import Supervisor
+from protocol.errors import TandemError
 from tests.simulation.clock import Clock
 
 
@@ -41,9 +44,23 @@ class FakeRank:
     def kill(self) -> None:
         self.num_kills += 1
 
+    def end(self) -> None:
+        self.num_kills += 1
+
     @property
     def has_ended(self) -> bool:
         return self.ends_in_s is not None and self.clock.now_s - self.runs_s[-1] >= self.ends_in_s
+
+
+class FakeRouter:
+    """Runs, and ends when told to."""
+
+    exit_code = None
+    addresses = SimpleNamespace(http="http://x", control="tcp://x")
+
+    def drain(self, patience_s: float) -> None: ...
+
+    def end(self) -> None: ...
 
 
 class Cluster:
@@ -54,11 +71,12 @@ class Cluster:
         self.ranks = [FakeRank(self.clock, "prefill-0-rank0"), FakeRank(self.clock, "decode-0-rank0")]
         self.workers = tuple(worker_of(rank) for rank in self.ranks)
         self._stop_s = 0.0
+        self.num_answers: int | None = None
         patch.setattr(module, "ray", SimpleNamespace(wait=self._wait))
         patch.setattr(module, "time", SimpleNamespace(sleep=self._sleep))
-        patch.setattr(module, "fetch_status", lambda url: ClusterStatus(self.workers))
+        patch.setattr(module, "fetch_status", self._fetch_status)
         patch.setattr(module, "_complaint", lambda running: "oh")
-        router: Any = SimpleNamespace(exit_code=None, addresses=SimpleNamespace(http="http://x"))
+        router: Any = FakeRouter()
         ranks: Any = self.ranks
         self.supervisor = Supervisor(router, ranks, Progress(2, io.StringIO()), "/logs", self.clock.read)
         assert self.supervisor.wait_until_ready(self)  # type: ignore[arg-type]
@@ -68,11 +86,21 @@ class Cluster:
         """What a StopSignal tells."""
         return self._stop_s and self.clock.now_s >= self._stop_s
 
+    def stop_in(self, seconds: float) -> None:
+        self._stop_s = self.clock.now_s + seconds
+
     def serve(self, for_s: float) -> None:
-        self._stop_s = self.clock.now_s + for_s
+        self.stop_in(for_s)
         self.supervisor.watch(self)  # type: ignore[arg-type]
 
-    def _wait(self, running: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+    def _fetch_status(self, url: str) -> ClusterStatus:
+        if self.num_answers is not None:
+            self.num_answers -= 1
+            if self.num_answers < 0:
+                raise TandemError("busy")
+        return ClusterStatus(self.workers)
+
+    def _wait(self, running: list[Any], timeout: float, num_returns: int = 1) -> tuple[list[Any], list[Any]]:
         ended = [rank.running for rank in self.ranks if rank.has_ended and rank.running in running][:1]
         self._sleep(0 if ended else timeout)
         return ended, [run for run in running if run not in ended]
@@ -127,3 +155,21 @@ def test_whoever_does_not_end_is_killed_once_and_lives_that_are_over_are_forgott
         cluster.serve(20)
         assert stuck.num_kills == life + 1
     assert len(cluster.supervisor._dead_since_s) == 1
+
+
+def test_a_router_that_is_busy_right_after_the_start_does_not_end_the_cluster(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    """Every status but the first ready one goes unanswered."""
+    monkeypatch.setattr(up, "_router_launch", lambda *_: None)
+    monkeypatch.setattr(up, "RouterProcess", lambda launch: FakeRouter())
+    monkeypatch.setattr(up, "longest_context", lambda *_: 64)
+    monkeypatch.setattr(placement, "start_ranks", lambda *_: cluster.ranks)
+    cluster.num_answers = 1
+    cluster.stop_in(10)
+    out = io.StringIO()
+    topology: Any = SimpleNamespace(router=SimpleNamespace(grace_s=1), model=SimpleNamespace(name="m"))
+    session: Any = SimpleNamespace(host="h", is_local=True, logs="/logs")
+    up._serve(topology, None, session, Progress(2, out), cluster)  # type: ignore[arg-type]
+    assert "ready: http://x" in out.getvalue()
+    assert out.getvalue().endswith("stopping\n")
