@@ -214,6 +214,38 @@ def test_prefill_refuses_at_once_what_can_never_fit() -> None:
     assert role.num_waiting == 0
 
 
+def test_decode_takes_a_second_reserve_of_an_attempt_for_the_first_at_every_stage() -> None:
+    role, around, pool = decode_role(num_blocks=4)
+    first, waiting = (Reserve(attempt_of(number), request_of(8, 5), PEER) for number in (1, 2))
+    for reserve in (first, waiting, first, waiting):
+        role.receive(reserve)
+    assert (role.num_waiting, pool.counts.held) == (2, 3)
+    for rank in (0, 1):
+        role.heed(Expecting(rank, attempt_of(1)))
+    role.receive(first)
+    assert around.sent == [Grant(attempt_of(1), 0)]
+    role.receive(Abort(attempt_of(2)))
+    role.receive(Abort(attempt_of(1)))
+    assert (role.num_waiting, pool.counts.held) == (0, 0)
+    assert role.counters["duplicate_requests"] == 3
+
+
+def test_prefill_takes_a_second_prefill_of_an_attempt_for_the_first_at_every_stage() -> None:
+    role, around, pool = prefill_role(num_blocks=8)
+    attempt = prompt(role, 1, 8)
+    prompt(role, 1, 8)
+    assert compute(role) == [1]
+    prompt(role, 1, 8)
+    assert compute(role) == []
+    role.receive(Grant(attempt, 0))
+    prompt(role, 1, 8)
+    assert [type(message) for message in around.sent] == [Handoff]
+    assert len(around.updates) == 1
+    role.receive(Committed(attempt))
+    assert (role.num_waiting, role.num_running, pool.counts.held) == (0, 0, 0)
+    assert role.counters["duplicate_requests"] == 3
+
+
 def test_decode_grants_only_when_every_rank_expects() -> None:
     role, around, _ = decode_role(num_blocks=4)
     role.receive(Reserve(attempt_of(1), request_of(5, 2), PEER))
