@@ -24,7 +24,7 @@ from protocol.identity import Attempt, Epoch
 from protocol.layout import Endpoint
 from protocol.request import Request
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 RoleName = Literal["prefill", "decode", "colocated"]
 WorkerState = Literal["starting", "ready", "draining", "dead"]

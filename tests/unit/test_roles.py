@@ -62,7 +62,7 @@ class Surroundings:
 
 
 def request_of(num_tokens: int, max_tokens: int) -> Request:
-    return Request("r", tuple(range(num_tokens)), SamplingParams(max_tokens, seed=0), 60.0)
+    return Request("r", tuple(range(num_tokens)), SamplingParams(max_tokens, seed=0))
 
 
 def attempt_of(number: int) -> Attempt:
@@ -87,7 +87,7 @@ def prefill_role(
 def prompt(role: PrefillRole, number: int, num_tokens: int) -> Attempt:
     """Give the role a prompt that shares nothing with others."""
     tokens = tuple(range(1000 * number, 1000 * number + num_tokens))
-    role.receive(Prefill(attempt_of(number), Request("r", tokens, SamplingParams(9, seed=0), 60.0), PEER))
+    role.receive(Prefill(attempt_of(number), Request("r", tokens, SamplingParams(9, seed=0)), PEER))
     return attempt_of(number)
 
 
