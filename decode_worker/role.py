@@ -132,8 +132,11 @@ class DecodeRole:
             self._drop(attempt)
 
     def _serve(self, fetch: Fetch, reservation: Reservation) -> None:
-        if reservation.hold and not reservation.handoff:  # whoever has handed off has no use for it
-            self._prefixes.serve(fetch, reservation.reserve, reservation.hold, self._first_position(reservation))
+        if reservation.is_fetched:
+            self._num_duplicates += 1
+        elif reservation.hold and not reservation.handoff:  # whoever has handed off has no use for it
+            position = self._first_position(reservation)
+            reservation.is_fetched = self._prefixes.serve(fetch, reservation.reserve, reservation.hold, position)
 
     def _enqueue(self, reserve: Reserve) -> None:
         request = reserve.request

@@ -348,16 +348,18 @@ def test_decode_sends_what_it_holds_and_refuses_to_send_more() -> None:
     for rank in range(2):
         role.heed(Expecting(rank, attempt_of(1)))
     assert around.sent.pop() == Grant(attempt_of(1), 28)
-    role.receive(Fetch(attempt_of(1), 4, 24))
+    for first, num_tokens in ((0, 29), (28, 1), (-1, 5), (5, 0)):
+        role.receive(Fetch(attempt_of(1), first, num_tokens))
+        assert isinstance(around.sent.pop(), Unfetched)
+    for _ in range(2):
+        role.receive(Fetch(attempt_of(1), 4, 24))
+    assert [type(order) for order in around.orders] == [ExpectBlocks, SendBlocks], "what is asked twice is sent once"
+    assert role.counters["duplicate_requests"] == 1
     order = around.orders[-1]
     assert isinstance(order, SendBlocks)
     assert (order.destination, order.first_position, order.num_tokens) == (PEER, 4, 24)
     role.heed(FetchBroken(1, attempt_of(1), "a frame was broken"))
     assert around.sent.pop() == Unfetched(attempt_of(1), "sending KV failed on rank 1: a frame was broken")
-    for first, num_tokens in ((0, 29), (28, 1), (-1, 5), (5, 0)):
-        role.receive(Fetch(attempt_of(1), first, num_tokens))
-        assert isinstance(around.sent.pop(), Unfetched)
-    assert around.orders[-1] is order
     assert pool.counts.held, "the attempt itself goes on"
 
 

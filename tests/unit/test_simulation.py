@@ -3,11 +3,13 @@
 import pytest
 
 from cluster.control_link import ControlLink
-from protocol.messages import AnyMessage, Prefill, Reserve
+from protocol.messages import AnyMessage, Fetch, Prefill, Reserve
 from tests.simulation.scenario import run_seed
 
 NUM_SEEDS = 10_000
 SEEDS_PER_TEST = 500
+
+ASKED = Reserve | Prefill | Fetch
 
 
 @pytest.mark.parametrize("first", range(0, NUM_SEEDS, SEEDS_PER_TEST))
@@ -24,7 +26,7 @@ def test_what_workers_are_asked_twice_they_do_once(monkeypatch: pytest.MonkeyPat
     once = ControlLink.receive
 
     def twice(link: ControlLink) -> list[AnyMessage]:
-        return [copy for message in once(link) for copy in [message] * (1 + isinstance(message, Reserve | Prefill))]
+        return [copy for message in once(link) for copy in [message] * (1 + isinstance(message, ASKED))]
 
     monkeypatch.setattr(ControlLink, "receive", twice)
     for seed in range(NUM_SEEDS, NUM_SEEDS + SEEDS_PER_TEST):
