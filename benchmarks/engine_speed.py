@@ -171,4 +171,4 @@ class EngineSpeed:
     def _request(self, length: int, num_tokens: int) -> Request:
         prompt = tuple(random.randrange(self._vocab_size) for _ in range(length))
         sampling = SamplingParams(max_tokens=num_tokens, seed=0, temperature=0.0, ignore_eos=True)
-        return Request(new_request_id(), prompt, sampling, timeout_s=3600)
+        return Request(new_request_id(), prompt, sampling)

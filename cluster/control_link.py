@@ -1,7 +1,8 @@
 """A worker's line to the router: one DEALER socket for this life of the process, messages in, messages out.
 
 Used by every rank. What does not parse, or is meant for an earlier life, is dropped and counted; nothing that arrives
-can end the loop that reads here. The socket is a ControlSocket, or whatever a simulator gives instead.
+can end the loop that reads here. Only a router of another version ends a life, and only before it has begun. The socket
+is a ControlSocket, or whatever a simulator gives instead.
 """
 
 import time
@@ -10,7 +11,7 @@ from typing import Protocol
 import zmq
 
 from protocol.codec import decode, encode
-from protocol.errors import TandemError, WireError
+from protocol.errors import ConfigError, TandemError, VersionError, WireError
 from protocol.identity import Epoch
 from protocol.messages import AnyMessage, Fence, Stop, Tokens, TokenUpdate, Welcome, WorkerInfo
 from protocol.sockets import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, prepare
@@ -84,6 +85,7 @@ class ControlLink:
         self._epoch = epoch
         self._outgoing: list[AnyMessage] = []
         self._updates: list[TokenUpdate] = []
+        self._misunderstood: VersionError | None = None
         self.counters: dict[str, int] = {"unparsed_messages": 0, "stale_messages": 0}
 
     def send(self, message: AnyMessage) -> None:
@@ -116,13 +118,15 @@ class ControlLink:
         return messages
 
     def await_welcome(self) -> Welcome:
-        """Return the router's answer to Join. Raise Fenced when none comes in time."""
+        """Return the router's answer to Join. Raise Fenced when none comes in time, ConfigError for another version."""
         deadline = time.monotonic() + WELCOME_TIMEOUT_S
         while (left := deadline - time.monotonic()) > 0:
             self._wire.wait(left)
             for message in self.receive():
                 if isinstance(message, Welcome):
                     return message
+            if self._misunderstood is not None:
+                raise ConfigError(_differs(self._misunderstood))
         raise Fenced(f"no welcome from the router within {WELCOME_TIMEOUT_S:g} s")
 
     def _close_updates(self) -> None:
@@ -133,10 +137,19 @@ class ControlLink:
     def _parse(self, data: bytes) -> AnyMessage | None:
         try:
             envelope = decode(data)
-        except WireError:
+        except WireError as error:
             self.counters["unparsed_messages"] += 1
+            if isinstance(error, VersionError):
+                self._misunderstood = error
             return None
         if envelope.receiver_epoch not in (0, self._epoch):
             self.counters["stale_messages"] += 1
             return None
         return envelope.message
+
+
+def _differs(error: VersionError) -> str:
+    return (
+        f"the router speaks version {error.theirs} of the control protocol, this worker version {error.ours}: "
+        f"Tandem must be the same on this machine as where the router runs"
+    )

@@ -40,9 +40,8 @@ class Rank:
         """Kill this life; Ray starts the next, and calls a run that has not ended again."""
         ray.kill(self.actor, no_restart=False)
 
-    def restart(self) -> None:
-        """After a run has ended: start from a new process, for what this one has left open is not known."""
-        self.kill()
+    def run_again(self) -> None:
+        """After a run has ended and its life was killed: what that one has left open is not known."""
         self.running = self.actor.run.options(name=self.name).remote(launch.encode(self.launch))
 
     def end(self) -> None:

@@ -6,6 +6,7 @@ router's process, the workers' runs and the router's status, and acts on what it
 
 import re
 import time
+from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
@@ -13,7 +14,9 @@ import ray
 
 from cluster.placement import Rank
 from cluster.progress import Progress
+from cluster.restarts import Restarts
 from cluster.router_process import RouterProcess
+from cluster.start_watch import StartWatch
 from cluster.status_client import ClusterStatus, WorkerStatus, fetch_status
 from cluster.stop_signal import StopSignal
 from protocol.errors import ConfigError, TandemError
@@ -21,7 +24,6 @@ from protocol.errors import ConfigError, TandemError
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray paints tracebacks
 _LOOK_EVERY_S = 0.25
 _DEAD_FOR_S = 5.0  # a killed worker's next life has mostly joined by then
-_MAX_LIVES_WHILE_STARTING = 3
 _PATIENCE_S = 5.0  # beyond the router's own grace, for whatever is then still there
 
 
@@ -35,26 +37,34 @@ class Phase(Enum):
 class Supervisor:
     """Watches one router and the ranks."""
 
-    def __init__(self, router: RouterProcess, ranks: list[Rank], progress: Progress, logs: str) -> None:
+    def __init__(
+        self,
+        router: RouterProcess,
+        ranks: list[Rank],
+        progress: Progress,
+        logs: str,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._router = router
         self._ranks = ranks
         self._progress = progress
         self._logs = logs
+        self._clock = clock
         self._phase = Phase.STARTING
-        self._epochs: dict[str, set[str]] = {}
+        self._restarts = Restarts(clock)
         self._dead_since_s: dict[str, float] = {}
 
-    def wait_until_ready(self, stop: StopSignal) -> bool:
-        """Return True when all ranks are ready, False when asked to stop; raise TandemError when that cannot be."""
+    def wait_until_ready(self, stop: StopSignal) -> ClusterStatus | None:
+        """Return the first status with all ranks ready, None when asked to stop. Raise TandemError when none can be."""
+        start = StartWatch([rank.launch for rank in self._ranks], self._logs, self._clock)
         while not stop.is_asked:
             self._look()
             status = self._show_status()
             if status is not None and self._is_all_ready(status):
                 self._phase = Phase.SERVING
-                return True
-            if status is not None:
-                self._refuse_crash_loop(status)
-        return False
+                return status
+            start.look(status)
+        return None
 
     def watch(self, stop: StopSignal) -> None:
         """Return when asked to stop; raise TandemError when the router ends by itself."""
@@ -76,21 +86,33 @@ class Supervisor:
             rank.end()
 
     def _look(self) -> None:
-        """Wait a moment for something to end, and see to what has."""
-        ended, _ = ray.wait([rank.running for rank in self._ranks], timeout=_LOOK_EVERY_S)
+        """Wait a moment for something to end, see to what has, and run again whoever has paused for long enough."""
+        ended = self._await_end()
         if self._router.exit_code is not None:
             raise TandemError(f"the router ended by itself (exit code {self._router.exit_code}); shutting down")
         for rank in self._ranks:
             if rank.running in ended:
                 self._see_to(rank)
+        due = self._restarts.take_due()
+        for rank in self._ranks:
+            if rank.name in due:
+                rank.run_again()
+
+    def _await_end(self) -> list[Any]:
+        running = [rank.running for rank in self._ranks if not self._restarts.is_waiting(rank.name)]
+        if not running:
+            time.sleep(_LOOK_EVERY_S)
+            return []
+        return list(ray.wait(running, timeout=_LOOK_EVERY_S)[0])
 
     def _see_to(self, rank: Rank) -> None:
         """A run that ended was not killed (then Ray would have run it again): it returned or raised."""
         complaint = _complaint(rank.running)
         if self._phase is Phase.STARTING:
             raise TandemError(f"{rank.name} did not start: {complaint}")
-        self._progress.say(f"{rank.name} ended: {complaint}; starting it again")
-        rank.restart()
+        rank.kill()
+        pause_s = self._restarts.has_ended(rank.name)
+        self._progress.say(f"{rank.name} ended: {complaint}; starting it again in {pause_s:g} s")
 
     def _show_status(self) -> ClusterStatus | None:
         try:
@@ -105,14 +127,18 @@ class Supervisor:
 
         Once per epoch: should it be the next life, slow to start, that is hit, then the one after that is left alone.
         """
-        now_s = time.monotonic()
-        for worker in status.workers:
-            if worker.state != "dead" or not worker.may_be_alive:
-                continue
-            if now_s - self._dead_since_s.setdefault(worker.epoch, now_s) > _DEAD_FOR_S:
+        now_s = self._clock()
+        stuck = [worker for worker in status.workers if self._may_be_stuck(worker)]
+        self._dead_since_s = {worker.epoch: self._dead_since_s.get(worker.epoch, now_s) for worker in stuck}
+        for worker in stuck:
+            if now_s - self._dead_since_s[worker.epoch] > _DEAD_FOR_S:
                 self._dead_since_s[worker.epoch] = float("inf")
                 self._progress.say(f"{worker.name} does not end; killing it")
                 self._rank_of(worker).kill()
+
+    def _may_be_stuck(self, worker: WorkerStatus) -> bool:
+        is_waiting = self._restarts.is_waiting(self._rank_of(worker).name)
+        return worker.state == "dead" and worker.may_be_alive and not is_waiting
 
     def _rank_of(self, worker: WorkerStatus) -> Rank:
         who = (worker.role, worker.group, worker.rank)
@@ -120,13 +146,6 @@ class Supervisor:
 
     def _is_all_ready(self, status: ClusterStatus) -> bool:
         return sum(worker.state == "ready" for worker in status.workers) >= len(self._ranks)
-
-    def _refuse_crash_loop(self, status: ClusterStatus) -> None:
-        for worker in status.workers:
-            epochs = self._epochs.setdefault(worker.name, set())
-            epochs.add(worker.epoch)
-            if len(epochs) > _MAX_LIVES_WHILE_STARTING:
-                raise TandemError(f"{worker.name} died {len(epochs) - 1} times while starting; see {self._logs}")
 
 
 def _complaint(running: Any) -> str:

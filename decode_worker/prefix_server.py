@@ -16,8 +16,11 @@ from protocol.orders import AnyReport, FetchBroken, SendBlocks
 class PrefixServer(Protocol):
     """What the decode role needs of one."""
 
-    def serve(self, fetch: Fetch, reserve: Reserve, hold: Hold, num_held_tokens: int) -> None:
-        """Send prefill what it asks for, out of the first num_held_tokens tokens, or say that it cannot be."""
+    def serve(self, fetch: Fetch, reserve: Reserve, hold: Hold, num_held_tokens: int) -> bool:
+        """Send prefill what it asks for, out of the first num_held_tokens tokens, or say that it cannot be.
+
+        Return whether it is sent; then not to be asked again for this attempt.
+        """
 
     def heed(self, report: AnyReport) -> None:
         """Take what a rank reports."""
@@ -26,7 +29,8 @@ class PrefixServer(Protocol):
 class NoPrefixServer:
     """Prefill computes in these very blocks; there is nothing to fetch."""
 
-    def serve(self, fetch: Fetch, reserve: Reserve, hold: Hold, num_held_tokens: int) -> None: ...
+    def serve(self, fetch: Fetch, reserve: Reserve, hold: Hold, num_held_tokens: int) -> bool:
+        return False
 
     def heed(self, report: AnyReport) -> None: ...
 
@@ -38,13 +42,14 @@ class RemotePrefixServer:
         self._ranks = ranks
         self._outlet = outlet
 
-    def serve(self, fetch: Fetch, reserve: Reserve, hold: Hold, num_held_tokens: int) -> None:
+    def serve(self, fetch: Fetch, reserve: Reserve, hold: Hold, num_held_tokens: int) -> bool:
         first, num_tokens = fetch.first_position, fetch.num_tokens
         if first < 0 or num_tokens < 1 or first + num_tokens > num_held_tokens:
             text = f"tokens {first} to {first + num_tokens} were asked for; {num_held_tokens} are held"
             self._outlet.send(Unfetched(fetch.attempt, text))
-            return
+            return False
         self._ranks.order(SendBlocks(fetch.attempt, reserve.source, hold.block_ids, first, num_tokens))
+        return True
 
     def heed(self, report: AnyReport) -> None:
         if isinstance(report, FetchBroken):

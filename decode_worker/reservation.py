@@ -23,6 +23,7 @@ class Reservation:
     incomplete: set[int]
     hold: Hold | None = None
     is_granted: bool = False
+    is_fetched: bool = False
     handoff: Handoff | None = None
     sequence: Sequence | None = None
 

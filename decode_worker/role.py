@@ -56,11 +56,11 @@ class DecodeRole:
         self._reservations: dict[Attempt, Reservation] = {}
         self._waiting: deque[Reservation] = deque()
         self._running = running
-        self._num_reserved = 0
+        self._num_reserved = self._num_duplicates = 0
 
     @property
     def counters(self) -> dict[str, int]:
-        return self._running.counters
+        return {"duplicate_requests": self._num_duplicates, **self._running.counters}
 
     @property
     def num_running(self) -> int:
@@ -72,6 +72,8 @@ class DecodeRole:
 
     def receive(self, message: AnyMessage) -> None:
         match message:
+            case Reserve() if message.attempt in self._reservations:  # taking it would lose the first one's blocks
+                self._num_duplicates += 1
             case Reserve():
                 self._enqueue(message)
             case Handoff() if (reservation := self._reservations.get(message.attempt)) and not reservation.handoff:
@@ -130,8 +132,11 @@ class DecodeRole:
             self._drop(attempt)
 
     def _serve(self, fetch: Fetch, reservation: Reservation) -> None:
-        if reservation.hold and not reservation.handoff:  # whoever has handed off has no use for it
-            self._prefixes.serve(fetch, reservation.reserve, reservation.hold, self._first_position(reservation))
+        if reservation.is_fetched:
+            self._num_duplicates += 1
+        elif reservation.hold and not reservation.handoff:  # whoever has handed off has no use for it
+            position = self._first_position(reservation)
+            reservation.is_fetched = self._prefixes.serve(fetch, reservation.reserve, reservation.hold, position)
 
     def _enqueue(self, reserve: Reserve) -> None:
         request = reserve.request

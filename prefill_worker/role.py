@@ -44,11 +44,12 @@ class PrefillRole:
         self._jobs: dict[Attempt, Job] = {}
         self._admission = Admission(outbox, self._give_up)
         self._computing: list[Job] = []
-        self._num_handoffs = self._handoff_exposed_us = 0
+        self._num_handoffs = self._handoff_exposed_us = self._num_duplicates = 0
 
     @property
     def counters(self) -> dict[str, int]:
         return {
+            "duplicate_requests": self._num_duplicates,
             "handoffs": self._num_handoffs,
             "handoff_exposed_us": self._handoff_exposed_us,
             "prompts_given_up": self._admission.num_given_up,
@@ -65,6 +66,8 @@ class PrefillRole:
 
     def receive(self, message: AnyMessage) -> None:
         match message:
+            case Prefill() if message.attempt in self._jobs:  # taking it would lose the first one's blocks
+                self._num_duplicates += 1
             case Prefill():
                 self._enqueue(message)
             case Grant() if (job := self._jobs.get(message.attempt)) and job.grant is None:

@@ -4,6 +4,7 @@
      ├─ ConfigError        a topology or model that cannot work; for the person who wrote it
      │   └─ MisfitError    a well-formed value of a topology that cannot work (cluster/checks.py)
      ├─ WireError          a message or frame that does not parse or does not verify; dropped and counted
+     │   ├─ VersionError   a message of another version of the control protocol
      │   └─ FrameError     the same of a KV frame, with a reason from a closed set (kv_transfer/frames.py)
      ├─ GroupError         a group that cannot assemble or lost a rank; the process ends (engine/group.py)
      └─ Fenced, Stopped    the router ended this life, or all of them (cluster/control_link.py)
@@ -39,3 +40,12 @@ class ConfigError(TandemError):
 
 class WireError(TandemError):
     """Bytes from a socket that are not a valid message or frame."""
+
+
+class VersionError(WireError):
+    """A message of another version of the protocol: not broken, but not to be understood here."""
+
+    def __init__(self, theirs: int, ours: int) -> None:
+        super().__init__(f"message has protocol version {theirs}; this is version {ours}")
+        self.theirs = theirs
+        self.ours = ours

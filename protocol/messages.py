@@ -24,7 +24,7 @@ from protocol.identity import Attempt, Epoch
 from protocol.layout import Endpoint
 from protocol.request import Request
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 RoleName = Literal["prefill", "decode", "colocated"]
 WorkerState = Literal["starting", "ready", "draining", "dead"]
@@ -240,7 +240,10 @@ AnyMessage = (
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
-    """What is on the wire: a version, both ends' epochs (0: not yet known), one message."""
+    """What is on the wire: a version, both ends' epochs (0: not yet known), one message.
+
+    An array whose first element is the version, in every version: so both ends can say which ones differ.
+    """
 
     version: int
     sender_epoch: Epoch

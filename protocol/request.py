@@ -90,13 +90,12 @@ class Request(msgspec.Struct, frozen=True):
     """What prefill and decode are asked to do. Each side builds its own Sequence from it.
 
     salt separates prefix caches: blocks are shared only between requests of equal salt.
-    timeout_s is what is left of the request's deadline at the moment of sending; clocks never cross the wire.
+    Its deadline is not here: the router alone keeps it, and tells workers with an Abort that it has passed.
     """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
-    timeout_s: float
     salt: str = ""
 
     @property

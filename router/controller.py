@@ -4,13 +4,14 @@ router/control.py feeds it bytes and carries out its actions; a simulator can do
 reads a clock.
 """
 
+import logging
 from collections import Counter, deque
 from collections.abc import Iterable
 
 import msgspec
 
 from protocol import codec
-from protocol.errors import WireError
+from protocol.errors import VersionError, WireError
 from protocol.identity import Epoch, new_epoch
 from protocol.messages import (
     AnyMessage,
@@ -37,6 +38,11 @@ from router.launch import RouterLaunch
 from router.lifecycle import Action, Deliver, Drop, End, Outcome, Send
 from router.membership import GroupLost, MemberAction, Membership, Reject, identity_of
 from router.policies import POLICIES
+
+MAX_VERSIONS_TOLD = 100
+"""Lines in the log about other versions: whoever sends more than these is no worker."""
+
+logger = logging.getLogger(__name__)
 
 
 class Transmit(msgspec.Struct, frozen=True):
@@ -66,6 +72,8 @@ class Controller:
         """A worker's socket sent data, which may be anything at all."""
         try:
             envelope = codec.decode(data)
+        except VersionError as error:
+            return self._refuse_version(identity, error)
         except WireError:
             self.drops["malformed"] += 1
             return []
@@ -96,6 +104,14 @@ class Controller:
         return self._resolve([*self.attempts.expire(now_s), *pings])
 
     # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _refuse_version(self, identity: bytes, error: VersionError) -> list[Effect]:
+        """Answer in our version, which the sender can tell from its own, although it may understand nothing else."""
+        self.drops["other_version"] += 1
+        text = f"it speaks version {error.theirs} of the control protocol, this router version {error.ours}"
+        if self.drops["other_version"] <= MAX_VERSIONS_TOLD:
+            logger.warning("%r: %s", identity.decode("latin-1"), text)
+        return self._resolve([Reject(text)], identity)
 
     def _route(self, identity: bytes, envelope: Envelope) -> Iterable[Action | MemberAction]:
         sender, message = envelope.sender_epoch, envelope.message

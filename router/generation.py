@@ -33,10 +33,15 @@ class ClientGone(Exception):
 
 
 class Generation:
-    """requests and choices go together by index."""
+    """requests and choices go together by index. timeout_s: their deadline, from now."""
 
     def __init__(
-        self, control: ControlPlane, metrics: RequestMetrics, requests: Sequence[Request], choices: Sequence[Choice]
+        self,
+        control: ControlPlane,
+        metrics: RequestMetrics,
+        requests: Sequence[Request],
+        choices: Sequence[Choice],
+        timeout_s: float,
     ) -> None:
         self.requests = requests
         self.choices = choices
@@ -45,6 +50,7 @@ class Generation:
         self._mailbox = Mailbox()
         self._running: set[int] = set()
         self._started_s = time.monotonic()
+        self._deadline_s = self._started_s + timeout_s
         self._num_tokens = [0] * len(requests)
         self._last_token_s = [self._started_s] * len(requests)
 
@@ -89,8 +95,7 @@ class Generation:
     # --- inside -------------------------------------------------------------------------------------------------------
 
     def _submit(self, index: int, request: Request) -> None:
-        deadline_s = self._started_s + request.timeout_s
-        self._control.submit(request, deadline_s, partial(self._hear, index))
+        self._control.submit(request, self._deadline_s, partial(self._hear, index))
         self._running.add(index)
         self._metrics.started(len(request.prompt_token_ids))
 

@@ -54,7 +54,8 @@ class Call:
             params = self._params(prompt, max_tokens, num_logprobs, param)
             requests.append(self._request(index, prompt, params))
             choices.append(Choice(self.serving.text.detokenizer(), stops, params.min_tokens))
-        return Generation(self.serving.control, self.serving.metrics, requests, choices)
+        serving = self.serving
+        return Generation(serving.control, serving.metrics, requests, choices, serving.timeout_s)
 
     def _params(self, prompt: Prompt, max_tokens: int | None, num_logprobs: int | None, param: str) -> SamplingParams:
         """What was asked for is checked before it is cut to what fits."""
@@ -66,7 +67,7 @@ class Call:
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         request_id = self.request_id if len(self.prompts) == 1 else f"{self.request_id}-{index}"
-        return Request(request_id, prompt.token_ids, params, self.serving.timeout_s, self.body.cache_salt or "")
+        return Request(request_id, prompt.token_ids, params, self.body.cache_salt or "")
 
     def usage(self, choices: Sequence[Choice]) -> Usage:
         prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)

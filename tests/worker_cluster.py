@@ -153,7 +153,7 @@ class WorkerCluster:
         self, prompt: list[int], sampling: SamplingParams, salt: str = "", leave: "Leave | None" = None
     ) -> "Future[Answer]":
         """Start a request; the future holds its answer when it is over. leave: when its client goes away."""
-        request = Request(new_request_id(), tuple(prompt), sampling, DEADLINE_S, salt)
+        request = Request(new_request_id(), tuple(prompt), sampling, salt)
         future: Future[Answer] = Future()
         answer = Answer()
 

@@ -10,7 +10,6 @@ from cluster.commands.check import add_topology_arguments, describe, load_and_ch
 from cluster.progress import Progress
 from cluster.ray_session import RaySession
 from cluster.router_process import RouterProcess
-from cluster.status_client import fetch_status
 from cluster.stop_signal import StopSignal
 from protocol.model_config import ModelConfig
 from protocol.model_files import TOKENIZER_FILES, find_model
@@ -48,8 +47,9 @@ def _serve(topology: Topology, model: ModelConfig, session: RaySession, progress
         ranks = start_ranks(topology, longest_context(topology, model), router.addresses.control, host)
         supervisor = Supervisor(router, ranks, progress, session.logs)
         try:
-            if supervisor.wait_until_ready(stop):
-                progress.tell_capacity(fetch_status(router.addresses.http), longest_context(topology, model))
+            status = supervisor.wait_until_ready(stop)
+            if status is not None:
+                progress.tell_capacity(status, longest_context(topology, model))
                 progress.say(_invitation(router.addresses.http, _model_name(topology), session.logs))
                 supervisor.watch(stop)
             progress.say("stopping")

@@ -1,7 +1,9 @@
 """One pair of ranks' communicator over torch.distributed: payloads from one sender to one receiver, in order.
 
 Owned by one thread on each side (torch_sender.py, torch_receiver.py). Gloo moves payloads of the host's memory, NCCL
-those of a GPU. Every operation ends in time, with an error if need be; after one the communicator is aborted for good.
+those of a GPU. Sending and receiving end in time, with an error if need be; after one the communicator is aborted for
+good. Opening does over gloo only: over NCCL it waits for the other end for as long as NCCL does, and a thread whose
+other end dies just then may never end.
 """
 
 import time
@@ -40,7 +42,10 @@ class Communicator(Protocol):
 
 
 OpenCommunicator = Callable[[Store, int], Communicator]
-"""Takes the store over which the pair meets, and this end's rank in it; waits for the other end to come."""
+"""Takes the store over which the pair meets, and this end's rank in it; waits for the other end to come.
+
+Over gloo the wait has a deadline. Over NCCL nothing bounds it here, so call it only when the other end is on its way.
+"""
 
 
 class Backend(NamedTuple):
@@ -68,7 +73,10 @@ class GlooCommunicator:
 
 
 class NcclCommunicator:
-    """Between GPUs, on a stream of its own: neither end's forward passes wait for it."""
+    """Between GPUs, on a stream of its own: neither end's forward passes wait for it.
+
+    timeout_s bounds sending and receiving, not opening.
+    """
 
     def __init__(self, store: Store, rank: int, device: torch.device, timeout_s: float) -> None:
         self._group = open_fragile_group(store, rank, 2, device)

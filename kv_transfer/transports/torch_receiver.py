@@ -71,7 +71,10 @@ class TorchReceiver:
         self._close_pairs(lambda announcement: announcement.source_epoch == epoch)
 
     def close(self) -> None:
-        """A thread in the middle of an operation ends with it, after timeout_s at the latest; it is not waited for."""
+        """A thread in the middle of an operation ends with it, after timeout_s at the latest; it is not waited for.
+
+        One that opens a pair over NCCL ends when the other end has come, and perhaps never if that died just then.
+        """
         self.arrivals.close()
         self._listener.close()
         for pair in self._close_pairs(lambda _: True):

@@ -79,7 +79,10 @@ class TorchSender:
             self._pairs.pop(destination).close("the destination group is gone")
 
     def close(self) -> None:
-        """A thread in the middle of an operation ends with it, after timeout_s at the latest; it is not waited for."""
+        """A thread in the middle of an operation ends with it, after timeout_s at the latest; it is not waited for.
+
+        One that opens a pair over NCCL ends when the other end has come, and perhaps never if that died just then.
+        """
         for pair in self._pairs.values():
             pair.close("the sender was closed")
         for pair in self._pairs.values():

@@ -46,7 +46,7 @@ REFUSED = "refused by the receiver: "
 class Site(NamedTuple):
     """One end of a transport: whose cache it serves, on which device, and where it may listen.
 
-    timeout_s bounds every wait for a peer.
+    timeout_s bounds every wait for a peer, but that of a pair over NCCL for its other end while it opens.
     """
 
     host: str

@@ -4,6 +4,7 @@ The tests share one cluster and run in the order of this file; the last one stop
 """
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -192,3 +193,21 @@ def test_a_broken_weight_file_is_named_and_nothing_stays(model: Path, tmp_path: 
     weights.write_bytes(b"\x10\0\0\0\0\0\0\0not a safetensor")
     with pytest.raises(AssertionError, match=r"ended with 1:(.|\n)*did not start: .*safetensors"):
         ClusterProcess("cpu_1p1d.yaml", broken)
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_start_for_a_while_is_tried_again_until_it_can(model: Path, tmp_path: Path):
+    folder, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    shutil.copytree(model, folder)
+    cluster = ClusterProcess("cpu_colocated.yaml", folder)
+    try:
+        before = cluster.worker("colocated")
+        folder.rename(elsewhere)
+        os.kill(before["pid"], signal.SIGKILL)
+        cluster.processes.wait_for_text("no such folder; starting it again in 1 s", BACK_S)
+        cluster.processes.wait_for_text("no such folder; starting it again in 2 s", BACK_S)
+        elsewhere.rename(folder)
+        assert_serves_again(cluster, before)
+        cluster.tear_down()
+    finally:
+        cluster.destroy()

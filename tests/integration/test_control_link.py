@@ -1,4 +1,8 @@
-"""A cut between a worker and the router, by a proxy between real sockets: both ends find out, and neither forgets."""
+"""A worker's line to the router over real sockets.
+
+A cut, by a proxy between them: both ends find out, and neither forgets. A router that is about to end, or of another
+version: its worker understands.
+"""
 
 import socket
 import threading
@@ -6,13 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
+import msgspec
 import pytest
 import zmq
 
 from cluster.control_link import RECONNECT_MS, ControlLink, ControlSocket, Stopped
 from protocol.codec import encode
+from protocol.errors import ConfigError
 from protocol.identity import new_attempt, new_epoch
-from protocol.messages import Abort, Progress, Stop, WorkerInfo
+from protocol.messages import PROTOCOL_VERSION, Abort, Join, Progress, Stop, WorkerInfo
 from protocol.sockets import bind, prepare
 from router.membership import identity_of
 
@@ -132,3 +138,21 @@ def test_a_router_that_says_stop_and_closes_at_once_is_understood() -> None:
     with pytest.raises(Stopped):
         link.receive()
     wire.close()
+
+
+def test_a_router_of_another_version_ends_the_start_with_both_versions() -> None:
+    info = WorkerInfo("decode", 0, 0, 1, new_epoch(), 1, "node")
+    with zmq.Context() as context:
+        router = prepare(context.socket(zmq.ROUTER))
+        wire = ControlSocket(bind(router, HOST), info)
+        link = ControlLink(wire, info.epoch)
+        link.send(Join(info, "rendezvous"))
+        link.flush()
+        router.recv_multipart()
+        other = msgspec.msgpack.encode([PROTOCOL_VERSION + 1, "nothing", "that", "we know"])
+        router.send_multipart([identity_of(info), other])
+        versions = f"version {PROTOCOL_VERSION + 1} of the control protocol, this worker version {PROTOCOL_VERSION}"
+        with pytest.raises(ConfigError, match=versions):
+            link.await_welcome()
+        wire.close()
+        router.close()

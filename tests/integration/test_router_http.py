@@ -192,7 +192,7 @@ def test_token_ids_come_back_when_asked_for(router: RouterUnderTest) -> None:
 
 def test_what_the_workers_get_is_what_was_asked_for(tmp_path: Path) -> None:
     with (
-        RouterUnderTest(write_model(tmp_path), (GroupSpec("colocated", 0),), timeout_s=77.0) as router,
+        RouterUnderTest(write_model(tmp_path), (GroupSpec("colocated", 0),)) as router,
         FakeWorker(router.control, "colocated") as worker,
     ):
         router.await_ready()
@@ -201,7 +201,7 @@ def test_what_the_workers_get_is_what_was_asked_for(tmp_path: Path) -> None:
         assert answer["usage"]["total_tokens"] == MAX_CONTEXT
         asked = worker.messages(Prefill)[0].request  # type: ignore[attr-defined]
         assert asked == worker.messages(Reserve)[0].request  # type: ignore[attr-defined]
-        assert (asked.prompt_token_ids, asked.salt, asked.timeout_s) == (tuple(IDS), "mine", 77.0)
+        assert (asked.prompt_token_ids, asked.salt) == (tuple(IDS), "mine")
         params = asked.sampling
         assert (params.seed, params.temperature, params.logit_bias, params.eos_token_ids) == (-5, 0.0, {7: 3.0}, (0,))
         assert answer["id"] == f"cmpl-{asked.request_id}"

@@ -44,7 +44,7 @@ class Colocated:
         hold = self.pool.acquire(names, self.pool.blocks_for(num_tokens))
         assert hold
         sampling = SamplingParams(max_tokens=1, seed=0)
-        request = Request(attempt.request_id, tuple(range(num_tokens)), sampling, timeout_s=60.0)
+        request = Request(attempt.request_id, tuple(range(num_tokens)), sampling)
         source = Endpoint(EPOCH, SHAPE, "loopback", ("",))
         self.inbox.expect(Reserve(attempt, request, source), hold, hold.num_cached * self.pool.block_size)
         return attempt, hold

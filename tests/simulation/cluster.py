@@ -20,6 +20,7 @@ from tests.simulation.world import World
 
 GONE = Outcome(Stage.CANCELLED, "client_gone")
 NOBODY = Outcome(Stage.FAILED, "worker_lost", "nobody was there to take the request")
+LONG_S = 120.0
 _LONGEST_PING = 60
 
 
@@ -86,13 +87,13 @@ class SimulatedCluster:
 
     # --- what a test does ---------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request) -> Client:
+    def submit(self, request: Request, timeout_s: float = LONG_S) -> Client:
         """Start a request; the router's own refusal ends it at once."""
         client = self.clients[request.request_id] = Client(request, oracle_answer(request))
         self._open.add(request.request_id)
         self.world.tell(lambda: f"client: {request.request_id}, {len(request.prompt_token_ids)} tokens of prompt")
         try:
-            self._perform(self.controller.start(request, self.world.clock.now_s + request.timeout_s))
+            self._perform(self.controller.start(request, self.world.clock.now_s + timeout_s))
         except (NoPair, PromptTooLong):
             self._end(client, NOBODY)
         return client

@@ -21,13 +21,12 @@ from protocol.messages import RoleName
 from protocol.request import Request, SamplingParams
 from router import held_prefixes
 from router.launch import GroupSpec
-from tests.simulation.cluster import Client, SimulatedCluster
+from tests.simulation.cluster import LONG_S, Client, SimulatedCluster
 from tests.simulation.group import GroupSize
 from tests.simulation.kv import TIMEOUT_S, KVFaults
 from tests.simulation.oracle import VOCAB_SIZE
 from tests.simulation.world import World
 
-LONG_S = 120.0
 BACK_AFTER_S = RECONNECT_MS / 1000
 AT_REST_WITHIN_S = 3 * TIMEOUT_S + 2 * BACK_AFTER_S
 SERVED_WITHIN_S = 1.5
@@ -152,12 +151,12 @@ class Scenario:
         """Submit requests at random times, and note which ends besides the faults' own would be no surprise."""
         within_s = FAULT_TIME_S / 40 if self.is_crowded else FAULT_TIME_S / 4
         for index in range(num_requests):
-            request = self._request(f"request-{index}")
+            request, timeout_s = self._request(f"request-{index}")
             leaves = self.rng.random() < self.faults.cancels
             self._may_end[request.request_id] = {"client_gone"} if leaves else set()
-            if request.timeout_s < LONG_S:
+            if timeout_s < LONG_S:
                 self._may_end[request.request_id].add("deadline_exceeded")
-            self.world.clock.after(self.rng.random() * within_s, partial(self._submit, request, leaves))
+            self.world.clock.after(self.rng.random() * within_s, partial(self._submit, request, leaves, timeout_s))
 
     def _plan_next_turn(self, client: Client) -> None:
         """A client that was answered goes on with the conversation, as long as it fits the smallest pool."""
@@ -165,7 +164,7 @@ class Scenario:
         num_left = self._num_slots - len(said)
         if client.is_complete and num_left > 0 and not client.request.request_id.endswith("+++"):
             sampling = SamplingParams(self.rng.randint(1, min(6, num_left)), seed=0, temperature=0.0)
-            request = Request(f"{client.request.request_id}+", said, sampling, LONG_S)
+            request = Request(f"{client.request.request_id}+", said, sampling)
             self._may_end[request.request_id] = {"client_gone"}
             self._num_turns_due += 1
             leaves = self.rng.random() < self.faults.cancels / 2
@@ -175,20 +174,20 @@ class Scenario:
         self._num_turns_due -= 1
         self._submit(request, leaves)
 
-    def _submit(self, request: Request, leaves: bool) -> None:
-        client = self.cluster.submit(request)
+    def _submit(self, request: Request, leaves: bool, timeout_s: float = LONG_S) -> None:
+        client = self.cluster.submit(request, timeout_s)
         if leaves:
             self.world.clock.after(self._moment() / (2 if self.is_crowded else 4), lambda: self.cluster.cancel(client))
 
-    def _request(self, request_id: str) -> Request:
-        """A prompt that often shares a prefix with others; its answer may end by itself."""
+    def _request(self, request_id: str) -> tuple[Request, float]:
+        """A prompt that often shares a prefix with others, and a deadline; its answer may end by itself."""
         rng = self.rng
         shared, max_tokens = ((0, 4, 4), 10) if self.is_crowded else ((0, 4, 9), 6)
         prompt = [*range(1, 10)][: rng.choice(shared)] + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 9))]
         ends = tuple(rng.sample(range(VOCAB_SIZE), 6))
         sampling = SamplingParams(max_tokens=rng.randint(1, max_tokens), seed=0, temperature=0.0, eos_token_ids=ends)
         is_short = rng.random() < self.faults.short_deadlines
-        return Request(request_id, tuple(prompt), sampling, rng.random() * 0.1 if is_short else LONG_S)
+        return Request(request_id, tuple(prompt), sampling), rng.random() * 0.1 if is_short else LONG_S
 
     def _plan_faults(self) -> None:
         clock = self.world.clock
@@ -234,7 +233,7 @@ class Scenario:
             assert group.pool is not None
             group.pool.check()
         self.world.kv.faults = KVFaults()
-        client = self.cluster.submit(Request("next", tuple(range(1, 11)), SamplingParams(3, 0, 0.0), LONG_S))
+        client = self.cluster.submit(Request("next", tuple(range(1, 11)), SamplingParams(3, 0, 0.0)))
         self.world.clock.run_until(lambda: client.outcome is not None, SERVED_WITHIN_S)
         assert client.is_complete, f"the next request was not served at once: {client.outcome}"
 

@@ -41,18 +41,18 @@ VOCAB_SIZE = 100
 KV = tuple[int, int]  # token, position
 
 REQUESTS = {
-    f"r{index}": Request(f"r{index}", (index,), SamplingParams(max_tokens=2, seed=0, temperature=0.0), 60.0)
+    f"r{index}": Request(f"r{index}", (index,), SamplingParams(max_tokens=2, seed=0, temperature=0.0))
     for index in range(1, 4)
 }
 LONG_REQUESTS = {
-    f"r{index}": Request(f"r{index}", (index, 10 + index), SamplingParams(max_tokens=2, seed=0, temperature=0.0), 60.0)
+    f"r{index}": Request(f"r{index}", (index, 10 + index), SamplingParams(max_tokens=2, seed=0, temperature=0.0))
     for index in range(7, 9)
 }
 """Prompts that take a step for each of their two tokens, so that the first may leave before the second is computed."""
 
 
 GROWING_REQUESTS = {
-    f"r{index}": Request(f"r{index}", (index,), SamplingParams(max_tokens=3, seed=0, temperature=0.0), 60.0)
+    f"r{index}": Request(f"r{index}", (index,), SamplingParams(max_tokens=3, seed=0, temperature=0.0))
     for index in range(4, 7)
 }
 """Answers that outgrow a reservation for the prompt and one token."""

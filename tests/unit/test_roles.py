@@ -62,7 +62,7 @@ class Surroundings:
 
 
 def request_of(num_tokens: int, max_tokens: int) -> Request:
-    return Request("r", tuple(range(num_tokens)), SamplingParams(max_tokens, seed=0), 60.0)
+    return Request("r", tuple(range(num_tokens)), SamplingParams(max_tokens, seed=0))
 
 
 def attempt_of(number: int) -> Attempt:
@@ -87,7 +87,7 @@ def prefill_role(
 def prompt(role: PrefillRole, number: int, num_tokens: int) -> Attempt:
     """Give the role a prompt that shares nothing with others."""
     tokens = tuple(range(1000 * number, 1000 * number + num_tokens))
-    role.receive(Prefill(attempt_of(number), Request("r", tokens, SamplingParams(9, seed=0), 60.0), PEER))
+    role.receive(Prefill(attempt_of(number), Request("r", tokens, SamplingParams(9, seed=0)), PEER))
     return attempt_of(number)
 
 
@@ -214,6 +214,38 @@ def test_prefill_refuses_at_once_what_can_never_fit() -> None:
     assert role.num_waiting == 0
 
 
+def test_decode_takes_a_second_reserve_of_an_attempt_for_the_first_at_every_stage() -> None:
+    role, around, pool = decode_role(num_blocks=4)
+    first, waiting = (Reserve(attempt_of(number), request_of(8, 5), PEER) for number in (1, 2))
+    for reserve in (first, waiting, first, waiting):
+        role.receive(reserve)
+    assert (role.num_waiting, pool.counts.held) == (2, 3)
+    for rank in (0, 1):
+        role.heed(Expecting(rank, attempt_of(1)))
+    role.receive(first)
+    assert around.sent == [Grant(attempt_of(1), 0)]
+    role.receive(Abort(attempt_of(2)))
+    role.receive(Abort(attempt_of(1)))
+    assert (role.num_waiting, pool.counts.held) == (0, 0)
+    assert role.counters["duplicate_requests"] == 3
+
+
+def test_prefill_takes_a_second_prefill_of_an_attempt_for_the_first_at_every_stage() -> None:
+    role, around, pool = prefill_role(num_blocks=8)
+    attempt = prompt(role, 1, 8)
+    prompt(role, 1, 8)
+    assert compute(role) == [1]
+    prompt(role, 1, 8)
+    assert compute(role) == []
+    role.receive(Grant(attempt, 0))
+    prompt(role, 1, 8)
+    assert [type(message) for message in around.sent] == [Handoff]
+    assert len(around.updates) == 1
+    role.receive(Committed(attempt))
+    assert (role.num_waiting, role.num_running, pool.counts.held) == (0, 0, 0)
+    assert role.counters["duplicate_requests"] == 3
+
+
 def test_decode_grants_only_when_every_rank_expects() -> None:
     role, around, _ = decode_role(num_blocks=4)
     role.receive(Reserve(attempt_of(1), request_of(5, 2), PEER))
@@ -316,16 +348,18 @@ def test_decode_sends_what_it_holds_and_refuses_to_send_more() -> None:
     for rank in range(2):
         role.heed(Expecting(rank, attempt_of(1)))
     assert around.sent.pop() == Grant(attempt_of(1), 28)
-    role.receive(Fetch(attempt_of(1), 4, 24))
+    for first, num_tokens in ((0, 29), (28, 1), (-1, 5), (5, 0)):
+        role.receive(Fetch(attempt_of(1), first, num_tokens))
+        assert isinstance(around.sent.pop(), Unfetched)
+    for _ in range(2):
+        role.receive(Fetch(attempt_of(1), 4, 24))
+    assert [type(order) for order in around.orders] == [ExpectBlocks, SendBlocks], "what is asked twice is sent once"
+    assert role.counters["duplicate_requests"] == 1
     order = around.orders[-1]
     assert isinstance(order, SendBlocks)
     assert (order.destination, order.first_position, order.num_tokens) == (PEER, 4, 24)
     role.heed(FetchBroken(1, attempt_of(1), "a frame was broken"))
     assert around.sent.pop() == Unfetched(attempt_of(1), "sending KV failed on rank 1: a frame was broken")
-    for first, num_tokens in ((0, 29), (28, 1), (-1, 5), (5, 0)):
-        role.receive(Fetch(attempt_of(1), first, num_tokens))
-        assert isinstance(around.sent.pop(), Unfetched)
-    assert around.orders[-1] is order
     assert pool.counts.held, "the attempt itself goes on"
 
 

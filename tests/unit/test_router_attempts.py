@@ -55,7 +55,7 @@ def group(number: int, epoch: int) -> ReadyGroup:
 
 
 def request(name: str, max_tokens: int = 5, num_prompt_tokens: int = 7) -> Request:
-    return Request(name, tuple(range(num_prompt_tokens)), SamplingParams(max_tokens=max_tokens, seed=1), 60.0)
+    return Request(name, tuple(range(num_prompt_tokens)), SamplingParams(max_tokens=max_tokens, seed=1))
 
 
 def token_at(request_id: str, index: int) -> int:
@@ -352,7 +352,7 @@ def test_prefill_is_told_what_decode_seems_to_hold_where_there_is_room_for_the_r
     dispatcher.pair_up([group(0, P)], [group(0, D)])
 
     def told(name: str, salt: str = "") -> int:
-        asked = Request(name, tuple(range(100)) * 3, SamplingParams(max_tokens=200, seed=1), 60.0, salt)
+        asked = Request(name, tuple(range(100)) * 3, SamplingParams(max_tokens=200, seed=1), salt)
         (prefill,) = [send.message for send in attempts.start(asked, 1e9) if isinstance(send.message, Prefill)]
         return prefill.num_held_tokens
 

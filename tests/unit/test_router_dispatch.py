@@ -18,7 +18,7 @@ def group(epoch: int, num_tokens: int = 1000, transport: str = "zmq", **layout: 
 
 
 def request(num_prompt_tokens: int = 10, max_tokens: int = 10) -> Request:
-    return Request("r", (1,) * num_prompt_tokens, SamplingParams(max_tokens=max_tokens, seed=0), 1.0)
+    return Request("r", (1,) * num_prompt_tokens, SamplingParams(max_tokens=max_tokens, seed=0))
 
 
 def dispatch(dispatcher: Dispatcher, asked: Request, number: int) -> Pair:

@@ -1,11 +1,13 @@
 """Groups as failure units: welcome, readiness, loss, and lives that must not come back."""
 
+import msgspec
 import pytest
 
 from protocol.codec import decode, encode
 from protocol.identity import new_attempt
 from protocol.layout import Endpoint, KVLayout
 from protocol.messages import (
+    PROTOCOL_VERSION,
     BlockCounts,
     Fence,
     Heartbeat,
@@ -19,7 +21,7 @@ from protocol.messages import (
     WorkerInfo,
 )
 from protocol.topology import RouterSection
-from router.controller import Controller, Transmit
+from router.controller import MAX_VERSIONS_TOLD, Controller, Transmit
 from router.launch import GroupSpec, RouterLaunch
 from router.lifecycle import Send
 from router.membership import GroupLost, Membership, Reject, identity_of
@@ -155,6 +157,29 @@ def test_a_life_that_is_over_is_fenced_when_it_speaks_again(controller: Controll
 def test_messages_that_only_a_router_sends_are_dropped_and_counted(controller: Controller, message) -> None:
     assert controller.receive(b"colocated-0-0-5", encode(message, 5)) == []
     assert controller.drops == {"not_for_a_router": 1}
+
+
+@pytest.mark.parametrize("rest", [[], ["another", {"order": 1}]])
+def test_a_worker_of_another_version_hears_which_versions_differ_and_so_does_the_log(
+    controller: Controller, caplog: pytest.LogCaptureFixture, rest: list[object]
+) -> None:
+    effects = controller.receive(b"colocated-0-0-6", msgspec.msgpack.encode([PROTOCOL_VERSION + 1, *rest]))
+    [answer] = [effect for effect in effects if isinstance(effect, Transmit)]
+    assert answer.identity == b"colocated-0-0-6"
+    versions = f"version {PROTOCOL_VERSION + 1} of the control protocol, this router version {PROTOCOL_VERSION}"
+    assert versions in decode(answer.data).message.reason
+    assert versions in caplog.text
+    assert "colocated-0-0-6" in caplog.text
+    assert controller.drops == {"other_version": 1}
+
+
+def test_whoever_goes_on_in_another_version_does_not_fill_the_log(
+    controller: Controller, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3 * MAX_VERSIONS_TOLD):
+        controller.receive(b"x", msgspec.msgpack.encode([PROTOCOL_VERSION + 1]))
+    assert len(caplog.records) == MAX_VERSIONS_TOLD
+    assert controller.drops == {"other_version": 3 * MAX_VERSIONS_TOLD}
 
 
 def test_no_bytes_at_all_can_upset_the_controller(controller: Controller) -> None:

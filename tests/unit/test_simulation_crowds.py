@@ -62,12 +62,12 @@ def cluster_of(request: pytest.FixtureRequest) -> Iterator[Callable[..., Simulat
 
 def some_request(rng: random.Random, name: str, num_tokens: int = 18) -> Request:
     prompt = tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, num_tokens)))
-    return Request(name, prompt, SamplingParams(rng.randint(2, 6), seed=0, temperature=0.0), LONG_S)
+    return Request(name, prompt, SamplingParams(rng.randint(2, 6), seed=0, temperature=0.0))
 
 
 def crowd(cluster: SimulatedCluster, num_requests: int, prefix: str = "crowd", num_tokens: int = 18) -> list[Client]:
     rng = cluster.world.rng
-    return [cluster.submit(some_request(rng, f"{prefix}-{index}", num_tokens)) for index in range(num_requests)]
+    return [cluster.submit(some_request(rng, f"{prefix}-{index}", num_tokens), LONG_S) for index in range(num_requests)]
 
 
 def assert_serves(cluster: SimulatedCluster) -> None:
@@ -107,7 +107,7 @@ def overcommitted_crowd(cluster: SimulatedCluster, num_requests: int, prefix: st
     rng = cluster.world.rng
     prompts = [tuple(rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 6))) for _ in range(num_requests)]
     sampling = SamplingParams(max_tokens=30, seed=0, temperature=0.0)
-    return [cluster.submit(Request(f"{prefix}-{i}", prompt, sampling, LONG_S)) for i, prompt in enumerate(prompts)]
+    return [cluster.submit(Request(f"{prefix}-{i}", prompt, sampling), LONG_S) for i, prompt in enumerate(prompts)]
 
 
 def num_counted(cluster: SimulatedCluster, counter: str) -> int:
@@ -261,7 +261,7 @@ def test_parts_of_a_long_prompt_leave_before_its_first_token_is_known(cluster_of
         execute(mover, order)
 
     monkeypatch.setattr(SendingMover, "execute", noting)
-    client = cluster.submit(Request("long", tuple(range(64)) + tuple(range(36)), SamplingParams(3, 0, 0.0), LONG_S))
+    client = cluster.submit(Request("long", tuple(range(64)) + tuple(range(36)), SamplingParams(3, 0, 0.0)), LONG_S)
     assert cluster.world.clock.run_until(lambda: client.is_complete, 5)
     assert [num_computed for num_computed, _ in parts][-3:] == [92, 96, 100]
     assert not any(is_known for _, is_known in parts)

@@ -94,7 +94,7 @@ class Draws:
 
 def sequence_of(pool: BlockPool, index: int, prompt: list[int], end: int) -> Sequence:
     sampling = SamplingParams(MAX_TOKENS, seed=0, temperature=0.0, stop_token_ids=(end,))
-    request = Request(str(index), tuple(prompt), sampling, 60.0)
+    request = Request(str(index), tuple(prompt), sampling)
     hold = pool.acquire([], pool.blocks_for(request.max_num_tokens))
     assert hold is not None
     return Sequence(Attempt(str(index), 0, 1, 2, index), request, hold, HashChain(b"", BLOCK_SIZE), 0)

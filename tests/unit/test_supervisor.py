@@ -1,0 +1,175 @@
+"""What the driver does about workers that end while it serves, with Ray and the router played by hand."""
+
+import io
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from cluster import placement
+from cluster import supervisor as module
+from cluster.commands import up
+from cluster.progress import Progress
+from cluster.restarts import MAX_DELAY_S, SERVED_FOR_S
+from cluster.status_client import ClusterStatus, WorkerStatus
+from cluster.supervisor import Supervisor
+from protocol.errors import TandemError
+from tests.simulation.clock import Clock
+
+
+class Run:
+    """The future of a run: told from others by being another."""
+
+
+@dataclass(eq=False)
+class FakeRank:
+    """A rank whose runs end when ends_in_s is up (None: never)."""
+
+    clock: Clock
+    name: str
+    ends_in_s: float | None = None
+    num_kills: int = 0
+
+    def __post_init__(self) -> None:
+        role, group, rank = self.name.split("-")
+        self.launch = SimpleNamespace(role=role, group=int(group), rank=int(rank[4:]), name=self.name)
+        self.runs_s: list[float] = []
+        self.run_again()
+
+    def run_again(self) -> None:
+        self.runs_s.append(self.clock.now_s)
+        self.running = Run()
+
+    def kill(self) -> None:
+        self.num_kills += 1
+
+    def end(self) -> None:
+        self.num_kills += 1
+
+    @property
+    def has_ended(self) -> bool:
+        return self.ends_in_s is not None and self.clock.now_s - self.runs_s[-1] >= self.ends_in_s
+
+
+class FakeRouter:
+    """Runs, and ends when told to."""
+
+    exit_code = None
+    addresses = SimpleNamespace(http="http://x", control="tcp://x")
+
+    def drain(self, patience_s: float) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Cluster:
+    """A supervisor of two ranks that serve. Looking takes the time that it says to Ray, of a clock of its own."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.clock = Clock()
+        self.ranks = [FakeRank(self.clock, "prefill-0-rank0"), FakeRank(self.clock, "decode-0-rank0")]
+        self.workers = tuple(worker_of(rank) for rank in self.ranks)
+        self._stop_s = 0.0
+        self.num_answers: int | None = None
+        patch.setattr(module, "ray", SimpleNamespace(wait=self._wait))
+        patch.setattr(module, "time", SimpleNamespace(sleep=self._sleep))
+        patch.setattr(module, "fetch_status", self._fetch_status)
+        patch.setattr(module, "_complaint", lambda running: "oh")
+        router: Any = FakeRouter()
+        ranks: Any = self.ranks
+        self.supervisor = Supervisor(router, ranks, Progress(2, io.StringIO()), "/logs", self.clock.read)
+        assert self.supervisor.wait_until_ready(self)  # type: ignore[arg-type]
+
+    @property
+    def is_asked(self) -> bool:
+        """What a StopSignal tells."""
+        return self._stop_s and self.clock.now_s >= self._stop_s
+
+    def stop_in(self, seconds: float) -> None:
+        self._stop_s = self.clock.now_s + seconds
+
+    def serve(self, for_s: float) -> None:
+        self.stop_in(for_s)
+        self.supervisor.watch(self)  # type: ignore[arg-type]
+
+    def _fetch_status(self, url: str) -> ClusterStatus:
+        if self.num_answers is not None:
+            self.num_answers -= 1
+            if self.num_answers < 0:
+                raise TandemError("busy")
+        return ClusterStatus(self.workers)
+
+    def _wait(self, running: list[Any], timeout: float, num_returns: int = 1) -> tuple[list[Any], list[Any]]:
+        ended = [rank.running for rank in self.ranks if rank.has_ended and rank.running in running][:1]
+        self._sleep(0 if ended else timeout)
+        return ended, [run for run in running if run not in ended]
+
+    def _sleep(self, seconds: float) -> None:
+        self.clock.now_s += max(seconds, 0.001)
+
+
+def worker_of(rank: FakeRank, state: Any = "ready", epoch: str = "a", node: str = "elsewhere") -> WorkerStatus:
+    launch = rank.launch
+    return WorkerStatus(launch.role, launch.group, launch.rank, pid=7, node=node, state=state, epoch=epoch)
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    return Cluster(monkeypatch)
+
+
+def test_a_worker_that_fails_again_and_again_is_run_again_with_pauses_that_grow_to_a_bound(cluster: Cluster):
+    failing, healthy = cluster.ranks
+    failing.ends_in_s = 0.5
+    cluster.serve(300)
+    pauses_s = [later - sooner - 0.5 for sooner, later in zip(failing.runs_s, failing.runs_s[1:], strict=False)]
+    assert 1 <= pauses_s[0] < 2
+    assert pauses_s[2] > 2 * pauses_s[0]
+    assert MAX_DELAY_S <= pauses_s[-1] < MAX_DELAY_S + 1
+    assert failing.num_kills >= len(pauses_s), "a run again in the process that the last one has left"
+    assert len(healthy.runs_s) == 1
+
+
+def test_a_worker_that_has_served_for_a_while_is_run_again_soon_whatever_it_did_before(cluster: Cluster):
+    rank = cluster.ranks[0]
+    rank.ends_in_s = 0.5
+    cluster.serve(100)
+    rank.ends_in_s = SERVED_FOR_S + 1
+    cluster.serve(300)
+    *_, sooner, later = rank.runs_s
+    assert later - sooner - rank.ends_in_s < 2
+
+
+def test_when_all_workers_have_failed_each_is_run_again(cluster: Cluster):
+    for rank in cluster.ranks:
+        rank.ends_in_s = 0.5
+    cluster.serve(3)
+    assert [len(rank.runs_s) for rank in cluster.ranks] == [2, 2]
+
+
+def test_whoever_does_not_end_is_killed_once_and_lives_that_are_over_are_forgotten(cluster: Cluster):
+    stuck = cluster.ranks[0]
+    for life in range(50):
+        cluster.workers = (worker_of(stuck, "dead", epoch=str(life)), worker_of(cluster.ranks[1]))
+        cluster.serve(20)
+        assert stuck.num_kills == life + 1
+    assert len(cluster.supervisor._dead_since_s) == 1
+
+
+def test_a_router_that_is_busy_right_after_the_start_does_not_end_the_cluster(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    """Every status but the first ready one goes unanswered."""
+    monkeypatch.setattr(up, "_router_launch", lambda *_: None)
+    monkeypatch.setattr(up, "RouterProcess", lambda launch: FakeRouter())
+    monkeypatch.setattr(up, "longest_context", lambda *_: 64)
+    monkeypatch.setattr(placement, "start_ranks", lambda *_: cluster.ranks)
+    cluster.num_answers = 1
+    cluster.stop_in(10)
+    out = io.StringIO()
+    topology: Any = SimpleNamespace(router=SimpleNamespace(grace_s=1), model=SimpleNamespace(name="m"))
+    session: Any = SimpleNamespace(host="h", is_local=True, logs="/logs")
+    up._serve(topology, None, session, Progress(2, out), cluster)  # type: ignore[arg-type]
+    assert "ready: http://x" in out.getvalue()
+    assert out.getvalue().endswith("stopping\n")
