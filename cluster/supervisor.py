@@ -137,8 +137,8 @@ class Supervisor:
                 self._rank_of(worker).kill()
 
     def _may_be_stuck(self, worker: WorkerStatus) -> bool:
-        is_waiting = self._restarts.is_waiting(self._rank_of(worker).name)
-        return worker.state == "dead" and worker.may_be_alive and not is_waiting
+        is_dead = worker.state == "dead" and worker.may_be_alive
+        return is_dead and not self._restarts.is_waiting(self._rank_of(worker).name)
 
     def _rank_of(self, worker: WorkerStatus) -> Rank:
         who = (worker.role, worker.group, worker.rank)
