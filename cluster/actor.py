@@ -4,6 +4,7 @@ Created by cluster/placement.py, which names it, gives it its share of the machi
 process when it dies and calls run again with the same launch; it carries no request and no token.
 """
 
+import gc
 import os
 import sys
 
@@ -29,6 +30,7 @@ class WorkerActor:
         os.environ.setdefault("GOMP_SPINCOUNT", _LOOKS_BEFORE_SLEEP)  # read once, when torch comes
         from cluster.worker import run_worker  # torch comes with it, and only workers pay for that
 
+        gc.freeze()  # what came with torch stays; to look at all of it in mid-stream takes 40 ms and more
         mine = launch.decode(encoded)
         try:
             run_worker(mine if mine.host else msgspec.structs.replace(mine, host=_address_of_this_node()))

@@ -3,6 +3,7 @@
 Exit status 0 after a drain, 2 when what it was told cannot work. TANDEM_LOG_LEVEL sets the log level.
 """
 
+import gc
 import logging
 import os
 import sys
@@ -22,6 +23,7 @@ def main() -> int:
     )
     logging.raiseExceptions = False  # a full disk or a closed pipe must cost log lines, never requests
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    gc.freeze()  # what was imported stays; to look at all of it takes some milliseconds in which no stream moves
     try:
         uvloop.run(serve(read_launch(sys.stdin.fileno()), sys.stdin.fileno()))
     except ConfigError as error:
