@@ -2,7 +2,7 @@
 
 On an NVIDIA GPU a step of batch 64 at context 1k of Llama 3.1 8B's shape, whole: scheduling to tokens on the host. What
 a kind of kernel cannot beat is shown beside it where that is known: products read every weight once, attention every
-sequence's KV. Elsewhere a tiny model stands in, to see that everything runs.
+sequence's KV. Elsewhere a tiny model stands in, to see that everything runs; operations in C do not show there.
 """
 
 import argparse
