@@ -1,9 +1,9 @@
 """x W^T + b for a weight that never changes, made ready once for what its device is good at. Called by all layers.
 
 On a CPU a few rows, as in decode, take as long as reading the weight, and C reads it in order. For many rows oneDNN
-computes in a layout of its own, and would bring a plain weight into it at every call; so there it gets a second copy,
-packed once. The operations that pack are private to torch: where they are missing, or do not take this weight, torch's
-plain linear serves, and where there is no C, all of this is for few rows as well.
+computes in a layout of its own and would bring a plain weight into it at every call, so it gets a second copy, packed
+once. The operations that pack are private to torch: where they are missing, or do not take this weight, torch's plain
+linear serves. Where there is no C, few rows go the way of many.
 """
 
 import torch
