@@ -12,7 +12,7 @@ import msgspec
 import xxhash
 
 from kv_transfer.plan import MAX_UNITS, Piece
-from protocol.errors import WireError
+from protocol.errors import UNPARSABLE, WireError
 from protocol.identity import Attempt
 
 FRAME_VERSION = 4
@@ -79,5 +79,5 @@ def decode_header(data: bytes | memoryview) -> FrameHeader:
         raise FrameError("bad_header", "frame header does not match its own digest")
     try:
         return _decoder.decode(body)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except UNPARSABLE as error:
         raise FrameError("bad_header", f"frame header does not parse: {error}") from error

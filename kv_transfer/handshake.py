@@ -8,6 +8,7 @@ import msgspec
 
 from kv_transfer.frames import FRAME_VERSION
 from kv_transfer.plan import plan_transfer
+from protocol.errors import UNPARSABLE
 from protocol.layout import KVLayout
 
 MAX_GREETING_BYTES = 1024
@@ -29,7 +30,7 @@ def refusal(ours: KVLayout, data: bytes | memoryview) -> str:
         return f"version of KV transfer differs: sender {data[0]}, receiver {FRAME_VERSION}"
     try:
         plan_transfer(_decoder.decode(data[1:]), ours)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except UNPARSABLE as error:
         return f"a greeting that does not parse: {error}"
     except ValueError as error:
         return str(error)

@@ -1,8 +1,6 @@
 /* Blocks of a paged KV cache -> one contiguous payload. See gather_kv.py. */
 #include "paged_copy.h"
 
-#define CACHE_LINE 64
-
 /* Blocks lie anywhere, so no processor foresees the next one: it is sent for while this one is copied. */
 static inline void send_for(const char *bytes, int64_t num_bytes) {
     for (int64_t i = 0; i < num_bytes; i += CACHE_LINE)

@@ -11,6 +11,8 @@
 /* Fewer bytes than that are not worth waking other threads for. */
 #define WORTH_SHARING_BYTES (256 << 10)
 
+#define CACHE_LINE 64
+
 /* cache: [planes, num_blocks, num_cache_heads, block_size, slot_bytes] from the first plane that is copied
  * payload: [num_planes, num_heads, num_tokens, slot_bytes]; table: [num_blocks of the prompt], from position 0 */
 struct area {

@@ -5,8 +5,6 @@
 #include <emmintrin.h>
 #endif
 
-#define CACHE_LINE 64
-
 /* Whole cache lines go past the caches: nothing reads them soon, and what is written whole need not be read first. */
 static inline void write_past_caches(char *to, const char *from, int64_t num_bytes) {
 #if defined(__SSE2__)

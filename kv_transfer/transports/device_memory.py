@@ -10,6 +10,8 @@ from typing import Any
 import msgspec
 import torch
 
+from protocol.errors import UNPARSABLE
+
 
 class _Handle(msgspec.Struct, frozen=True, array_like=True):
     """What torch's storages need of one another. counter: a file in which torch counts who still uses the memory."""
@@ -40,7 +42,7 @@ def opened(description: bytes, num_bytes: int, device: torch.device) -> torch.Te
     """
     try:
         handle = _decoder.decode(description)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except UNPARSABLE as error:
         raise ValueError(f"a description of GPU memory that does not parse: {error}") from error
     if handle.num_bytes != num_bytes:
         raise ValueError(f"GPU memory of {handle.num_bytes} bytes; a slab has {num_bytes}")

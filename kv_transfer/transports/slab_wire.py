@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from kv_transfer.frames import MAX_HEADER_BYTES
+from protocol.errors import UNPARSABLE
 
 HELLO = b"tandem-kv-2"
 GREETING = 2**64 - 1
@@ -90,7 +91,7 @@ def decode_hello(data: bytes) -> Hello:
         raise ValueError("a connection that does not begin with a slab")
     try:
         return _decoder.decode(data[len(HELLO) :])
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except UNPARSABLE as error:
         raise ValueError(f"a hello that does not parse: {error}") from error
 
 

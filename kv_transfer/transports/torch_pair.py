@@ -9,7 +9,7 @@ import struct
 
 import msgspec
 
-from protocol.errors import WireError
+from protocol.errors import UNPARSABLE, WireError
 from protocol.identity import Epoch
 
 OPEN = b"open"
@@ -44,7 +44,7 @@ def decode_announcement(data: bytes | memoryview) -> Announcement:
     """Return the announcement in data, or raise WireError."""
     try:
         return _decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+    except UNPARSABLE as error:
         raise WireError(f"announcement does not parse: {error}") from error
 
 
