@@ -43,8 +43,8 @@ def open_group(
     """Open rank's end of a group of size ranks; return when all have come. One store serves one group.
 
     host is where gloo listens (NCCL is told by NCCL_SOCKET_IFNAME instead). device: "cpu" gives gloo, "cuda" NCCL on
-    that device. timeout_s bounds every operation, and this call but for what NCCL does by itself when it connects; after
-    one that failed, abort() the group and drop it. Raises RuntimeError when a rank does not come in time.
+    that device. timeout_s bounds every operation, and this call but for what NCCL does by itself when it connects;
+    after one that failed, abort() the group and drop it. Raises RuntimeError when a rank does not come in time.
     """
     device = torch.device(device)
     timeout = timedelta(seconds=timeout_s)

@@ -110,8 +110,9 @@ class KVCacheSection(Section, frozen=True, kw_only=True):
 
 
 class KVTransferSection(Section, frozen=True, kw_only=True):
-    """How KV bytes get from prefill to decode. timeout_s bounds every single operation but the opening of an
-    NCCL pair.
+    """How KV bytes get from prefill to decode.
+
+    timeout_s bounds every single operation but the opening of an NCCL pair.
 
     transport auto: between GPUs cuda_ipc where both ranks are on one host and one GPU can read the other, nccl
     elsewhere; otherwise shm where both ranks are on one host, zmq elsewhere. min_fetch_tokens: prefill fetches the
