@@ -31,7 +31,7 @@ class Dispatcher:
         self._policy = policy
         self._pairs: tuple[Pair, ...] = ()
         self._why_none = "no worker is ready yet"
-        self._turn = itertools.count(1)
+        self._num_dispatched = 0
         self._prefilling: dict[Attempt, int] = {}
         self._reserved: dict[Attempt, int] = {}
         self.load = Load()
@@ -86,7 +86,9 @@ class Dispatcher:
         self._reserved[attempt] = request.max_num_tokens
         self.load.prompt_tokens[attempt.prefill_epoch] += self._prefilling[attempt]
         self.load.reserved_tokens[attempt.decode_epoch] += self._reserved[attempt]
-        self.load.last_used[attempt.prefill_epoch] = self.load.last_used[attempt.decode_epoch] = next(self._turn)
+        self._num_dispatched += 1
+        for epoch in (attempt.prefill_epoch, attempt.decode_epoch):
+            self.load.last_used[epoch] = self._num_dispatched
 
     def prefilled(self, attempt: Attempt) -> None:
         """Prefill has nothing left to compute for attempt. Saying so twice does nothing."""

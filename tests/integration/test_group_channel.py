@@ -94,8 +94,10 @@ def test_a_leader_whose_follower_was_lost_while_loading_hears_that_its_life_is_o
 ) -> None:
     is_loaded = threading.Event()
     mover = SimpleNamespace(address="", close=lambda: None)
+    kept: list[object] = []  # a real rank keeps its collectives too; without, the follower may find them closed
 
-    def load(*_: object) -> SimpleNamespace:
+    def load(*arguments: object) -> SimpleNamespace:
+        kept.extend(arguments)
         is_loaded.set()
         return SimpleNamespace(rank=SimpleNamespace(mover=mover))
 
