@@ -20,6 +20,7 @@ from benchmarks.device_timer import Ceiling, ceiling
 from benchmarks.engine_plan import FULL, H200, H200_PEERS, SMOKE, Plan
 from benchmarks.engine_speed import EngineSpeed, Work
 from benchmarks.kernel_speed import KernelSpeed, Timed
+from kernels.backend import operations_for
 from protocol.model_config import ModelConfig
 
 
@@ -96,7 +97,8 @@ def measure_engine(plan: Plan, device: torch.device, best: Ceiling, report: Repo
 
 
 def measure_kernels(plan: Plan, device: torch.device, best: Ceiling, report: Report) -> None:
-    kernels = KernelSpeed(plan.config, plan.dtype, device, 2 * plan.dtype.itemsize * plan.copy_elements)
+    rotated_bytes = 2 * plan.dtype.itemsize * plan.copy_elements
+    kernels = KernelSpeed(plan.config, plan.dtype, device, operations_for(device), rotated_bytes)
     for name, timed in timed_kernels(plan, kernels):
         floor = max(timed.num_bytes / best.bytes_per_s, timed.num_flops / best.flops_per_s)
         in_bytes = f"{timed.num_bytes / timed.seconds / 1e12:.3f} TB/s"

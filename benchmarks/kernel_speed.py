@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.device_timer import Call, seconds
 from benchmarks.engine_speed import BLOCK_SIZE, Work
 from engine.rotary import cos_sin
-from kernels.backend import operations_for
+from kernels.backend import Operations
 from protocol.model_config import ModelConfig
 
 
@@ -41,15 +41,22 @@ class Timed:
 
 
 class KernelSpeed:
-    """Times the kernels that device gets, for one model's heads and sizes."""
+    """Times one set of operations, for one model's heads and sizes."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, rotated_bytes: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device,
+        operations: Operations,
+        rotated_bytes: int,
+    ) -> None:
         """rotated_bytes: how much data the calls of one measurement rotate among, more than the device's cache."""
         self._config = config
         self._dtype = dtype
         self._device = device
         self._rotated_bytes = rotated_bytes
-        self._operations = operations_for(device)
+        self._operations = operations
         self._scale = config.head_dim**-0.5
 
     def decode_attention(self, work: Work) -> Timed:
