@@ -31,6 +31,17 @@ def seconds(calls: Sequence[Call], device: torch.device, repeats: int = 10) -> f
     return (_seconds_on_gpu if device.type == "cuda" else _seconds_on_cpu)(calls, repeats) / len(calls)
 
 
+def seconds_of_first(call: Call, device: torch.device) -> float:
+    """Return the time of this one call as the host sees it, until the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
 def ceiling(device: torch.device, dtype: torch.dtype, num_elements: int, matrix: int) -> Ceiling:
     """Measure with tensors of num_elements, and with products of square matrices."""
     sources = [torch.randn(num_elements, device=device).to(dtype) for _ in range(2)]

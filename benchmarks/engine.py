@@ -65,13 +65,13 @@ class Report:
         self._file = file
         print(", ".join(f"{key} {value}" for key, value in about.items()))
         print(f"copy {best.bytes_per_s / 1e12:.3f} TB/s (read + write), products {best.flops_per_s / 1e12:.2f} TFLOP/s")
-        print(f"{'':42}{'':>14}{'':>20}{'floor':>14}{'x floor':>9}{'peer':>14}{'x peer':>8}", flush=True)
+        print(f"{'':56}{'':>14}{'':>20}{'floor':>14}{'x floor':>9}{'peer':>14}{'x peer':>8}", flush=True)
 
     def add(self, name: str, elapsed: float, rate: str, floor: float) -> None:
         theirs = self._peers.get(name)
         row = Row(name, elapsed, rate, floor, elapsed / floor, theirs, None if theirs is None else elapsed / theirs)
         peer = f"{shown(theirs):>14}{row.of_peer:8.2f}" if theirs is not None else ""
-        print(f"{name:42}{shown(elapsed):>14}{rate:>20}{shown(floor):>14}{row.of_floor:9.2f}{peer}", flush=True)
+        print(f"{name:56}{shown(elapsed):>14}{rate:>20}{shown(floor):>14}{row.of_floor:9.2f}{peer}", flush=True)
         self._content["rows"].append(asdict(row))
         if self._file:
             self._file.write_text(json.dumps(self._content, indent=1) + "\n")
@@ -113,6 +113,7 @@ def timed_kernels(plan: Plan, kernels: KernelSpeed) -> Iterator[tuple[str, Timed
         yield f"prefill attention {chunks}", kernels.prefill_attention(chunks)
         if chunks.query_len == chunks.context_len:
             yield f"prefill attention {chunks}, library", kernels.library_attention(chunks)
+            yield f"prefill attention {chunks}, library, new length", kernels.library_first_call(chunks)
     for num in plan.num_tokens:
         yield f"add + RMSNorm, {num} tokens", kernels.add_rms_norm(num)
         yield f"RoPE + KV write, {num} tokens", kernels.rope_and_write_kv(num)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks.device_timer import Call, seconds
+from benchmarks.device_timer import Call, seconds, seconds_of_first
 from benchmarks.engine_speed import BLOCK_SIZE, Work
 from engine.rotary import cos_sin
 from kernels.backend import Operations
@@ -87,23 +87,31 @@ class KernelSpeed:
 
         Keys and values are as the layer's product leaves them: not paged, and not yet in the cache.
         """
-        assert chunks.query_len == chunks.context_len
-        config, num_bytes = self._config, self._kv_bytes(chunks.batch * chunks.context_len)
+        num_bytes = self._kv_bytes(chunks.batch * chunks.context_len)
+        elapsed = self._seconds(self._by_library, lambda: self._whole_contexts(chunks), num_bytes)
+        return Timed(elapsed, num_bytes, self._attention_flops(chunks))
+
+    def library_first_call(self, chunks: Chunks) -> Timed:
+        """What the library's first call takes for a length that it has not seen: cuDNN makes a plan for every one."""
+        shorter = Chunks(chunks.batch, chunks.query_len - 1, chunks.context_len - 1)
+        call = self._by_library(*self._whole_contexts(shorter))
+        return Timed(seconds_of_first(call, self._device), self._kv_bytes(chunks.batch * shorter.context_len))
+
+    def _by_library(self, *qkv: Tensor) -> Call:
         backend = SDPBackend.CUDNN_ATTENTION if self._device.type == "cuda" else SDPBackend.FLASH_ATTENTION
-        heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
 
-        def call(*qkv: Tensor) -> Call:
-            def attend() -> Tensor:
-                with sdpa_kernel(backend):
-                    return scaled_dot_product_attention(*qkv, is_causal=True, scale=self._scale, enable_gqa=True)
+        def attend() -> Tensor:
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(*qkv, is_causal=True, scale=self._scale, enable_gqa=True)
 
-            return attend
+        return attend
 
-        def make() -> list[Tensor]:
-            shapes = [(chunks.batch, chunks.context_len, num, config.head_dim) for num in heads]
-            return [self._randn(*shape).transpose(1, 2) for shape in shapes]
-
-        return Timed(self._seconds(call, make, num_bytes), num_bytes, self._attention_flops(chunks))
+    def _whole_contexts(self, chunks: Chunks) -> list[Tensor]:
+        """Return queries, keys and values of chunks without a prefix."""
+        assert chunks.query_len == chunks.context_len
+        heads = (self._config.num_heads, self._config.num_kv_heads, self._config.num_kv_heads)
+        shapes = [(chunks.batch, chunks.context_len, num, self._config.head_dim) for num in heads]
+        return [self._randn(*shape).transpose(1, 2) for shape in shapes]
 
     def _attention_flops(self, chunks: Chunks) -> int:
         """Two for every pair of positions, head and dimension, in each of two products."""
