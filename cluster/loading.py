@@ -1,6 +1,5 @@
 """A rank gets its model, its KV cache and the part that moves its blocks. Called once in a worker's life."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from engine.tensor_parallel import TensorParallel
 from protocol.layout import KVLayout
 from protocol.model_config import ModelConfig, load_model_config
 from protocol.model_files import find_model, model_hash
+from protocol.progress import Tell
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class LoadedRank:
     layout: KVLayout
 
 
-def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: Callable[[str], None]) -> LoadedRank:
+def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: Tell) -> LoadedRank:
     """Load this rank's slices of the weights and open its mover. Raise ConfigError for a model that is not served."""
-    folder = find_model(launch.model.path)
+    folder = find_model(launch.model.path, progress=progress)
     config = load_model_config(folder)
     dtype = config.dtype if launch.model.dtype == "auto" else launch.model.dtype
     engine = Engine(

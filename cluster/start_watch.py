@@ -20,7 +20,7 @@ JOIN_WITHIN_S = 3 * WELCOME_TIMEOUT_S
 BACK_WITHIN_S = 900.0
 """Whoever is loading when its group is lost hears of it only when it has loaded; then its next life begins."""
 SILENT_FOR_S = 3600.0
-"""A worker says nothing while it fetches a model from the hub, and little while it compiles."""
+"""A worker says little while it compiles, and nothing new while another one of its machine fetches the same files."""
 NO_STATUS_FOR_S = 60.0
 MAX_LIVES = 3
 

@@ -3,7 +3,6 @@
 Both roles stand on it and neither is known here; so are requests. Sampling is the sampler's work, on rank 0 only.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,10 +21,7 @@ from kernels.backend import operations_for
 from protocol.errors import ConfigError
 from protocol.model_config import ModelConfig
 from protocol.orders import Batch
-
-
-def say_nothing(doing: str) -> None:
-    """What an engine tells when nobody listens."""
+from protocol.progress import Tell, say_nothing
 
 
 class Engine:
@@ -41,7 +37,7 @@ class Engine:
         block_size: int,
         kv_memory: KVMemory,
         limits: Limits = DEFAULT_LIMITS,
-        progress: Callable[[str], None] = say_nothing,
+        progress: Tell = say_nothing,
     ) -> None:
         """Load the weights, take memory for KV blocks, and make everything ready that limits allow.
 
@@ -92,7 +88,7 @@ class Engine:
         carried = torch.empty_like(places) if drawn is None else drawn[rows_on_device]
         token_ids[places] = self._tensor_parallel.broadcast(carried)
 
-    def _open(self, kv_memory: KVMemory, limits: Limits, progress: Callable[[str], None]) -> None:
+    def _open(self, kv_memory: KVMemory, limits: Limits, progress: Tell) -> None:
         """Take the KV cache and, where kernels are compiled and launches captured, do so before the first request."""
         num_bytes = kv_memory if isinstance(kv_memory, int) else self._free_bytes(kv_memory, limits, progress)
         block_bytes = bytes_per_block(self._config, self._tensor_parallel, self._block_size, self._dtype)
@@ -102,7 +98,7 @@ class Engine:
         if self.is_asynchronous:
             self._make_ready(limits, padded_sizes(limits.batch_requests), progress)
 
-    def _free_bytes(self, kv_memory: ShareOfFree, limits: Limits, progress: Callable[[str], None]) -> int:
+    def _free_bytes(self, kv_memory: ShareOfFree, limits: Limits, progress: Tell) -> int:
         """Return what may be taken for KV: a share of what a warm-up with almost no cache, and a graph, leave free."""
         self._take_cache(num_blocks=1)
         self._make_ready(limits, [limits.batch_requests], progress)
@@ -118,7 +114,7 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def _make_ready(self, limits: Limits, sizes: list[int], progress: Callable[[str], None]) -> None:
+    def _make_ready(self, limits: Limits, sizes: list[int], progress: Tell) -> None:
         scratch = Scratch(self.kv_cache.scratch_block, self._block_size, self.device)
         max_blocks = -(-limits.max_context // self._block_size)
         try:

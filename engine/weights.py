@@ -3,7 +3,6 @@
 Called once, when the engine is built. q, k and v become one matrix, gate and up another, so that each is one product.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +15,7 @@ from engine.layers import ColumnParallelLinear, RowParallelLinear, VocabularyEmb
 from engine.tensor_parallel import Range, TensorParallel
 from kernels.linear import Linear
 from protocol.model_config import ModelConfig
+from protocol.progress import Tell
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -95,7 +95,7 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     tensor_parallel: TensorParallel,
-    progress: Callable[[str], None],
+    progress: Tell,
 ) -> ModelWeights:
     """Read this rank's share of the weights, from a folder if source is one. Raise ConfigError for what does not fit.
 

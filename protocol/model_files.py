@@ -7,6 +7,8 @@ import hashlib
 from pathlib import Path
 
 from protocol.errors import ConfigError
+from protocol.hub import fetch
+from protocol.progress import Tell, say_nothing
 
 _SAMPLES_PER_FILE = 64
 _SAMPLE_BYTES = 4096
@@ -15,23 +17,16 @@ TOKENIZER_FILES = ("*.json", "*.jinja", "*.model")
 WEIGHT_FILES = ("*.safetensors",)
 
 
-def find_model(path: str, patterns: tuple[str, ...] = TOKENIZER_FILES + WEIGHT_FILES) -> Path:
+def find_model(
+    path: str, patterns: tuple[str, ...] = TOKENIZER_FILES + WEIGHT_FILES, progress: Tell = say_nothing
+) -> Path:
     """Return the folder of a model, fetching it from the hub when path is not a folder. Raise ConfigError otherwise."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder.resolve()
     if path.startswith((".", "/", "~")) or path.count("/") != 1:
         raise ConfigError(f"model.path {path}: no such folder")
-    return _fetch(path, patterns)
-
-
-def _fetch(hub_id: str, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download  # slow to import, and most starts do not need it
-
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(patterns)))
-    except Exception as error:  # whatever the hub's client raises, the user needs one sentence
-        raise ConfigError(f"model.path {hub_id} is neither a folder nor a model the hub gave us: {error}") from error
+    return fetch(path, patterns, progress)
 
 
 def model_hash(folder: Path) -> str:
