@@ -26,16 +26,23 @@ class KVLayout(msgspec.Struct, frozen=True):
     block_size: int
     tensor_parallel: int
 
-    def incompatibility(self, other: "KVLayout") -> str | None:
-        """Name the first field that must be equal on both sides of a handoff but is not, with both values.
+    @property
+    def common(self) -> dict[str, str | int]:
+        """Return what must be equal on both sides of a handoff; block size and tensor-parallel size may differ."""
+        return {
+            "model_hash": self.model_hash,
+            "num_layers": self.num_layers,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "dtype": self.dtype,
+        }
 
-        Block size and tensor-parallel size may differ.
-        """
-        for name in ("model_hash", "num_layers", "num_kv_heads", "head_dim", "dtype"):
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if ours != theirs:
-                return f"{name} differs: {ours} and {theirs}"
-        return None
+    def incompatibility(self, other: "KVLayout") -> str | None:
+        """Name the first field that must be equal on both sides of a handoff but is not, with both values."""
+        theirs = other.common
+        return next(
+            (f"{n} differs: {ours} and {theirs[n]}" for n, ours in self.common.items() if ours != theirs[n]), None
+        )
 
 
 class Endpoint(msgspec.Struct, frozen=True):

@@ -4,12 +4,13 @@ Used by router/controller.py. Which groups are ready is router/membership.py's k
 router/policies.py's.
 """
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+
+import msgspec
 
 from protocol.identity import Attempt
 from protocol.request import Request
-from router.policies import Load, Pair, Policy, ReadyGroup
+from router.policies import Cost, Load, Pair, Policy, ReadyGroup
 
 
 class NoPair(Exception):
@@ -24,12 +25,19 @@ class PromptTooLong(Exception):
         self.num_tokens = num_tokens
 
 
+class _Family(msgspec.Struct, frozen=True):
+    """Groups that fit together: any of prefill may hand over to any of decode."""
+
+    prefill: tuple[ReadyGroup, ...]
+    decode: tuple[ReadyGroup, ...]
+
+
 class Dispatcher:
-    """Pairs that fit together, and what is outstanding on each side."""
+    """Groups that fit together, and what is outstanding on each side."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._pairs: tuple[Pair, ...] = ()
+        self._families: tuple[_Family, ...] = ()
         self._why_none = "no worker is ready yet"
         self._num_dispatched = 0
         self._prefilling: dict[Attempt, int] = {}
@@ -39,42 +47,58 @@ class Dispatcher:
     @property
     def why_none(self) -> str | None:
         """None while at least one pair can take requests, otherwise the reason why none can."""
-        return None if self._pairs else self._why_none
+        return None if self._families else self._why_none
 
     def pair_up(self, prefill: Sequence[ReadyGroup], decode: Sequence[ReadyGroup]) -> None:
-        """Recompute the pairs; called when a group became ready or was lost."""
-        problems = {(p.epoch, d.epoch): incompatibility(p, d) for p, d in itertools.product(prefill, decode)}
-        self._pairs = tuple(
-            Pair(p, d) for p, d in itertools.product(prefill, decode) if problems[p.epoch, d.epoch] is None
-        )
-        self._why_none = next(
-            (f"prefill and decode do not fit together: {problem}" for problem in problems.values() if problem),
-            _missing_roles(prefill, decode),
-        )
+        """Find out anew who fits together; called when a group became ready or was lost."""
+        senders, receivers = _by_kind(prefill), _by_kind(decode)
+        self._families = tuple(_Family(tuple(senders[k]), tuple(receivers[k])) for k in senders if k in receivers)
+        self._why_none = _missing_roles(prefill, decode)
+        if prefill and decode and not self._families:
+            self._why_none = f"prefill and decode do not fit together: {incompatibility(prefill[0], decode[0])}"
         self._forget_lost(prefill, decode)
 
     def colocate(self, groups: Sequence[ReadyGroup]) -> None:
         """As pair_up, for groups that play both roles and pair with themselves only."""
-        self._pairs = tuple(Pair(group, group) for group in groups)
+        self._families = tuple(_Family((group,), (group,)) for group in groups)
         self._why_none = "no colocated worker is ready"
         self._forget_lost(groups, groups)
 
     def capacity(self, num_prompt_tokens: int) -> int:
         """Return the most tokens, prompt included, that some pair can hold for such a prompt. Raises as choose does."""
-        if not self._pairs:
+        if not self._families:
             raise NoPair(self._why_none)
-        best = max((p.decode.num_tokens for p in self._pairs if p.prefill.num_tokens >= num_prompt_tokens), default=0)
+        most = [(_most_tokens(family.prefill), _most_tokens(family.decode)) for family in self._families]
+        best = max((decode for prefill, decode in most if prefill >= num_prompt_tokens), default=0)
         if best <= num_prompt_tokens:
-            raise PromptTooLong(max(min(p.prefill.num_tokens, p.decode.num_tokens) for p in self._pairs))
+            raise PromptTooLong(max(min(both) for both in most))
         return best
 
     def choose(self, request: Request) -> Pair:
         """Return the pair for request. Raise NoPair or PromptTooLong when there is none."""
         num_prompt_tokens = len(request.prompt_token_ids)
-        roomy = [pair for pair in self._pairs if pair.fits(num_prompt_tokens, request.max_num_tokens)]
-        if not roomy:
+        pairs = [self._best_pair(family, num_prompt_tokens, request.max_num_tokens) for family in self._families]
+        found = [pair for pair in pairs if pair is not None]
+        if not found:
             raise PromptTooLong(self.capacity(num_prompt_tokens))
-        return self._policy(roomy, self.load)
+        return min(found, key=self._order)
+
+    def _best_pair(self, family: _Family, num_prompt_tokens: int, num_tokens: int) -> Pair | None:
+        """Return the best of those with room, on each side by itself; None where one side has none."""
+        prefill = self._best(self._policy.prefill, family.prefill, num_prompt_tokens)
+        decode = self._best(self._policy.decode, family.decode, num_tokens)
+        return Pair(prefill, decode) if prefill and decode else None
+
+    def _best(self, cost: Cost, groups: Sequence[ReadyGroup], num_tokens: int) -> ReadyGroup | None:
+        load = self.load
+        roomy = (group for group in groups if num_tokens <= group.num_tokens)
+        return min(roomy, key=lambda group: (cost(group, load), load.last_used[group.epoch]), default=None)
+
+    def _order(self, pair: Pair) -> tuple[float, ...]:
+        """Costs first, then turns, prefill's before decode's."""
+        (prefill, decode), load = (pair.prefill, pair.decode), self.load
+        costs = self._policy.prefill(prefill, load), self._policy.decode(decode, load)
+        return *costs, load.last_used[prefill.epoch], load.last_used[decode.epoch]
 
     def has_room(self, decode: ReadyGroup, request: Request) -> bool:
         """Whether decode could reserve for request at once, as far as the counts tell."""
@@ -113,6 +137,19 @@ def incompatibility(prefill: ReadyGroup, decode: ReadyGroup) -> str | None:
     if ours.transport != theirs.transport:
         return f"transport differs: {ours.transport} and {theirs.transport}"
     return ours.layout.incompatibility(theirs.layout)
+
+
+def _by_kind(groups: Sequence[ReadyGroup]) -> dict[Hashable, list[ReadyGroup]]:
+    """Return the groups by what must be equal for them to fit together."""
+    kinds: dict[Hashable, list[ReadyGroup]] = {}
+    for group in groups:
+        kind = (group.endpoint.transport, *group.endpoint.layout.common.values())
+        kinds.setdefault(kind, []).append(group)
+    return kinds
+
+
+def _most_tokens(groups: Sequence[ReadyGroup]) -> int:
+    return max(group.num_tokens for group in groups)
 
 
 def _missing_roles(prefill: Sequence[ReadyGroup], decode: Sequence[ReadyGroup]) -> str:

@@ -1,10 +1,11 @@
-"""Which pair of groups gets the next request. Policies see pairs and the router's own counts, never stale heartbeats.
+"""What makes one group a better choice than another. Policies see the router's own counts, never stale heartbeats.
 
-Used by router/dispatch.py. A prefix-aware policy is one more class here with the request's tokens as its hint.
+Used by router/dispatch.py, which looks at each side by itself, so that a thousand groups are not a million pairs.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import NamedTuple
 
 import msgspec
 
@@ -28,10 +29,6 @@ class Pair(msgspec.Struct, frozen=True):
     prefill: ReadyGroup
     decode: ReadyGroup
 
-    def fits(self, num_prompt_tokens: int, num_tokens: int) -> bool:
-        """Whether a request of this many prompt tokens, and tokens in all, has room on both sides."""
-        return num_prompt_tokens <= self.prefill.num_tokens and num_tokens <= self.decode.num_tokens
-
 
 class Load(msgspec.Struct):
     """What the router has sent out and not yet seen the end of, by leader's epoch, in tokens.
@@ -44,32 +41,29 @@ class Load(msgspec.Struct):
     last_used: Counter[Epoch] = msgspec.field(default_factory=Counter)
 
 
-Policy = Callable[[Sequence[Pair], Load], Pair]
-"""Chooses one of the pairs, of which there is at least one."""
+Cost = Callable[[ReadyGroup, Load], float]
 
 
-def round_robin(pairs: Sequence[Pair], load: Load) -> Pair:
-    """The pair whose groups have waited longest for their turn, prefill first."""
-    return min(pairs, key=lambda pair: _turn(pair, load))
+class Policy(NamedTuple):
+    """What a group costs on either side, were it to get the next request: the least does, and equals take turns."""
+
+    prefill: Cost
+    decode: Cost
 
 
-def least_loaded(pairs: Sequence[Pair], load: Load) -> Pair:
-    """Prefill with the fewest prompt tokens outstanding, decode with the fewest tokens reserved; ties take turns."""
-    return min(
-        pairs,
-        key=lambda pair: (
-            load.prompt_tokens[pair.prefill.epoch],
-            load.reserved_tokens[pair.decode.epoch],
-            *_turn(pair, load),
-        ),
-    )
+def _nothing(group: ReadyGroup, load: Load) -> float:
+    return 0
 
 
-def _turn(pair: Pair, load: Load) -> tuple[int, int]:
-    return load.last_used[pair.prefill.epoch], load.last_used[pair.decode.epoch]
+def _prompt_tokens(group: ReadyGroup, load: Load) -> float:
+    return load.prompt_tokens[group.epoch]
+
+
+def _reserved_tokens(group: ReadyGroup, load: Load) -> float:
+    return load.reserved_tokens[group.epoch]
 
 
 POLICIES: dict[PolicyName, Policy] = {
-    "round_robin": round_robin,
-    "least_loaded": least_loaded,
+    "round_robin": Policy(prefill=_nothing, decode=_nothing),
+    "least_loaded": Policy(prefill=_prompt_tokens, decode=_reserved_tokens),
 }

@@ -36,7 +36,7 @@ from router.controller import Controller, Effect, Transmit
 from router.launch import GroupSpec, RouterLaunch
 from router.lifecycle import Outcome
 from router.membership import Group, Rank
-from router.policies import POLICIES, Policy, round_robin
+from router.policies import POLICIES, Policy
 
 HOST = "127.0.0.1"
 GONE = Outcome(Stage.CANCELLED, "client_gone")
@@ -96,7 +96,7 @@ class WorkerCluster:
         batch_tokens: int = 256,
         decode_memory_bytes: int | None = None,
         growth_tokens: int | None = None,
-        policy: Policy = round_robin,
+        policy: Policy = POLICIES["round_robin"],
         timeout_s: float = 10,
         min_fetch_tokens: int = 0,
     ) -> None:

@@ -6,7 +6,6 @@ control plane stays in the test's own process, where every message that passes c
 
 import multiprocessing
 import os
-from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +14,7 @@ from cluster.worker import run_worker
 from protocol.errors import TandemError
 from protocol.messages import RoleName
 from router.membership import Rank
-from router.policies import Load, Pair
+from router.policies import Policy
 from tests.worker_cluster import WorkerCluster
 
 _context = multiprocessing.get_context("forkserver")
@@ -25,11 +24,12 @@ _context.set_forkserver_preload(["cluster.worker"])
 class Route:
     """A routing policy in the test's hands: the next request goes to these two groups."""
 
-    prefill = 0
-    decode = 0
-
-    def __call__(self, pairs: Sequence[Pair], load: Load) -> Pair:
-        return next(p for p in pairs if (p.prefill.group, p.decode.group) == (self.prefill, self.decode))
+    def __init__(self) -> None:
+        self.prefill = self.decode = 0
+        self.policy = Policy(
+            prefill=lambda group, load: group.group != self.prefill,
+            decode=lambda group, load: group.group != self.decode,
+        )
 
 
 class ProcessCluster(WorkerCluster):

@@ -81,7 +81,7 @@ def scene(request: pytest.FixtureRequest, model: Path) -> Iterator[Scene]:
         request.param,
         memory_bytes=256 << 20,
         batch_tokens=2048,
-        policy=route,
+        policy=route.policy,
         timeout_s=TIMEOUT_S,
     ) as cluster:
         yield Scene(cluster, route)

@@ -16,7 +16,7 @@ from protocol.stages import Stage
 from router.attempts import Attempts
 from router.dispatch import Dispatcher
 from router.lifecycle import Action, Deliver, End, Outcome, Send
-from router.policies import ReadyGroup, round_robin
+from router.policies import POLICIES, ReadyGroup
 from tests.simulation.copies import Part
 from tests.simulation.small_life import (
     KV,
@@ -59,7 +59,7 @@ class SmallWorld:
         self.waiting = list(requests)[:num_requests]
         self.tokens: dict[str, int] = {}
         self.ended: dict[str, str] = {}
-        dispatcher = Dispatcher(round_robin)
+        dispatcher = Dispatcher(POLICIES["round_robin"])
         self.router = Part((Attempts(dispatcher, VOCAB_SIZE), dispatcher), _router_key)
         self._pair_up()
 

@@ -40,7 +40,7 @@ from router.lifecycle import (
     Send,
     Side,
 )
-from router.policies import ReadyGroup, least_loaded
+from router.policies import POLICIES, ReadyGroup
 
 VOCAB_SIZE = 100
 GONE = Outcome(Stage.CANCELLED, "client_gone")
@@ -150,7 +150,7 @@ class World:
     def __init__(self, seed: int, is_colocated: bool) -> None:
         self.rng = random.Random(seed)
         self.is_colocated = is_colocated
-        self.dispatcher = Dispatcher(least_loaded)
+        self.dispatcher = Dispatcher(POLICIES["least_loaded"])
         self.attempts = Attempts(self.dispatcher, VOCAB_SIZE)
         self.next_epoch = 1
         self.workers: dict[int, HonestWorker] = {}
@@ -347,7 +347,7 @@ def test_a_fetch_where_there_can_be_none_ends_the_request(after: tuple[type, ...
 
 
 def test_prefill_is_told_what_decode_seems_to_hold_where_there_is_room_for_the_request() -> None:
-    dispatcher, held = Dispatcher(least_loaded), HeldPrefixes()
+    dispatcher, held = Dispatcher(POLICIES["least_loaded"]), HeldPrefixes()
     attempts = Attempts(dispatcher, VOCAB_SIZE, held)
     dispatcher.pair_up([group(0, P)], [group(0, D)])
 
@@ -403,7 +403,7 @@ def test_prefill_is_remembered_until_it_may_let_go_even_when_the_client_has_ever
 
 
 def test_a_token_of_another_sender_or_of_an_earlier_attempt_is_never_delivered() -> None:
-    dispatcher = Dispatcher(least_loaded)
+    dispatcher = Dispatcher(POLICIES["least_loaded"])
     dispatcher.pair_up([group(0, P)], [group(0, D)])
     attempts = Attempts(dispatcher, VOCAB_SIZE)
     actions = attempts.start(request("r"), 100.0)

@@ -1,13 +1,16 @@
 """Which pair gets the next request: balance, room, and groups that do not fit together."""
 
+import itertools
+import random
+
 import msgspec
 import pytest
 
 from protocol.identity import new_attempt
 from protocol.layout import Endpoint, KVLayout
 from protocol.request import Request, SamplingParams
-from router.dispatch import Dispatcher, NoPair, PromptTooLong
-from router.policies import Pair, ReadyGroup, least_loaded, round_robin
+from router.dispatch import Dispatcher, NoPair, PromptTooLong, incompatibility
+from router.policies import POLICIES, Pair, ReadyGroup
 
 LAYOUT = KVLayout("m", 2, 4, 8, "float32", 16, 1)
 
@@ -27,7 +30,7 @@ def dispatch(dispatcher: Dispatcher, asked: Request, number: int) -> Pair:
     return pair
 
 
-@pytest.mark.parametrize("policy", [round_robin, least_loaded])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_equal_requests_are_spread_evenly_over_both_sides(policy) -> None:
     dispatcher = Dispatcher(policy)
     dispatcher.pair_up([group(1), group(2), group(3)], [group(11), group(12)])
@@ -37,7 +40,7 @@ def test_equal_requests_are_spread_evenly_over_both_sides(policy) -> None:
 
 
 def test_least_loaded_sends_short_prompts_past_a_long_one() -> None:
-    dispatcher = Dispatcher(least_loaded)
+    dispatcher = Dispatcher(POLICIES["least_loaded"])
     dispatcher.pair_up([group(1), group(2)], [group(11)])
     busy = dispatch(dispatcher, request(num_prompt_tokens=500), 0).prefill.epoch
     others = {dispatch(dispatcher, request(num_prompt_tokens=10), number).prefill.epoch for number in range(1, 20)}
@@ -45,7 +48,7 @@ def test_least_loaded_sends_short_prompts_past_a_long_one() -> None:
 
 
 def test_what_has_ended_no_longer_counts() -> None:
-    dispatcher = Dispatcher(least_loaded)
+    dispatcher = Dispatcher(POLICIES["least_loaded"])
     dispatcher.pair_up([group(1)], [group(11)])
     attempt = new_attempt("r", 0, 1, 11)
     dispatcher.started(attempt, request())
@@ -58,7 +61,7 @@ def test_what_has_ended_no_longer_counts() -> None:
 
 
 def test_groups_that_do_not_fit_are_never_paired_and_the_reason_names_both_values() -> None:
-    dispatcher = Dispatcher(least_loaded)
+    dispatcher = Dispatcher(POLICIES["least_loaded"])
     dispatcher.pair_up([group(1)], [group(11, head_dim=32), group(12)])
     assert {dispatch(dispatcher, request(), number).decode.epoch for number in range(10)} == {12}
     dispatcher.pair_up([group(1)], [group(11, head_dim=32)])
@@ -69,7 +72,7 @@ def test_groups_that_do_not_fit_are_never_paired_and_the_reason_names_both_value
 
 
 def test_why_there_is_no_pair_names_the_role_that_is_missing() -> None:
-    dispatcher = Dispatcher(least_loaded)
+    dispatcher = Dispatcher(POLICIES["least_loaded"])
     assert dispatcher.why_none == "no worker is ready yet"
     dispatcher.pair_up([group(1)], [])
     assert dispatcher.why_none == "no decode worker is ready"
@@ -80,7 +83,7 @@ def test_why_there_is_no_pair_names_the_role_that_is_missing() -> None:
 
 
 def test_a_request_goes_only_where_it_fits_and_the_error_says_what_would() -> None:
-    dispatcher = Dispatcher(round_robin)
+    dispatcher = Dispatcher(POLICIES["round_robin"])
     dispatcher.pair_up([group(1, num_tokens=100)], [group(11, num_tokens=50), group(12, num_tokens=200)])
     large = request(num_prompt_tokens=90, max_tokens=60)
     assert {dispatch(dispatcher, large, number).decode.epoch for number in range(5)} == {12}
@@ -91,8 +94,53 @@ def test_a_request_goes_only_where_it_fits_and_the_error_says_what_would() -> No
         dispatcher.choose(request(num_prompt_tokens=90, max_tokens=200))
 
 
+def random_groups(rng: random.Random, first_epoch: int) -> list[ReadyGroup]:
+    return [
+        group(
+            first_epoch + index,
+            num_tokens=rng.choice([30, 60, 1000]),
+            transport=rng.choice(["zmq", "zmq", "gloo"]),
+            head_dim=rng.choice([8, 8, 16]),
+            tensor_parallel=rng.choice([1, 2]),
+        )
+        for index in range(rng.randint(1, 6))
+    ]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_choice_is_the_least_of_all_pairs(name: str) -> None:
+    """Held against a look at every pair: costs count first, prefill's before decode's, then turns in that order."""
+    rng, policy = random.Random(4), POLICIES[name]
+    for _ in range(200):
+        prefill, decode = random_groups(rng, 1), random_groups(rng, 101)
+        dispatcher, under_way = Dispatcher(policy), []
+        dispatcher.pair_up(prefill, decode)
+        for number in range(30):
+            asked, load = request(rng.randint(1, 70), rng.randint(1, 40)), dispatcher.load
+            order_of = {
+                (p.epoch, d.epoch): (
+                    *(policy.prefill(p, load), policy.decode(d, load)),
+                    *(load.last_used[p.epoch], load.last_used[d.epoch]),
+                )
+                for p, d in itertools.product(prefill, decode)
+                if incompatibility(p, d) is None
+                and len(asked.prompt_token_ids) <= p.num_tokens
+                and asked.max_num_tokens <= d.num_tokens
+            }
+            if not order_of:
+                with pytest.raises((NoPair, PromptTooLong)):
+                    dispatcher.choose(asked)
+                continue
+            pair = dispatcher.choose(asked)
+            assert order_of[pair.prefill.epoch, pair.decode.epoch] == min(order_of.values())
+            under_way.append(new_attempt(f"r{number}", 0, pair.prefill.epoch, pair.decode.epoch))
+            dispatcher.started(under_way[-1], asked)
+            if rng.random() < 0.4:
+                dispatcher.ended(under_way.pop(rng.randrange(len(under_way))))
+
+
 def test_colocated_groups_pair_with_themselves_only() -> None:
-    dispatcher = Dispatcher(least_loaded)
+    dispatcher = Dispatcher(POLICIES["least_loaded"])
     dispatcher.colocate([group(1), group(2)])
     pairs = [dispatch(dispatcher, request(), number) for number in range(10)]
     assert all(pair.prefill is pair.decode for pair in pairs)

@@ -6,7 +6,7 @@ from protocol.layout import Endpoint, KVLayout
 from router import serving
 from router.dispatch import Dispatcher
 from router.errors import ApiError
-from router.policies import ReadyGroup, least_loaded
+from router.policies import POLICIES, ReadyGroup
 from router.prompts import Prompt
 from router.serving import Serving
 
@@ -15,7 +15,7 @@ class Controller:
     """The two things of router.controller that are asked here."""
 
     def __init__(self) -> None:
-        self.dispatcher = Dispatcher(least_loaded)
+        self.dispatcher = Dispatcher(POLICIES["least_loaded"])
         self.attempts: list[object] = []
 
 
