@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.host_copy import upload
-from protocol.orders import Batch
+from protocol.orders import BLOCK_ID_BYTES, Batch
 
 Integers: TypeAlias = NDArray[np.int64]
 
@@ -40,12 +40,14 @@ def to_tensors(batch: Batch, block_size: int, device: torch.device) -> BatchTens
     query_ends = query_lens.cumsum()
     sequences = np.arange(len(query_lens)).repeat(query_lens)  # of each token
     positions = np.arange(len(batch.token_ids)) + (context_lens - query_ends)[sequences]
-    slots = block_tables[sequences, positions // block_size] * block_size + positions % block_size
+    blocks = block_tables[sequences, positions // block_size].astype(np.int64)
+    slots = blocks * block_size + positions % block_size
     num_decodes = sum(1 for _ in takewhile(lambda length: length == 1, batch.query_lens))
     query_starts = np.concatenate(([0], query_ends[num_decodes:] - num_decodes))
     sampled_tokens = query_ends[_integers(batch.sampled)] - 1
     wide = upload([torch.from_numpy(x) for x in (_integers(batch.token_ids), positions, slots, sampled_tokens)], device)
-    narrow = upload([torch.from_numpy(x.astype(np.int32)) for x in (block_tables, context_lens, query_starts)], device)
+    lens, starts = context_lens.astype(np.int32), query_starts.astype(np.int32)
+    narrow = upload([torch.from_numpy(x) for x in (block_tables, lens, starts)], device)
     return BatchTensors(
         token_ids=wide[0],
         positions=wide[1],
@@ -58,17 +60,17 @@ def to_tensors(batch: Batch, block_size: int, device: torch.device) -> BatchTens
     )
 
 
-def _block_tables(batch: Batch, num_blocks: Integers, block_size: int) -> Integers:
+def _block_tables(batch: Batch, num_blocks: Integers, block_size: int) -> NDArray[np.int32]:
     """Return each block table as far as its context reaches, filled up with zeros: [num_sequences, max_blocks].
 
     A table may hold room for tokens to come.
     """
-    padded = np.zeros((len(num_blocks), num_blocks.max(initial=0)), np.int64)
+    padded = np.zeros((len(num_blocks), num_blocks.max(initial=0)), np.int32)
     for index, (table, used) in enumerate(zip(batch.block_tables, num_blocks.tolist(), strict=True)):
-        if len(table) < used:
-            have = f"{batch.context_lens[index]} tokens and {len(table)} blocks of {block_size}"
+        if len(table) < used * BLOCK_ID_BYTES:
+            have = f"{batch.context_lens[index]} tokens and {len(table) // BLOCK_ID_BYTES} blocks of {block_size}"
             raise ValueError(f"sequence {index} has {have}; it needs {used}")
-        padded[index, :used] = table[:used]
+        padded[index, :used] = np.frombuffer(table, np.int32, used)
     return padded
 
 

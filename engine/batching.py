@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 
 from engine.sequence import Chunk, Sequence
-from protocol.orders import Batch, CarriedToken, Leaving
+from protocol.orders import BLOCK_ID_BYTES, Batch, CarriedToken, Leaving
 
 
 def lay_out(chunks: SequenceOf[Chunk]) -> list[Chunk]:
@@ -21,13 +21,18 @@ def build_batch(chunks: SequenceOf[Chunk], block_size: int, rows: Mapping[Sequen
         token_ids=tuple(token for chunk in chunks for token in _tokens(chunk)),
         query_lens=tuple(chunk.num_tokens for chunk in chunks),
         context_lens=tuple(chunk.end for chunk in chunks),
-        block_tables=tuple(chunk.sequence.hold.block_ids[: -(-chunk.end // block_size)] for chunk in chunks),
+        block_tables=tuple(_table(chunk, block_size) for chunk in chunks),
         sampled=tuple(index for index, chunk in enumerate(chunks) if chunk.is_sampled),
         carried=tuple(
             CarriedToken(index, rows[chunk.sequence]) for index, chunk in enumerate(chunks) if chunk.is_carried
         ),
         leaving=tuple(Leaving(chunk.sequence.attempt, chunk.end) for chunk in chunks if chunk.sequence.is_leaving),
     )
+
+
+def _table(chunk: Chunk, block_size: int) -> bytes:
+    num_blocks = -(-chunk.end // block_size)
+    return chunk.sequence.hold.table[: num_blocks * BLOCK_ID_BYTES]
 
 
 def _tokens(chunk: Chunk) -> list[int]:

@@ -9,15 +9,20 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence as SequenceOf
 
 from protocol.messages import BlockCounts
+from protocol.orders import block_table
 
 
 class Hold:
-    """A claim on blocks, in the order of a block table. The first num_cached of them already have their content."""
+    """A claim on blocks, in the order of a block table. The first num_cached of them already have their content.
+
+    table: block_ids once more, as batches carry them (protocol.orders.block_table).
+    """
 
     def __init__(self, pool: "BlockPool", block_ids: tuple[int, ...], num_cached: int) -> None:
         self._pool = pool
         self._is_released = False
         self.block_ids = block_ids
+        self.table = block_table(block_ids)
         self.num_cached = num_cached
 
     def share(self) -> "Hold":
@@ -31,6 +36,7 @@ class Hold:
         more = self._pool.acquire((), num_blocks)
         if more is not None:
             self.block_ids += more.block_ids
+            self.table += more.table
         return more is not None
 
     def release(self) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.limits import Limits
 from engine.sampler import Sampler, SamplingRow
-from protocol.orders import Batch
+from protocol.orders import Batch, block_table
 from protocol.request import SamplingParams
 
 _KINDS_OF_SAMPLING = (
@@ -56,7 +56,7 @@ def _batch(query_lens: list[int], context_lens: list[int], block_size: int, scra
         token_ids=(0,) * sum(query_lens),
         query_lens=tuple(query_lens),
         context_lens=tuple(context_lens),
-        block_tables=tuple((scratch_block,) * -(-context // block_size) for context in context_lens),
+        block_tables=tuple(block_table([scratch_block] * -(-context // block_size)) for context in context_lens),
         sampled=tuple(range(len(query_lens))),
     )
 

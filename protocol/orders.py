@@ -5,11 +5,24 @@ two-sided calls of tensor parallelism matched, and blocks safe: an order to send
 filled them and before any step that reuses them.
 """
 
+from array import array
+from collections.abc import Iterable
+
 import msgspec
 
 from protocol.errors import UNPARSABLE, WireError
 from protocol.identity import Attempt, Epoch
 from protocol.layout import Endpoint
+
+BLOCK_ID_BYTES = 4
+
+
+def block_table(block_ids: Iterable[int]) -> bytes:
+    """Return a block table as batches carry it, int32 [num_blocks] in the processor's order of bytes.
+
+    It may be cut and is read as it is: a step of many long contexts has a hundred thousand block ids.
+    """
+    return array("i", block_ids).tobytes()
 
 
 class CarriedToken(msgspec.Struct, frozen=True, array_like=True):
@@ -37,7 +50,7 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     token_ids: tuple[int, ...]  # [num_tokens]
     query_lens: tuple[int, ...]  # [num_sequences]
     context_lens: tuple[int, ...]  # [num_sequences], the chunk included
-    block_tables: tuple[tuple[int, ...], ...]  # [num_sequences][num_blocks of that sequence]
+    block_tables: tuple[bytes, ...]  # [num_sequences], each a block_table of that sequence
     sampled: tuple[int, ...]  # indices of sequences, ascending
     carried: tuple[CarriedToken, ...] = ()
     leaving: tuple[Leaving, ...] = ()

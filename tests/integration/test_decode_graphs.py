@@ -13,7 +13,7 @@ from engine.decode_graphs import DecodeGraphs, Scratch, padded_sizes
 from engine.engine import Engine
 from engine.tensor_parallel import TensorParallel
 from protocol.model_config import load_model_config
-from protocol.orders import Batch
+from protocol.orders import Batch, block_table
 from tests.models import make_model
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def some_batch(rng: random.Random, num_blocks: int) -> Batch:
     num = rng.randint(1, MAX_SIZE)
     blocks = iter(rng.sample(range(num_blocks), num * MAX_BLOCKS))
     lens = [rng.randint(1, BLOCK_SIZE * MAX_BLOCKS) for _ in range(num)]
-    tables = tuple(tuple(next(blocks) for _ in range(-(-length // BLOCK_SIZE))) for length in lens)
+    tables = tuple(block_table(next(blocks) for _ in range(-(-length // BLOCK_SIZE))) for length in lens)
     tokens = tuple(rng.randrange(500) for _ in range(num))
     return Batch(tokens, (1,) * num, tuple(lens), tables, tuple(range(num)))
 
@@ -62,9 +62,11 @@ def test_a_filled_up_batch_gives_what_it_gives_alone(engine: Engine) -> None:
 @pytest.mark.parametrize(
     "batch",
     [
-        Batch((1,) * 3, (1, 2), (5, 9), ((0,), (1,)), (0, 1)),  # a prompt's chunk
-        Batch((1,) * 2, (1, 1), (5, 9), ((0,), (1,)), (1,)),  # a token that is not sampled
-        Batch((1,) * 25, (1,) * 25, (5,) * 25, tuple((n,) for n in range(25)), tuple(range(25))),  # too many
+        Batch((1,) * 3, (1, 2), (5, 9), (block_table([0]), block_table([1])), (0, 1)),  # a prompt's chunk
+        Batch((1,) * 2, (1, 1), (5, 9), (block_table([0]), block_table([1])), (1,)),  # a token that is not sampled
+        Batch(
+            (1,) * 25, (1,) * 25, (5,) * 25, tuple(block_table([n]) for n in range(25)), tuple(range(25))
+        ),  # too many
     ],
 )
 def test_other_batches_are_not_for_graphs(engine: Engine, batch: Batch) -> None:

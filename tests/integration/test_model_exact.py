@@ -13,7 +13,7 @@ from engine.engine import Engine
 from engine.tensor_parallel import TensorParallel
 from protocol.errors import ConfigError
 from protocol.model_config import load_model_config
-from protocol.orders import Batch
+from protocol.orders import Batch, block_table
 from tests.models import FAMILIES, make_model, reference_logits, reference_tokens
 from tests.ranks import run_ranks
 
@@ -77,7 +77,7 @@ def next_batch(running: list[Text], chunk_tokens: int) -> tuple[Batch, list[Text
         token_ids=tuple(token for _, chunk in chunks for token in chunk),
         query_lens=tuple(len(chunk) for _, chunk in chunks),
         context_lens=tuple(text.num_computed for text, _ in chunks),
-        block_tables=tuple(text.blocks for text, _ in chunks),
+        block_tables=tuple(block_table(text.blocks) for text, _ in chunks),
         sampled=tuple(sampled),
     )
     return batch, [chunks[index][0] for index in sampled]
@@ -159,7 +159,7 @@ def test_logits_at_every_position_agree_within_noise(block_size: int, tmp_path: 
     table = tuple(rng.sample(range(engine.kv_cache.num_blocks), -(-400 // block_size)))
     start = 0
     for end in (100, 101, 102, 230, 399, 400):
-        batch = Batch(tuple(token_ids[start:end]), (end - start,), (end,), (table,), (0,))
+        batch = Batch(tuple(token_ids[start:end]), (end - start,), (end,), (block_table(table),), (0,))
         logits = engine.forward(batch)
         assert logits is not None
         torch.testing.assert_close(logits[0], expected[end - 1], atol=1e-4, rtol=1e-4)
@@ -172,7 +172,10 @@ def test_only_the_leader_has_logits_and_only_of_sampled_rows(tmp_path: Path) -> 
 
     def shapes(group: TensorParallel) -> list[tuple[int, ...] | None]:
         engine = Engine(config, folder, torch.float32, CPU, group, 16, kv_memory=1 << 20)
-        batches = (Batch((1, 2, 3), (1, 2), (1, 2), ((0,), (1,)), sampled) for sampled in ((), (1,), (0, 1)))
+        batches = (
+            Batch((1, 2, 3), (1, 2), (1, 2), (block_table([0]), block_table([1])), sampled)
+            for sampled in ((), (1,), (0, 1))
+        )
         return [None if logits is None else tuple(logits.shape) for logits in map(engine.forward, batches)]
 
     leader, follower = run_ranks(2, shapes)
@@ -186,7 +189,7 @@ def test_bfloat16_stays_close_to_float32(tmp_path: Path) -> None:
     engine = Engine(config, folder, torch.bfloat16, CPU, TensorParallel(0, 1), 16, kv_memory=1 << 20)
     token_ids = make_prompts(config.vocab_size)[3]
     expected = reference_logits(folder, token_ids)[-1]
-    logits = engine.forward(Batch(tuple(token_ids), (45,), (45,), ((2, 0, 1),), (0,)))
+    logits = engine.forward(Batch(tuple(token_ids), (45,), (45,), (block_table([2, 0, 1]),), (0,)))
     assert logits is not None
     assert logits.dtype == torch.float32
     assert torch.cosine_similarity(logits[0], expected, dim=0) > 0.99
@@ -212,4 +215,4 @@ def test_a_block_table_too_short_for_its_context_is_refused(tmp_path: Path) -> N
     folder = make_model("llama", tmp_path)
     engine = Engine(load_model_config(folder), folder, torch.float32, CPU, TensorParallel(0, 1), 16, kv_memory=1 << 20)
     with pytest.raises(ValueError, match="sequence 0 has 17 tokens and 1 blocks of 16; it needs 2"):
-        engine.forward(Batch((1,), (1,), (17,), ((0,),), (0,)))
+        engine.forward(Batch((1,), (1,), (17,), (block_table([0]),), (0,)))

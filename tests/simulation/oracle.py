@@ -83,10 +83,11 @@ class OracleModel:
         logits[range(len(batch.sampled)), [digests[index] % VOCAB_SIZE for index in batch.sampled]] = 1
         return torch.from_numpy(logits)
 
-    def _run(self, table: tuple[int, ...], start: int, token_ids: list[int]) -> int:
+    def _run(self, table: bytes, start: int, token_ids: list[int]) -> int:
         """Read the KV of positions [0, start), write that of token_ids, and return the digest of all of it."""
         positions = np.arange(start + len(token_ids))
-        blocks, offsets = np.array(table)[positions // self._block_size], positions % self._block_size
+        blocks = np.frombuffer(table, np.int32)[positions // self._block_size]
+        offsets = positions % self._block_size
         digest = self._read(blocks[:start], offsets[:start])
         fresh = np.empty(len(token_ids), np.int32)
         for index, token_id in enumerate(token_ids):

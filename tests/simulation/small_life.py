@@ -186,9 +186,10 @@ class Life:
     def forward(self, batch: Batch, _: list[int] | None) -> list[int]:
         tokens, drawn = iter(batch.token_ids), []
         for query_len, context_len, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
+            blocks = memoryview(table).cast("i")
             for position in range(context_len - query_len, context_len):
-                self.kv[self._slot(table, position)] = (next(tokens), position)
-            drawn.append(oracle_token(self._read(table, position) for position in range(context_len)))
+                self.kv[self._slot(blocks, position)] = (next(tokens), position)
+            drawn.append(oracle_token(self._read(blocks, position) for position in range(context_len)))
         return [drawn[index] for index in batch.sampled]
 
     def forget_free_blocks(self) -> None:
@@ -197,11 +198,11 @@ class Life:
         free = set(self.pool._free)
         self.kv = {slot: kv for slot, kv in self.kv.items() if slot // self.block_size not in free}
 
-    def _slot(self, table: tuple[int, ...], position: int) -> int:
-        return table[position // self.block_size] * self.block_size + position % self.block_size
+    def _slot(self, blocks: "memoryview[int]", position: int) -> int:
+        return blocks[position // self.block_size] * self.block_size + position % self.block_size
 
-    def _read(self, table: tuple[int, ...], position: int) -> KV:
-        return self.kv.get(self._slot(table, position), (-1, -1))
+    def _read(self, blocks: "memoryview[int]", position: int) -> KV:
+        return self.kv.get(self._slot(blocks, position), (-1, -1))
 
 
 class Tokenwise:

@@ -69,8 +69,9 @@ class SumModel:
         self.num_carried += len(batch.carried)
         tokens, sums = iter(token_ids), []
         for length, end, table in zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True):
+            blocks = memoryview(table).cast("i")
             slots = [
-                table[position // self.block_size] * self.block_size + position % self.block_size
+                blocks[position // self.block_size] * self.block_size + position % self.block_size
                 for position in range(end)
             ]
             for slot in slots[end - length :]:
