@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.device_timer import Ceiling, ceiling
 from benchmarks.engine_plan import FULL, H200, H200_PEERS, SMOKE, Plan
-from benchmarks.engine_speed import EngineSpeed, Work
+from benchmarks.engine_speed import Work, engine_speed
 from benchmarks.kernel_speed import KernelSpeed, Timed
 from kernels.backend import operations_for
 from protocol.model_config import ModelConfig
@@ -84,7 +84,7 @@ def shown(elapsed: float) -> str:
 def measure_engine(plan: Plan, device: torch.device, best: Ceiling, report: Report) -> None:
     config = plan.config
     longest = max(work.batch * (work.length + plan.num_steps + 17) for work in plan.decodes + plan.prefills)
-    engine = EngineSpeed(config, plan.dtype, device, plan.limits, longest)
+    engine = engine_speed(config, plan.dtype, device, plan.limits, longest)
     for work in plan.prefills:
         engine.prefill_s(work)  # warms up
         elapsed = engine.prefill_s(work)

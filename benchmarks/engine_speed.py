@@ -19,7 +19,7 @@ from engine.engine import Engine
 from engine.kv_cache import bytes_per_block
 from engine.limits import Limits
 from engine.sampler import Sampler
-from engine.step_loop import StepLoop
+from engine.step_loop import Draw, Forward, StepLoop
 from engine.tensor_parallel import Range, TensorParallel
 from engine.weights import expected_tensors
 from protocol.identity import new_attempt, new_request_id
@@ -94,27 +94,26 @@ class _OneRank:
         raise AssertionError(f"a colocated worker orders nothing: {order}")
 
 
-class EngineSpeed:
-    """One engine for all measurements. limits.max_context bounds the longest request."""
+class StepSpeed:
+    """One leader for all measurements, of whatever runs its batches and draws from what comes of them."""
 
     def __init__(
-        self, config: ModelConfig, dtype: torch.dtype, device: torch.device, limits: Limits, num_kv_tokens: int
+        self,
+        forward: Forward,
+        draw: Draw,
+        pool: BlockPool,
+        layout: KVLayout,
+        limits: Limits,
+        vocab_size: int,
+        *,
+        is_ahead: bool,
     ) -> None:
-        group = TensorParallel(0, 1, None)
-        num_bytes = -(-num_kv_tokens // BLOCK_SIZE) * bytes_per_block(config, group, BLOCK_SIZE, dtype)
-        source = RandomTensors(config, dtype, device)
-        engine = Engine(config, source, dtype, device, group, BLOCK_SIZE, num_bytes, limits)
-        name = str(dtype).removeprefix("torch.")
-        layout = KVLayout("random", config.num_layers, config.num_kv_heads, config.head_dim, name, BLOCK_SIZE, 1)
         self._endpoint = Endpoint(EPOCH, layout, "loopback", ("",))
         self._outlet = _Outlet()
-        self._vocab_size = config.vocab_size
-        pool = BlockPool(engine.kv_cache.num_blocks, BLOCK_SIZE, is_caching=False)
+        self._vocab_size = vocab_size
         parts = LeaderParts(pool, _OneRank(), self._outlet, layout, limits.batch_requests)
         self._roles = ASSEMBLIES["colocated"].roles(parts)
-        draw = Sampler(config.vocab_size, device).draw
-        is_ahead = engine.is_asynchronous
-        self._steps = StepLoop(self._roles, engine.forward, draw, limits.batch_tokens, BLOCK_SIZE, is_ahead)
+        self._steps = StepLoop(self._roles, forward, draw, limits.batch_tokens, BLOCK_SIZE, is_ahead)
 
     def prefill_s(self, work: Work) -> float:
         """Return the time from all prompts to the last one's first token, the best of two."""
@@ -172,3 +171,23 @@ class EngineSpeed:
         prompt = tuple(random.randrange(self._vocab_size) for _ in range(length))
         sampling = SamplingParams(max_tokens=num_tokens, seed=0, temperature=0.0, ignore_eos=True)
         return Request(new_request_id(), prompt, sampling)
+
+
+def engine_speed(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, limits: Limits, num_kv_tokens: int
+) -> StepSpeed:
+    """Return the leader of an engine with random weights. limits.max_context bounds the longest request."""
+    group = TensorParallel(0, 1, None)
+    num_bytes = -(-num_kv_tokens // BLOCK_SIZE) * bytes_per_block(config, group, BLOCK_SIZE, dtype)
+    source = RandomTensors(config, dtype, device)
+    engine = Engine(config, source, dtype, device, group, BLOCK_SIZE, num_bytes, limits)
+    pool = BlockPool(engine.kv_cache.num_blocks, BLOCK_SIZE, is_caching=False)
+    draw, is_ahead = Sampler(config.vocab_size, device).draw, engine.is_asynchronous
+    layout = layout_of(config, dtype)
+    return StepSpeed(engine.forward, draw, pool, layout, limits, config.vocab_size, is_ahead=is_ahead)
+
+
+def layout_of(config: ModelConfig, dtype: torch.dtype) -> KVLayout:
+    """Return the layout of one rank's cache for this model."""
+    name = str(dtype).removeprefix("torch.")
+    return KVLayout("random", config.num_layers, config.num_kv_heads, config.head_dim, name, BLOCK_SIZE, 1)

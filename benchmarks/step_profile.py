@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.device_timer import Ceiling, ceiling
 from benchmarks.engine import environment, matrix_weights
 from benchmarks.engine_plan import FULL, SMOKE, Plan
-from benchmarks.engine_speed import EngineSpeed, Work
+from benchmarks.engine_speed import StepSpeed, Work, engine_speed
 
 NUM_STEPS = 20
 KINDS = {
@@ -39,7 +39,7 @@ class Kernel:
         return next((kind for kind, marks in KINDS.items() if any(m in self.name.lower() for m in marks)), "other")
 
 
-def profiled(engine: EngineSpeed, work: Work, device: torch.device) -> list[Kernel]:
+def profiled(engine: StepSpeed, work: Work, device: torch.device) -> list[Kernel]:
     """Return what one step launches, the longest first."""
     activity = ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU
     watch = profile(activities=[activity])
@@ -82,7 +82,7 @@ def main() -> None:
     plan, work = (FULL, Work(64, 1024)) if device.type == "cuda" else (SMOKE, SMOKE.decodes[-1])
     best = ceiling(device, plan.dtype, plan.copy_elements, plan.matrix)
     num_kv_tokens = work.batch * (work.length + NUM_STEPS + work.batch + 17)
-    engine = EngineSpeed(plan.config, plan.dtype, device, plan.limits, num_kv_tokens)
+    engine = engine_speed(plan.config, plan.dtype, device, plan.limits, num_kv_tokens)
     engine.prefill_s(work)  # warms up
     kernels, least = profiled(engine, work, device), floors(plan, work, best)
     print(", ".join(f"{key} {value}" for key, value in environment(device).items()), f"decode step {work}", sep=", ")

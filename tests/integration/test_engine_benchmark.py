@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import host_speed
 from benchmarks.engine_plan import FULL, H200_PEERS, SMOKE, Plan
+from benchmarks.engine_speed import Work
 from benchmarks.step_profile import KINDS
 
 ROOT = Path(__file__).parents[2]
@@ -70,3 +72,8 @@ def test_the_profile_of_a_step_names_what_it_launches_and_adds_up(
         "every product once a step"
     )
     assert all(floor > 0 for floor in report["floors_us"].values())
+
+
+def test_the_hosts_part_of_a_step_is_measured_without_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_speed, "NUM_STEPS", 5)
+    assert 0 < host_speed.step_s(Work(3, 40)) < 1
