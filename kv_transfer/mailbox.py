@@ -60,6 +60,11 @@ class Mailbox(Generic[ItemT]):
             if not self._closed:
                 os.eventfd_write(self._bell, 1)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether all that was put has been taken."""
+        return not self._items
+
     def fileno(self) -> int:
         return self._bell
 

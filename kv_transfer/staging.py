@@ -16,8 +16,8 @@ from kv_transfer.frames import DigestKind, FrameHeader
 from kv_transfer.plan import Piece, Range
 from kv_transfer.streams import Afterwards, CudaStreams, Streams
 
-Digests = Callable[[], bytes]
-"""Waits until a payload is whole in its staging, and returns its digests; may be called by any thread."""
+Digests = bytes | Callable[[], bytes]
+"""Of a payload that is whole in its staging; or what waits until it is and returns them, on any thread."""
 
 
 class Staging(Protocol):
@@ -67,8 +67,7 @@ class HostStaging:
     def gather(self, piece: Piece, heads: Range, block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
         out = staging.view(self._cache.dtype)
         self._operations.gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens, out)
-        digests = unit_digests(self.digest_kind, piece, staging)  # now, while this core's caches hold what it reads
-        return lambda: digests
+        return unit_digests(self.digest_kind, piece, staging)  # now, while this core's caches hold what it reads
 
     def scatter(
         self,

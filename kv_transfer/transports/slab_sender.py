@@ -160,6 +160,10 @@ class SlabSender(PeerLoop):
         # One slot stays for payloads from elsewhere: such a one may stand before frames that have all the others.
         return self._slabs.of(destination).take(num_bytes, spared=1)
 
+    def send(self, frame: OutgoingFrame) -> None:
+        if not self.send_at_once(frame):
+            super().send(frame)
+
     def close(self) -> None:
         super().close()
         self._slabs.close()
