@@ -34,7 +34,7 @@ class Slab:
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
         self._first = memory.data_ptr()
-        self._slots: tuple[torch.Tensor, ...] = tuple(memory.split(FRAME_BYTES))
+        self._slots = memory.view(NUM_SLOTS, FRAME_BYTES).unbind()
 
     def slot(self, index: int, num_bytes: int) -> torch.Tensor:
         """Return the first num_bytes of a slot, uint8 [num_bytes]. Raises ValueError when there is no such place."""
