@@ -2,7 +2,7 @@
 
 One slab and one Unix socket per destination. A slab that was given up is never written again, so a receiver that is
 still reading it reads what was sent. The thread is peer_loop.py's, queues and deadlines are peers.py's; the wire is
-slab_wire.py's.
+slab_wire.py's. A packet is small and its socket never waits, so the main thread sends it where nothing is in its way.
 """
 
 import os
