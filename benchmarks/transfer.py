@@ -18,6 +18,7 @@ the last quarter itself.
 """
 
 import argparse
+import gc
 import os
 import select
 import statistics
@@ -209,8 +210,9 @@ def main() -> None:
     parser.add_argument("--receive", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()  # as workers do
     if options.device.type == "cpu":
-        keep_freed_memory()  # as workers do
+        keep_freed_memory()  # as they do, too
     else:
         for variable, value in {"NCCL_HOSTID": "sender", "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}.items():
             os.environ.setdefault(variable, value)

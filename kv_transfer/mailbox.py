@@ -33,9 +33,10 @@ class Mailbox(Generic[ItemT]):
             self._changed.wait_for(lambda: self._closed or self._has_room(num_bytes))
             if self._closed:
                 return
+            if not self._items:  # or else it has rung, and nobody has taken since
+                os.eventfd_write(self._bell, 1)
             self._items.append((item, num_bytes))
             self._num_bytes += num_bytes
-            os.eventfd_write(self._bell, 1)
 
     def take(self, max_bytes: int) -> list[ItemT]:
         """Return what has come, in order: at least one item if there is any, and no more once max_bytes are reached."""
@@ -59,6 +60,11 @@ class Mailbox(Generic[ItemT]):
         with self._changed:
             if not self._closed:
                 os.eventfd_write(self._bell, 1)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all that was put has been taken."""
+        return not self._items
 
     def fileno(self) -> int:
         return self._bell

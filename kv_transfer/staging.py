@@ -11,13 +11,15 @@ from typing import Protocol
 import torch
 
 from kernels.backend import Operations, operations_for
+from kernels.native.gather_kv import gather_bytes
+from kernels.native.scatter_kv import scatter_bytes
 from kv_transfer.digests import check_payload, check_size, unit_digests, words_digests
 from kv_transfer.frames import DigestKind, FrameHeader
 from kv_transfer.plan import Piece, Range
 from kv_transfer.streams import Afterwards, CudaStreams, Streams
 
-Digests = Callable[[], bytes]
-"""Waits until a payload is whole in its staging, and returns its digests; may be called by any thread."""
+Digests = bytes | Callable[[], bytes]
+"""Of a payload that is whole in its staging; or what waits until it is and returns them, on any thread."""
 
 
 class Staging(Protocol):
@@ -61,14 +63,11 @@ class HostStaging:
 
     def __init__(self, cache: torch.Tensor) -> None:
         self._cache = cache
-        self._operations = operations_for(cache.device)
-        _compile(self._operations, cache, partial(unit_digests, self.digest_kind))
+        _compile(operations_for(cache.device), cache, partial(unit_digests, self.digest_kind))
 
     def gather(self, piece: Piece, heads: Range, block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
-        out = staging.view(self._cache.dtype)
-        self._operations.gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens, out)
-        digests = unit_digests(self.digest_kind, piece, staging)  # now, while this core's caches hold what it reads
-        return lambda: digests
+        gather_bytes(self._cache, block_table, piece.layers, heads, piece.tokens, staging)
+        return unit_digests(self.digest_kind, piece, staging)  # now, while this core's caches hold what it reads
 
     def scatter(
         self,
@@ -78,8 +77,7 @@ class HostStaging:
         payload: torch.Tensor,
         done: Callable[[], None],
     ) -> None:
-        shaped = _shaped(piece, payload, self._cache)
-        self._operations.scatter_kv(shaped, self._cache, block_table, piece.layers, heads, piece.tokens)
+        scatter_bytes(payload, self._cache, block_table, piece.layers, heads, piece.tokens)
         done()
 
     def close(self) -> None:

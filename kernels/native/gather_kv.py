@@ -26,6 +26,19 @@ def gather_kv(
     return payload
 
 
+def gather_bytes(
+    cache: Tensor,
+    block_table: Tensor,
+    layers: tuple[int, int],
+    heads: tuple[int, int],
+    tokens: tuple[int, int],
+    out: Tensor,
+) -> None:
+    """As gather_kv, into flat bytes, uint8 [num_bytes]: no views are made, which cost as much as small copies."""
+    if not copy_area("gather_kv", out, cache, block_table, layers, heads, tokens):
+        plain.gather_kv(cache, block_table, layers, heads, tokens, out.view(cache.dtype))
+
+
 def copy_area(
     name: str,
     payload: Tensor,
@@ -35,22 +48,28 @@ def copy_area(
     heads: tuple[int, int],
     tokens: tuple[int, int],
 ) -> bool:
-    """Call the C function of that name, which copies one way or the other; return whether there is one."""
+    """Call the C function of that name, which copies one way or the other; return whether there is one.
+
+    payload: of the cache's type or as bytes, in any shape.
+    """
     run = function(name, "ppp" + "i" * 9)
     if run is None:
         return False
     num_layers, _, num_blocks, num_cache_heads, block_size, head_dim = cache.shape
-    num_heads, num_tokens = heads[1] - heads[0], tokens[1] - tokens[0]
+    num_planes, num_heads, num_tokens = 2 * (layers[1] - layers[0]), heads[1] - heads[0], tokens[1] - tokens[0]
+    slot_bytes = head_dim * cache.itemsize
     assert cache.is_contiguous()
     assert payload.is_contiguous()
     assert block_table.is_contiguous()
-    assert (payload.dtype, block_table.dtype) == (cache.dtype, torch.int64)
-    assert payload.shape == (layers[1] - layers[0], 2, num_heads, num_tokens, head_dim)
+    assert payload.dtype in (cache.dtype, torch.uint8)
+    assert block_table.dtype == torch.int64
+    assert payload.nbytes == num_planes * num_heads * num_tokens * slot_bytes
     # C does not look whether an area is there; block ids are checked where a table comes in
     assert 0 <= layers[0] <= layers[1] <= num_layers
     assert 0 <= heads[0] <= heads[1] <= num_cache_heads
     assert 0 <= tokens[0] <= tokens[1] <= len(block_table) * block_size
-    pointers = cache[layers[0] : layers[1]].data_ptr(), payload.data_ptr(), block_table.data_ptr()
-    sizes = 2 * (layers[1] - layers[0]), num_blocks, num_cache_heads, block_size, head_dim * cache.itemsize
+    first_plane = cache.data_ptr() + 2 * layers[0] * num_blocks * num_cache_heads * block_size * slot_bytes
+    pointers = first_plane, payload.data_ptr(), block_table.data_ptr()
+    sizes = num_planes, num_blocks, num_cache_heads, block_size, slot_bytes
     run(*pointers, *sizes, heads[0], num_heads, tokens[0], num_tokens)
     return True

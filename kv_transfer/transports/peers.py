@@ -3,7 +3,7 @@
 A Peer is one destination's connection. It is opened for the first frame, and closed for good when the destination's
 epoch ends, its connection fails, or nothing was answered for timeout_s. Every frame is settled exactly once. How bytes
 travel is the Peer's business alone: see zmq_sender.py and slab_sender.py. Here are no threads: peer_loop.py calls this
-on its own, and a simulator under a clock of its own.
+on one at a time, and a simulator under a clock of its own.
 """
 
 import logging
@@ -80,6 +80,15 @@ class Peers(Generic[PeerT]):
         if not (peer.waiting or peer.unanswered):
             self._progress_at[destination] = self._clock()
         peer.waiting.append(frame)
+
+    def send_at_once(self, frame: OutgoingFrame) -> bool:
+        """Send this frame, if its destination is connected and nothing waits there; return whether that was so."""
+        peer = self._peers.get(frame.destination)
+        if peer is None or peer.waiting:
+            return False
+        self.add(frame)
+        self._serve(frame.destination, peer)
+        return True
 
     def drop(self, attempt: Attempt) -> None:
         """Do not send those frames of this attempt that still wait."""

@@ -33,17 +33,20 @@ class Slab:
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
+        self._first = memory.data_ptr()
+        self._slots = memory.view(NUM_SLOTS, FRAME_BYTES).unbind()
 
     def slot(self, index: int, num_bytes: int) -> torch.Tensor:
         """Return the first num_bytes of a slot, uint8 [num_bytes]. Raises ValueError when there is no such place."""
         if not (0 <= index < NUM_SLOTS and 0 < num_bytes <= FRAME_BYTES):
             raise ValueError(f"no {num_bytes} bytes in slot {index}; there are {NUM_SLOTS} slots of {FRAME_BYTES}")
-        return self.memory[index * FRAME_BYTES : index * FRAME_BYTES + num_bytes]
+        slot = self._slots[index]
+        return slot if num_bytes == FRAME_BYTES else slot[:num_bytes]
 
     def index_of(self, payload: torch.Tensor) -> int | None:
         """Return the slot in which payload begins, None when it lies elsewhere."""
-        offset = payload.data_ptr() - self.memory.data_ptr()
-        return offset // FRAME_BYTES if 0 <= offset < self.memory.numel() else None
+        index = (payload.data_ptr() - self._first) // FRAME_BYTES
+        return index if 0 <= index < NUM_SLOTS else None
 
 
 class OwnSlab(Slab, ABC):

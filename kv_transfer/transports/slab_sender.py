@@ -2,7 +2,7 @@
 
 One slab and one Unix socket per destination. A slab that was given up is never written again, so a receiver that is
 still reading it reads what was sent. The thread is peer_loop.py's, queues and deadlines are peers.py's; the wire is
-slab_wire.py's.
+slab_wire.py's. A packet is small and its socket never waits, so the main thread sends it where nothing is in its way.
 """
 
 import os
@@ -159,6 +159,10 @@ class SlabSender(PeerLoop):
     def staging(self, destination: Destination, num_bytes: int) -> torch.Tensor | None:
         # One slot stays for payloads from elsewhere: such a one may stand before frames that have all the others.
         return self._slabs.of(destination).take(num_bytes, spared=1)
+
+    def send(self, frame: OutgoingFrame) -> None:
+        if not self.send_at_once(frame):
+            super().send(frame)
 
     def close(self) -> None:
         super().close()

@@ -73,12 +73,17 @@ class OutgoingFrame(NamedTuple):
     payload: torch.Tensor
     digests: Digests | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is nothing to wait for."""
+        return not callable(self.digests)
+
     def sealed(self) -> "OutgoingFrame":
-        """Wait until the payload is whole, and return the frame as it is sent; called on a transport's thread."""
+        """Return the frame as it is sent, when its payload is whole; the main thread has only those sealed that are."""
         if self.digests is None:
             return self
-        header = msgspec.structs.replace(self.header, unit_digests=self.digests())
-        return self._replace(header=header, digests=None)
+        digests = self.digests() if callable(self.digests) else self.digests
+        return self._replace(header=msgspec.structs.replace(self.header, unit_digests=digests), digests=None)
 
 
 class Settled(NamedTuple):

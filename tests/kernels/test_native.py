@@ -9,8 +9,10 @@ import torch
 import xxhash
 
 from kernels.backend import _operations_in, operations_for
-from kernels.native import library
+from kernels.native import gather_kv, library
 from kernels.native.attention_decode import attention_decode
+from kernels.native.gather_kv import gather_bytes
+from kernels.native.scatter_kv import scatter_bytes
 from kernels.native.silu_mul import silu_mul
 from kernels.native.xxh3_kv import _xxh3, xxh3_kv
 from kernels.plain.xxh3_kv import xxh3_kv as plain_xxh3_kv
@@ -126,6 +128,21 @@ def test_payloads_may_lie_anywhere(offset):
     assert torch.equal(NATIVE.gather_kv(cache, table, *area, room), payload)
     target, expected = torch.zeros(2, *cache.shape)
     NATIVE.scatter_kv(room.view(payload.shape), target, table, *area)
+    PLAIN.scatter_kv(payload, expected, table, *area)
+    assert torch.equal(target, expected)
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_payloads_may_be_flat_bytes(is_compiled, monkeypatch):
+    if not is_compiled:
+        monkeypatch.setattr(gather_kv, "function", lambda *_: None)
+    cache, table, area = torch.randn(2, 2, 5, 3, 16, 40).to(BF16), torch.randperm(5), ((1, 2), (1, 3), (3, 70))
+    payload = PLAIN.gather_kv(cache, table, *area)
+    room = torch.zeros(payload.nbytes, dtype=torch.uint8)
+    gather_bytes(cache, table, *area, room)
+    assert torch.equal(room.view(BF16), payload.flatten())
+    target, expected = torch.zeros(2, *cache.shape, dtype=BF16)
+    scatter_bytes(room, target, table, *area)
     PLAIN.scatter_kv(payload, expected, table, *area)
     assert torch.equal(target, expected)
 

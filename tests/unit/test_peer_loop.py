@@ -1,0 +1,96 @@
+"""PeerLoop with peers that stall at random: who sends a frame, the caller or the thread, changes nothing else."""
+
+import os
+import random
+import select
+import threading
+import time
+from collections import deque
+
+import pytest
+import torch
+
+from kv_transfer.frames import FrameHeader
+from kv_transfer.mailbox import Mailbox
+from kv_transfer.plan import Piece
+from kv_transfer.staging import Digests
+from kv_transfer.transports.peer_loop import PeerLoop
+from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled
+from protocol.identity import Attempt
+
+ATTEMPT = Attempt("0" * 32, 0, 1, 2, 3)
+NUM_FRAMES = 300
+
+
+class StallingPeer:
+    """Takes frames in order, stalls now and then, and answers for what it has taken a little later."""
+
+    def __init__(self, seed: int, sent: list[int]) -> None:
+        self.waiting: deque[OutgoingFrame] = deque()
+        self.unanswered: dict[bytes, OutgoingFrame] = {}
+        self.is_stalled = False
+        self.pollable = os.eventfd(0, os.EFD_NONBLOCK)
+        self._random = random.Random(seed)
+        self._sent = sent
+
+    def send_waiting(self) -> None:
+        self.is_stalled = False
+        while self.waiting:
+            if self._random.random() < 0.3:
+                self.is_stalled = True
+                return
+            frame = self.waiting[0].sealed()
+            time.sleep(0)  # let the other thread in
+            self._sent.append(frame.header.number)
+            self.unanswered[frame.header.number.to_bytes(8, "little")] = self.waiting.popleft()
+            os.eventfd_write(self.pollable, 1)
+
+    def answers(self) -> list[Settled]:
+        try:
+            os.eventfd_read(self.pollable)
+        except BlockingIOError:
+            return []
+        answered, self.unanswered = self.unanswered, {}
+        return [Settled(frame, None) for frame in answered.values()]
+
+    def let_go(self, frame: OutgoingFrame) -> None:
+        """Nothing is held."""
+
+    def close(self) -> None:
+        os.close(self.pollable)
+
+
+def late_digests() -> bytes:
+    assert threading.current_thread() is not threading.main_thread(), "the main thread waits for a payload"
+    return b"late"
+
+
+def frame(destination: Destination, number: int, digests: Digests) -> OutgoingFrame:
+    header = FrameHeader(ATTEMPT, 0, 0, NUM_FRAMES, Piece(number, (0, 1), (0, 1), (0, 1), 4), "xxh3", b"", number)
+    return OutgoingFrame(destination, header, torch.empty(4, dtype=torch.uint8), digests)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_frames_leave_in_order_and_are_settled_once_whichever_thread_sends_them(seed: int) -> None:
+    draws, settled, num_at_once = random.Random(seed), Mailbox[Settled](0), 0
+    heard: list[Settled] = []
+    sent: dict[Destination, list[int]] = {Destination(epoch, "somewhere"): [] for epoch in (1, 2)}
+    loop = PeerLoop("test", lambda destination: StallingPeer(seed, sent[destination]), 30.0, settled)
+    for number in range(NUM_FRAMES):
+        for destination in sent:
+            slow = draws.random() < 0.2
+            each = frame(destination, number, late_digests if slow else b"whole")
+            if loop.send_at_once(each):
+                assert not slow
+                num_at_once += 1
+            else:
+                loop.send(each)
+        if draws.random() < 0.3 or number == NUM_FRAMES - 1:
+            while len(heard) < 2 * (number + 1) and select.select([settled], [], [], 10)[0]:
+                heard += settled.take(1)
+    loop.close()
+    assert 0 < num_at_once < 2 * NUM_FRAMES
+    for destination, numbers in sent.items():
+        assert numbers == list(range(NUM_FRAMES))
+        assert sorted(each.frame.header.number for each in heard if each.frame.destination == destination) == numbers
+    assert all(each.fault is None for each in heard)
