@@ -15,6 +15,7 @@ from kv_transfer.mailbox import Mailbox
 from kv_transfer.plan import Piece
 from kv_transfer.staging import Digests
 from kv_transfer.transports.peer_loop import PeerLoop
+from kv_transfer.transports.peers import Peers
 from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled
 from protocol.identity import Attempt
 
@@ -94,3 +95,14 @@ def test_frames_leave_in_order_and_are_settled_once_whichever_thread_sends_them(
         assert numbers == list(range(NUM_FRAMES))
         assert sorted(each.frame.header.number for each in heard if each.frame.destination == destination) == numbers
     assert all(each.fault is None for each in heard)
+
+
+def test_a_frame_overtakes_none_that_waits_and_opens_no_connection() -> None:
+    sent: list[int] = []
+    to = Destination(1, "somewhere")
+    peers = Peers(lambda destination: StallingPeer(0, sent), lambda settled: None, 30.0, time.monotonic)
+    assert not peers.send_at_once(frame(to, 0, b"whole")), "to connect may take a while"
+    peers.add(frame(to, 0, late_digests))
+    assert not peers.send_at_once(frame(to, 1, b"whole"))
+    assert sent == []
+    peers.close()
