@@ -26,6 +26,7 @@ from protocol.topology import (
     AnyRoleSection,
     ColocatedSection,
     DecodeSection,
+    Device,
     KVTransferSection,
     PrefillSection,
     RouterSection,
@@ -99,8 +100,10 @@ class WorkerCluster:
         policy: Policy = round_robin,
         timeout_s: float = 10,
         min_fetch_tokens: int = 0,
+        device: Device = "cpu",
     ) -> None:
         self._model = model
+        self._device = device
         self._memory_bytes = memory_bytes
         self._block_sizes = block_sizes
         self._batch_tokens = batch_tokens
@@ -240,7 +243,7 @@ class WorkerCluster:
             role_section=self._section(spec),
             kv_cache=self._cache(spec),
             kv_transfer=self._kv_transfer,
-            device="cpu",
+            device=self._device,
             control=self._control.address,
             host=HOST,
         )
