@@ -11,7 +11,6 @@ from torch import Tensor
 
 from engine.batch_tensors import BatchTensors, to_tensors
 from engine.decode_graphs import DecodeGraphs, Scratch, cuda_capture, padded_sizes
-from engine.host_copy import upload
 from engine.kv_cache import KVCache, bytes_per_block
 from engine.limits import DEFAULT_LIMITS, KVMemory, Limits, ShareOfFree
 from engine.model import Decoder, LayersDone
@@ -19,6 +18,7 @@ from engine.tensor_parallel import TensorParallel
 from engine.warm_up import warm_up
 from engine.weights import Tensors, load_weights
 from kernels.backend import operations_for
+from kernels.upload import upload
 from protocol.errors import ConfigError
 from protocol.model_config import ModelConfig
 from protocol.orders import Batch

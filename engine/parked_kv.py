@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import operations_for
+from kernels.upload import upload
 from protocol.identity import Attempt
 from protocol.orders import Discard, Park, Unpark
 
@@ -53,4 +54,5 @@ class ParkedKV:
             self._operations.scatter_kv(part, self._cache, table, (layer, layer + 1), heads, tokens)
 
     def _table(self, block_ids: tuple[int, ...]) -> Tensor:
-        return torch.tensor(block_ids, dtype=torch.int64, device=self._cache.device)
+        [table] = upload([torch.tensor(block_ids, dtype=torch.int64)], self._cache.device)
+        return table

@@ -151,9 +151,8 @@ class Dispatcher:
         foreign = [tensor for tensor in tensors if not isinstance(tensor, PretendTensor)]
         if not foreign or not here:
             return
-        if func in _INDEXING:
-            if any(tensor.dim() for tensor in foreign):
-                self._wait("an index in the host's memory")
+        if func in _INDEXING:  # a value without a dimension is copied there, too
+            self._wait("an index or a value in the host's memory")
         elif any(tensor.dim() for tensor in foreign):
             raise RuntimeError(f"{func}: expected all tensors to be on the same device, found cuda:0 and cpu")
 
