@@ -1,23 +1,130 @@
+"""The engine on a device that is late wherever CUDA may be late: token for token what a CPU gives, without a wait.
+
+Every seed is another order in which the device's streams are served; see tests/pretend_cuda. Whole workers on it are in
+test_pretended_workers.py.
+"""
+
 import random
-import pytest, torch
-from tests.models import make_model
-from tests.pretend_cuda.device import pretended
-from tests.pretend_cuda.operations import use_plain_twins
-from tests.worker_cluster import WorkerCluster
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from engine.host_copy import HostCopy
+from engine.sampler import Drawn
+from protocol.orders import Batch
 from protocol.request import SamplingParams
+from tests.models import make_model
+from tests.pretend_cuda.device import PretendCuda, pretended
+from tests.pretend_cuda.operations import use_plain_twins
+from tests.pretend_cuda.serving import BLOCK_SIZE, LIMITS, Text, new_engine, new_loop, serve
 
-ROLES={"colocated":[("colocated",1,1)],"1P1D":[("prefill",1,1),("decode",1,1)]}
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the place of torch.cuda is taken")
+
+SEEDS = range(6)
+NUM_TOKENS = 9
+MANY_STEPS = 90
+SAMPLINGS = [
+    SamplingParams(NUM_TOKENS, seed=0, temperature=0.0),
+    SamplingParams(NUM_TOKENS, seed=7, temperature=0.9, top_p=0.9, top_k=40, min_p=0.01),
+    SamplingParams(NUM_TOKENS, seed=3, repetition_penalty=1.3, frequency_penalty=0.4, presence_penalty=0.2),
+    SamplingParams(NUM_TOKENS, seed=5, temperature=0.7, num_logprobs=3, logit_bias={4: 2.0, 9: -3.0}),
+    SamplingParams(NUM_TOKENS, seed=6, temperature=0.0, repetition_penalty=1.2, num_logprobs=0),
+    SamplingParams(NUM_TOKENS, seed=8, temperature=1.3, min_tokens=3, stop_token_ids=tuple(range(0, 500, 3))),
+]
+
+
+def some_texts(seed: int) -> list[Text]:
+    rng = random.Random(seed)
+    return [
+        Text(
+            tuple(rng.randrange(500) for _ in range(rng.choice([1, 2, 7, 16, 17, 40, 60]))),
+            SAMPLINGS[index % len(SAMPLINGS)],
+            leaves=rng.choice([None, None, 1, 4]),
+        )
+        for index in range(12)
+    ]
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(request.param, tmp_path_factory.mktemp(request.param), num_hidden_layers=2)
+
+
 @pytest.fixture(scope="module")
-def model(tmp_path_factory): return make_model("llama", tmp_path_factory.mktemp("m"), max_position_embeddings=128)
+def answers(model: Path) -> dict[int, list[Drawn]]:
+    return serve(new_engine(model, "cpu"), some_texts(1))
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("topology,transport", [("colocated","zmq"),("1P1D","zmq"),("1P1D","shm")])
-def test_tokens(model, topology, transport, seed, monkeypatch):
-    rng=random.Random(3)
-    prompts=[[rng.randrange(500) for _ in range(rng.randint(1,60))] for _ in range(6)]
-    greedy=SamplingParams(max_tokens=8, seed=0, temperature=0.0)
-    with WorkerCluster(model, ROLES[topology], memory_bytes=4<<20) as c: want=c.generate(prompts, greedy)
-    with pretended(monkeypatch, seed) as cuda:
-        use_plain_twins(monkeypatch, cuda)
-        with WorkerCluster(model, ROLES[topology], transport, memory_bytes=4<<20, device="cuda") as c:
-            assert c.generate(prompts, greedy)==want
+
+@pytest.fixture(params=SEEDS)
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
+    with pretended(monkeypatch, request.param) as device:
+        use_plain_twins(monkeypatch, device)
+        yield device
+
+
+def assert_same(found: dict[int, list[Drawn]], wanted: dict[int, list[Drawn]]) -> None:
+    for index, draws in wanted.items():
+        assert [drawn.token_id for drawn in found[index]] == [drawn.token_id for drawn in draws], index
+        for one, other in zip(found[index], draws, strict=True):
+            assert (one.is_valid, one.logprobs is None) == (True, other.logprobs is None)
+            if one.logprobs and other.logprobs:
+                assert one.logprobs.logprob == pytest.approx(other.logprobs.logprob, abs=1e-3)
+
+
+def test_tokens_are_those_of_a_cpu_and_no_step_waits_for_the_device(
+    cuda: PretendCuda, model: Path, answers: dict[int, list[Drawn]]
+) -> None:
+    engine = new_engine(model, "cuda")
+    with cuda.timeline.no_waiting():
+        assert_same(serve(engine, some_texts(1)), answers)
+
+
+def some_batch(rng: random.Random, num_blocks: int) -> Batch:
+    """Single tokens of as many contexts as a step may have, or fewer, whose blocks are their own."""
+    num = rng.randint(1, LIMITS.batch_requests)
+    free = rng.sample(range(num_blocks), num_blocks)
+    lens = [rng.randint(1, BLOCK_SIZE * 3) for _ in range(num)]
+    tables = tuple(tuple(free.pop() for _ in range(-(-length // BLOCK_SIZE))) for length in lens)
+    return Batch(tuple(rng.randrange(500) for _ in range(num)), (1,) * num, tuple(lens), tables, tuple(range(num)))
+
+
+def test_graphs_of_all_sizes_give_what_a_cpu_gives_whichever_ran_before(cuda: PretendCuda, model: Path) -> None:
+    here, there = (new_engine(model, device, 500 << 10) for device in ("cpu", "cuda"))
+    num_blocks = here.kv_cache.num_blocks
+    generator = torch.Generator().manual_seed(0)
+    content = torch.randn(here.kv_cache.blocks.shape, generator=generator)
+    here.kv_cache.blocks.copy_(content)
+    there.kv_cache.blocks.copy_(content)
+    rng = random.Random(2)
+    batches = [some_batch(rng, num_blocks) for _ in range(12)]
+    with cuda.timeline.no_waiting():  # all are launched before the first is looked at
+        launched = [HostCopy(there.forward(batch)) for batch in batches]
+    for batch, copy in zip(batches, launched, strict=True):
+        torch.testing.assert_close(copy.wait()[0], here.forward(batch), atol=1e-4, rtol=1e-4)
+    kv = there.kv_cache.blocks.cpu()
+    torch.testing.assert_close(kv[:, :, :num_blocks], here.kv_cache.blocks[:, :, :num_blocks], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("cuda", [0, 1], indirect=True)
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_a_step_for_which_memory_runs_out_ends_its_newest_request_only(cuda: PretendCuda, model: Path) -> None:
+    """In every step another allocation fails, from the first to the last; short texts come all the time to be ended."""
+    long = [
+        Text((index, 7, 9), replace(SAMPLINGS[kind], max_tokens=MANY_STEPS)) for index, kind in enumerate((2, 4, 1))
+    ]
+    short = [Text((index, 2), replace(SAMPLINGS[2], max_tokens=1)) for index in range(2 * MANY_STEPS)]
+    answers = serve(new_engine(model, "cpu"), long)
+    loop, role = new_loop(new_engine(model, "cuda", 500 << 10), long + short)
+    step = 0
+    while role.num_admitted <= len(long) or set(role.running.values()) & {0, 1, 2}:
+        if role.num_admitted > len(long):
+            cuda.allocator.fail_after = step
+            step += 1
+        loop.step()
+    assert not {0, 1, 2} & set(role.failed)
+    assert len(role.failed) > MANY_STEPS // 3
+    assert cuda.allocator.fail_after is not None, "a step takes memory more often than there were steps"
+    assert_same(role.drawn, answers)

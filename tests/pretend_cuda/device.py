@@ -126,7 +126,7 @@ def _check_error(code: int) -> None:
 
 
 def _activate_in_threads(patch: pytest.MonkeyPatch, cuda: PretendCuda) -> None:
-    """Threads that the test itself starts play processes, each with a default stream of its own; others belong to them."""
+    """Threads that the test itself starts play processes, each with its own default stream; the others belong to them."""
     start, run, test = threading.Thread.start, threading.Thread.run, threading.current_thread()
     homes: dict[threading.Thread, Any] = {}
 

@@ -40,7 +40,9 @@ def use_plain_twins(monkeypatch: pytest.MonkeyPatch, cuda: PretendCuda) -> None:
     twins = {name: _launched(cuda, getattr(plain, name), results) for name, results in _RESULTS.items()}
     on_device = Operations(**twins, gather_kv=_gather(cuda, plain.gather_kv))
     monkeypatch.setattr(
-        backend, "_operations_in", lambda *packages: on_device if packages == ("kernels.triton",) else original(*packages)
+        backend,
+        "_operations_in",
+        lambda *packages: on_device if packages == ("kernels.triton",) else original(*packages),
     )
 
 
