@@ -16,7 +16,7 @@ from engine.limits import DEFAULT_LIMITS, KVMemory, Limits, ShareOfFree
 from engine.model import Decoder, LayersDone
 from engine.tensor_parallel import TensorParallel
 from engine.warm_up import warm_up
-from engine.weights import Tensors, load_weights
+from engine.weights import ModelWeights, Tensors, load_weights
 from kernels.backend import operations_for
 from kernels.upload import upload
 from protocol.errors import ConfigError
@@ -54,10 +54,16 @@ class Engine:
         self._dtype = dtype
         self._tensor_parallel = tensor_parallel
         self._block_size = block_size
-        weights = load_weights(source, config, dtype, device, tensor_parallel, progress)
+        weights = self._load(source, progress)
         self._model = Decoder(config, weights, tensor_parallel, operations_for(device))
         self._graphs: DecodeGraphs | None = None
         self._open(kv_memory, limits, progress)
+
+    def _load(self, source: Path | Tensors, progress: Callable[[str], None]) -> ModelWeights:
+        try:
+            return load_weights(source, self._config, self._dtype, self.device, self._tensor_parallel, progress)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"the device has no memory for this rank's weights ({error})") from error
 
     @property
     def is_asynchronous(self) -> bool:
@@ -113,9 +119,14 @@ class Engine:
         return int(free * kv_memory.share)
 
     def _take_cache(self, num_blocks: int) -> None:
-        self.kv_cache = KVCache(
-            self._config, self._tensor_parallel, self._block_size, num_blocks, self._dtype, self.device
-        )
+        try:
+            self.kv_cache = KVCache(
+                self._config, self._tensor_parallel, self._block_size, num_blocks, self._dtype, self.device
+            )
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"beside the weights there is no memory for {num_blocks} KV blocks; lower kv_cache.memory ({error})"
+            ) from error
 
     @torch.inference_mode()
     def _make_ready(self, limits: Limits, sizes: list[int], progress: Callable[[str], None]) -> None:

@@ -13,11 +13,13 @@ import torch
 from msgspec.structs import replace
 
 from engine.host_copy import HostCopy
+from engine.limits import ShareOfFree
 from engine.sampler import Drawn
+from protocol.errors import ConfigError
 from protocol.orders import Batch
 from protocol.request import SamplingParams
 from tests.models import make_model
-from tests.pretend_cuda.device import PretendCuda, pretended
+from tests.pretend_cuda.device import TOTAL_BYTES, PretendCuda, pretended
 from tests.pretend_cuda.operations import use_plain_twins
 from tests.pretend_cuda.serving import BLOCK_SIZE, LIMITS, Text, new_engine, new_loop, serve
 
@@ -128,3 +130,27 @@ def test_a_step_for_which_memory_runs_out_ends_its_newest_request_only(cuda: Pre
     assert len(role.failed) > MANY_STEPS // 3
     assert cuda.allocator.fail_after is not None, "a step takes memory more often than there were steps"
     assert_same(role.drawn, answers)
+
+
+@pytest.mark.parametrize("cuda", [0], indirect=True)
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_kv_takes_its_share_of_what_everything_else_leaves_and_steps_find_their_room(
+    cuda: PretendCuda, model: Path, answers: dict[int, list[Drawn]], share: float
+) -> None:
+    engine = new_engine(model, "cuda", ShareOfFree(share))
+    weights = (model / "model.safetensors").stat().st_size
+    assert 0.8 * share < engine.kv_cache.blocks.nbytes / (TOTAL_BYTES - weights) < share
+    assert_same(serve(engine, some_texts(1)), answers)
+
+
+@pytest.mark.parametrize("cuda", [0], indirect=True)
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_a_start_for_which_memory_runs_out_anywhere_says_what_to_lower(cuda: PretendCuda, model: Path) -> None:
+    texts = set()
+    for num_taken in range(0, 400, 13):
+        cuda.allocator.fail_after = num_taken
+        with pytest.raises(ConfigError) as caught:
+            new_engine(model, "cuda", ShareOfFree(0.5))
+        texts.add(str(caught.value).partition("memory")[0])
+    assert len(texts) >= 3

@@ -16,7 +16,7 @@ from tests.pretend_cuda.memory import Allocator
 from tests.pretend_cuda.streams import Timeline, Work
 from tests.pretend_cuda.tensor import Dispatcher, PretendMode, PretendTensor
 
-TOTAL_BYTES = 1 << 30
+TOTAL_BYTES = 1 << 28
 
 
 class PretendCuda:
