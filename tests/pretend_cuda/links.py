@@ -11,7 +11,6 @@ from torch.distributed.distributed_c10d import Store
 from kernels.process_group import open_group
 from kv_transfer.transports import device_memory, torch_transports
 from kv_transfer.transports.communicator import RECEIVER, SENDER, finish
-from tests.pretend_cuda.memory import Memory
 from tests.pretend_cuda.tensor import PretendTensor
 
 HOST = "127.0.0.1"
@@ -78,19 +77,15 @@ def join_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def opened(description: bytes, num_bytes: int, device: torch.device) -> torch.Tensor:
         memory = described[description]
-        return PretendTensor(memory.inner[:num_bytes], _elsewhere(memory.memory), memory.machine)
+        return PretendTensor(memory.inner[:num_bytes], _Elsewhere(), memory.machine)  # type: ignore[arg-type]
 
     monkeypatch.setattr(device_memory, "describe", describe)
     monkeypatch.setattr(device_memory, "opened", opened)
     monkeypatch.setattr(torch_transports, "NcclCommunicator", PretendNccl)
 
 
-class _Elsewhere(Memory):
+class _Elsewhere:
     """Memory of another process, which alone knows when it may be used again."""
 
-    def __del__(self) -> None:
-        """It is not this process's to give back."""
-
-
-def _elsewhere(memory: Memory) -> Memory:
-    return _Elsewhere(memory.allocator, memory.pool, memory.num_bytes, memory.storage, memory.stream, memory.graph)
+    def __init__(self) -> None:
+        self.users: set[Any] = set()

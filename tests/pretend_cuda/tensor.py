@@ -210,10 +210,12 @@ class Dispatcher:
         return aten._local_scalar_dense.default(tensor.inner)
 
     def equal(self, tensor: Tensor, other: Tensor) -> Any:
-        if isinstance(tensor, PretendTensor) and isinstance(other, PretendTensor):
+        here = [isinstance(one, PretendTensor) for one in (tensor, other)]
+        if any(here):
+            if not all(here):
+                raise RuntimeError("torch.equal: expected all tensors to be on the same device")
             self._wait("torch.equal")
-            return aten.equal.default(tensor.inner, other.inner)
-        return aten.equal.default(tensor, other)
+        return aten.equal.default(_inner(tensor), _inner(other))
 
     def lift_fresh(self, tensor: Tensor) -> Tensor:
         return tensor
