@@ -1,19 +1,21 @@
-"""The data path of caches on a GPU, which is late wherever CUDA may be late: which digests, what is waited for, and when.
+"""The data path of caches on a GPU, which is late wherever CUDA may be: which digests, what is waited for, when.
 
 The device is pretended (tests/pretend_cuda), and so are NCCL and memory that one process opens of another.
 """
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from kv_transfer.digests import check_payload
+from kv_transfer.frames import FrameError
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from kv_transfer.staging import staging_for
-from kv_transfer.streams import Afterwards
+from kv_transfer.streams import Afterwards, CudaStreams, Wait
 from kv_transfer.transports.buffers import Buffers, host_buffers
 from kv_transfer.transports.opening import open_receiver
 from kv_transfer.transports.transport import Arrival, Destination, OutgoingFrame
@@ -34,7 +36,7 @@ from tests.integration.kv_groups import (
 )
 from tests.pretend_cuda.device import PretendCuda, pretended
 from tests.pretend_cuda.links import join_gpus
-from tests.pretend_cuda.operations import use_plain_twins
+from tests.pretend_cuda.operations import use_kernels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the place of torch.cuda is taken")
 torch.set_num_threads(1)
@@ -51,7 +53,7 @@ def _same_random_numbers_every_time() -> None:
 @pytest.fixture(params=range(3), autouse=True)
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
     with pretended(monkeypatch, request.param) as device:
-        use_plain_twins(monkeypatch, device)
+        use_kernels(monkeypatch, device)
         join_gpus(monkeypatch)
         yield device
 
@@ -140,14 +142,15 @@ def test_what_was_gathered_is_not_what_a_later_step_writes_into_its_blocks(place
     cache = random_caches(shape, device=GPU)[0]
     before = cache.clone()
     sender = KVSender(cache, shape, 0, recorder, SMALL_FRAME_BYTES)
-    with connected("zmq") as (source, sink):
-        with cuda.timeline.no_waiting():
-            sender.send(send_order(sink, attempt_between(source, sink), [5, 2], 32))
-            cache.zero_()
+    with connected("zmq") as (source, sink), cuda.timeline.no_waiting():
+        sender.send(send_order(sink, attempt_between(source, sink), [5, 2], 32))
+        cache.zero_()
     for frame in recorder.frames:
         piece = frame.header.piece
         assert frame.header.unit_digests == b""
-        payload = frame.sealed().payload.cpu().view(torch.float32).view(*(b - a for a, b in [piece.layers]), 2, 2, -1, 8)
+        payload = (
+            frame.sealed().payload.cpu().view(torch.float32).view(*(b - a for a, b in [piece.layers]), 2, 2, -1, 8)
+        )
         wanted = torch.cat([before[:, :, block].cpu() for block in (5, 2)], dim=3)
         assert torch.equal(payload, wanted[slice(*piece.layers), :, :, slice(*piece.tokens)])
     sender.close()
@@ -192,3 +195,41 @@ def test_every_payload_is_given_back_once_also_those_that_are_refused():
         receiver.close()
         assert sorted(done) == list(range(len(arrivals)))
         sender.close()
+
+
+def beside_nothing(streams: CudaStreams, work: Callable[[], None], *tensors: torch.Tensor) -> Wait:
+    """CudaStreams.aside, but for the wait for what the main stream has still to do."""
+    with torch.cuda.stream(streams._copies):
+        work()
+        for tensor in tensors:
+            tensor.record_stream(streams._copies)
+        return streams._event(streams._copies).synchronize
+
+
+def unrecorded(streams: CudaStreams, work: Callable[[], None], *tensors: torch.Tensor) -> Wait:
+    """CudaStreams.aside, but nobody hears that its stream still reads the tensors."""
+    return _ASIDE(streams, work)
+
+
+_ASIDE = CudaStreams.aside
+
+
+@pytest.mark.parametrize("cuda", [1], indirect=True)  # a device that is in no hurry
+@pytest.mark.parametrize("plant", [beside_nothing, unrecorded])
+def test_a_planted_mistake_is_found_in_some_frame(plant, monkeypatch):
+    monkeypatch.setattr(CudaStreams, "aside", plant)
+    recorder, shape = Handed(host_buffers(torch.device(GPU))), layout(1, 2)
+    with connected("zmq") as (source, sink):
+        sender = KVSender(random_caches(shape, device=GPU)[0], shape, 0, recorder, SMALL_FRAME_BYTES)
+        for _ in range(20):
+            sender.send(send_order(sink, attempt_between(source, sink), [5, 2], 32))
+        assert any(is_damaged(frame.sealed()) for frame in recorder.frames)
+        sender.close()
+
+
+def is_damaged(frame: OutgoingFrame) -> bool:
+    try:
+        check_payload(frame.header, frame.payload)
+    except FrameError:
+        return True
+    return False

@@ -4,14 +4,18 @@ Every seed is another order in which the device's streams are served; see tests/
 test_pretended_workers.py.
 """
 
+import os
 import random
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from msgspec.structs import replace
 
+from engine import batch_tensors
 from engine.host_copy import HostCopy
 from engine.limits import ShareOfFree
 from engine.sampler import Drawn
@@ -20,7 +24,7 @@ from protocol.orders import Batch
 from protocol.request import SamplingParams
 from tests.models import make_model
 from tests.pretend_cuda.device import TOTAL_BYTES, PretendCuda, pretended
-from tests.pretend_cuda.operations import use_plain_twins
+from tests.pretend_cuda.operations import IS_INTERPRETED, use_kernels
 from tests.pretend_cuda.serving import BLOCK_SIZE, LIMITS, Text, new_engine, new_loop, serve
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the place of torch.cuda is taken")
@@ -46,7 +50,7 @@ def some_texts(seed: int) -> list[Text]:
             SAMPLINGS[index % len(SAMPLINGS)],
             leaves=rng.choice([None, None, 1, 4]),
         )
-        for index in range(12)
+        for index in range(4 if IS_INTERPRETED else 12)
     ]
 
 
@@ -63,7 +67,7 @@ def answers(model: Path) -> dict[int, list[Drawn]]:
 @pytest.fixture(params=SEEDS)
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
     with pretended(monkeypatch, request.param) as device:
-        use_plain_twins(monkeypatch, device)
+        use_kernels(monkeypatch, device)
         yield device
 
 
@@ -154,3 +158,62 @@ def test_a_start_for_which_memory_runs_out_anywhere_says_what_to_lower(cuda: Pre
             new_engine(model, "cuda", ShareOfFree(0.5))
         texts.add(str(caught.value).partition("memory")[0])
     assert len(texts) >= 3
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="it is this test that starts the interpreter")
+def test_the_same_holds_of_triton_s_own_kernels() -> None:
+    """In a process of its own, where they are interpreted: one engine, and KV on its way over zmq."""
+    pytest.importorskip("triton", minversion="3.7")  # the interpreter of 3.6 fails with NumPy from 2.4 on
+    folder = Path(__file__).parent
+    names = [
+        "test_pretended_gpu.py::test_tokens_are_those_of_a_cpu_and_no_step_waits_for_the_device[qwen3-1]",
+        "test_device_staging.py::test_kv_of_a_gpu_arrives_byte_for_byte[1-1-2-zmq]",
+    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(str(folder / name) for name in names)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        command, env=environment, cwd=folder.parents[1], capture_output=True, text=True, check=False, timeout=280
+    )
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+def read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostCopy, "wait", lambda copy: copy._tensors)
+
+
+def upload_through_one_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers: dict[tuple[object, torch.dtype], torch.Tensor] = {}
+
+    def upload_carelessly(tensors: list[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
+        if device.type == "cpu":
+            return tensors
+        key = torch.cuda.current_stream(), tensors[0].dtype
+        room = buffers.setdefault(key, torch.empty(4096, dtype=key[1], pin_memory=True))
+        packed = torch.cat([tensor.flatten() for tensor in tensors])
+        there = room[: len(packed)].copy_(packed).to(device, non_blocking=True)
+        parts = torch.split(there, [tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+    monkeypatch.setattr(batch_tensors, "upload", upload_carelessly)
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+@pytest.mark.parametrize("plant", [read_at_once, upload_through_one_buffer])
+def test_a_planted_mistake_is_found(
+    plant: Callable[[pytest.MonkeyPatch], None],
+    model: Path,
+    answers: dict[int, list[Drawn]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plant(monkeypatch)
+    assert any(goes_wrong(seed, model, answers, monkeypatch) for seed in SEEDS)
+
+
+def goes_wrong(seed: int, model: Path, answers: dict[int, list[Drawn]], monkeypatch: pytest.MonkeyPatch) -> bool:
+    with monkeypatch.context() as patch, pretended(patch, seed) as cuda:
+        use_kernels(patch, cuda)
+        try:
+            assert_same(serve(new_engine(model, "cuda"), some_texts(1)), answers)
+        except (AssertionError, RuntimeError):
+            return True
+    return False

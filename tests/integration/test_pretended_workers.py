@@ -17,12 +17,13 @@ from protocol.topology import Transport
 from tests.models import make_model
 from tests.pretend_cuda.device import PretendCuda, pretended
 from tests.pretend_cuda.links import join_gpus
-from tests.pretend_cuda.operations import use_plain_twins
-from tests.worker_cluster import WorkerCluster
+from tests.pretend_cuda.operations import use_kernels
+from tests.worker_cluster import Leave, WorkerCluster
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the place of torch.cuda is taken")
 
 NUM_TOKENS = 12
+BLOCK_BYTES = 2 * 2 * 2 * 16 * 32 * 4  # layers, keys and values, KV heads, tokens, head_dim, float32
 GROUPS: dict[str, list[tuple[RoleName, int, int]]] = {
     "colocated": [("colocated", 1, 1)],
     "1P1D": [("prefill", 1, 1), ("decode", 1, 1)],
@@ -63,7 +64,7 @@ def answers(model: Path, requests: Requests) -> Answers:
 @pytest.fixture(params=[0, 1])
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
     with pretended(monkeypatch, request.param) as device:
-        use_plain_twins(monkeypatch, device)
+        use_kernels(monkeypatch, device)
         join_gpus(monkeypatch)
         yield device
 
@@ -101,3 +102,45 @@ def test_workers_on_a_gpu_give_the_tokens_of_a_cpu_and_their_loops_never_wait(
         assert generate(cluster, requests) == answers
         assert generate(cluster, requests[::-1]) == answers[::-1], "from a warm prefix cache"
         cluster.assert_pools_whole()
+
+
+def test_who_leaves_and_who_is_parked_on_a_gpu_changes_nothing_for_the_others(
+    cuda: PretendCuda, model: Path, requests: Requests, answers: Answers
+) -> None:
+    """The decode pool holds three of the eight; blocks change hands while steps that write to them are under way."""
+    with WorkerCluster(
+        model,
+        GROUPS["1P1D"],
+        memory_bytes=1 << 20,
+        decode_memory_bytes=20 * BLOCK_BYTES,
+        growth_tokens=4,
+        batch_tokens=64,
+        batch_requests=6,
+        device="cuda",
+    ) as cluster:
+        leaves = [Leave(after_tokens=index) if index % 3 == 2 else None for index in range(len(requests))]
+        futures = [cluster.submit(*request, leave=leave) for request, leave in zip(requests, leaves, strict=True)]
+        for future, leave, answer in zip(futures, leaves, answers, strict=True):
+            found = future.result(60).token_ids
+            assert found == (answer[: len(found)] if leave else answer)
+        assert generate(cluster, requests) == answers
+        cluster.assert_pools_whole()
+        assert sum(rank.load.counters.get("sequences_unparked", 0) for rank in cluster.leaders())
+
+
+def test_earlier_turns_that_are_fetched_from_decode_are_what_was_computed_there(
+    cuda: PretendCuda, model: Path, requests: Requests, answers: Answers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never_wait(monkeypatch, cuda)
+    groups = GROUPS["1P1D"]
+    greedy = SamplingParams(60, seed=0, temperature=0.0)
+    with WorkerCluster(model, groups) as cluster:
+        first = cluster.generate([requests[0][0] * 30], greedy)[0]
+        second = cluster.generate([requests[0][0] * 30 + first + [5]], greedy)[0]
+    with WorkerCluster(
+        model, groups, memory_bytes=1 << 20, batch_tokens=64, batch_requests=6, min_fetch_tokens=16, device="cuda"
+    ) as cluster:
+        assert cluster.generate([requests[0][0] * 30], greedy)[0] == first
+        assert cluster.generate([requests[0][0] * 30 + first + [5]], greedy)[0] == second
+        cluster.assert_pools_whole()
+        assert sum(rank.load.counters.get("fetched_tokens", 0) for rank in cluster.leaders())

@@ -62,6 +62,7 @@ class PretendCuda:
             major=9,
             minor=0,
             multi_processor_count=2,
+            shared_memory_per_block_optin=232_448,
             total_memory=TOTAL_BYTES,
             uuid="GPU-pretended",
         )
@@ -126,7 +127,7 @@ def _check_error(code: int) -> None:
 
 
 def _activate_in_threads(patch: pytest.MonkeyPatch, cuda: PretendCuda) -> None:
-    """Threads that the test itself starts play processes, each with its own default stream; the others belong to them."""
+    """Threads that the test starts play processes, each with its own default stream; the others belong to them."""
     start, run, test = threading.Thread.start, threading.Thread.run, threading.current_thread()
     homes: dict[threading.Thread, Any] = {}
 

@@ -1,4 +1,4 @@
-"""What joins two ranks' GPUs, for ranks of one process: NCCL's communicators, and memory that one opens of the other."""
+"""What joins the GPUs of two ranks of one process: NCCL's communicators, and memory that one opens of the other."""
 
 import threading
 import time

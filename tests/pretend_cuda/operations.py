@@ -4,6 +4,7 @@ Either Triton's own, in its interpreter, or the plain twins in their place, whic
 when an index leads out of a tensor.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,16 @@ _RESULTS: dict[str, Results] = {
 }
 
 
-def use_plain_twins(monkeypatch: pytest.MonkeyPatch, cuda: PretendCuda) -> None:
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's own kernels are run; it has to be said before the first of them is imported."""
+
+
+def use_kernels(monkeypatch: pytest.MonkeyPatch, cuda: PretendCuda) -> None:
+    """Let the device have kernels."""
+    (_interpret_triton if IS_INTERPRETED else _use_plain_twins)(monkeypatch, cuda)
+
+
+def _use_plain_twins(monkeypatch: pytest.MonkeyPatch, cuda: PretendCuda) -> None:
     """Let every operation on the device be its plain twin on the memory behind it."""
     plain, original = backend._operations_in("kernels.plain"), backend._operations_in
     twins = {name: _launched(cuda, getattr(plain, name), results) for name, results in _RESULTS.items()}
@@ -66,8 +76,8 @@ def _gather(cuda: PretendCuda, operation: Callable[..., Any]) -> Callable[..., T
     return launch
 
 
-def interpret_triton(monkeypatch: pytest.MonkeyPatch, cuda: PretendCuda) -> None:
-    """Let Triton's kernels be interpreted when the device comes to them; TRITON_INTERPRET must have been set before."""
+def _interpret_triton(monkeypatch: pytest.MonkeyPatch, cuda: PretendCuda) -> None:
+    """Let Triton's kernels be interpreted when the device comes to them."""
     from triton.runtime.interpreter import GridExecutor
 
     run = GridExecutor.__call__

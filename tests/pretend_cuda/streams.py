@@ -167,6 +167,7 @@ class Timeline:
 
     def synchronize(self, device: object = None) -> None:
         """As torch.cuda.synchronize."""
+        self.about_to_wait("synchronize")
         for mark in [stream.mark() for stream in self._streams]:
             self.wait(mark, "synchronize")
 
