@@ -1,15 +1,13 @@
 """CUDA graphs of the pretended device: what is launched while one is captured is noted down, and repeated as noted.
 
-The memory that was taken meanwhile is rubbish again at every replay, until the graph itself has written it.
+So is that memory is rubbish when it is taken and when it is given back, at every replay.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor
-
-from tests.pretend_cuda.memory import Allocator, Pool, spoil
+from tests.pretend_cuda.memory import Allocator, Pool
 from tests.pretend_cuda.streams import Stream, Timeline, Work
 
 
@@ -20,7 +18,6 @@ class Graph:
         self._timeline = timeline
         self._works: list[Work] = []
         self._is_whole = False
-        self.taken: list[Tensor] = []
         self.pool: Pool
         self.stream: Stream
 
@@ -32,8 +29,6 @@ class Graph:
         if not self._is_whole:
             raise RuntimeError("replay of a graph that was not captured")
         stream = self._timeline.current_stream()
-        for storage in self.taken:
-            self._timeline.queue(Work(lambda storage=storage: spoil(storage)), stream)
         for work in self._works:
             self._timeline.queue(work, stream)
 

@@ -1,8 +1,8 @@
 """The pretended device's memory: how much there is, who has it, and that whoever reads what was freed finds rubbish.
 
 As in torch, memory that was freed may be used again at once by what its own stream does next, and only after what other
-streams had queued that were recorded. Here nothing is used again; it is overwritten instead, at the earliest moment at
-which somebody else could have written there. A graph's memory is its pool's for as long as a graph of that pool lives.
+streams had queued that were recorded. Here nothing is used again; it is overwritten instead, where the next owner could
+have written, and new memory where the last one could. A graph's memory is its pool's while a graph of that pool lives.
 """
 
 import weakref
@@ -80,24 +80,23 @@ class Allocator:
             pool = self._general if graph is None else graph.pool
             self._reserve(pool, num_bytes)
             pool.used += num_bytes
-            memory = Memory(
-                self, pool, num_bytes, _flat(inner), self._timeline.current_stream(), graph and weakref.ref(graph)
-            )
+            stream = self._timeline.current_stream()
+            memory = Memory(self, pool, num_bytes, _flat(inner), stream, graph and weakref.ref(graph))
+            is_last_owner_busy = graph is not None or stream.is_busy
         spoil(memory.storage)
-        if graph is not None:
-            graph.taken.append(memory.storage)
+        if is_last_owner_busy:
+            self._timeline.queue(_spoiling(memory.storage), stream)
         return memory
 
     def give_back(self, memory: Memory) -> None:
         """Its last tensor is gone."""
         with self._timeline.lock:
             memory.pool.used -= memory.num_bytes
-            storage, capture = memory.storage, self._timeline.capture
-            work = Work(lambda: spoil(storage))
+            work, capture = _spoiling(memory.storage), self._timeline.capture
             if memory.graph is None:
                 for stream in memory.users - {memory.stream}:
                     mark = _mark_in(stream, self._timeline)
-                    self._timeline.put(Work(lambda: None, mark), memory.stream)
+                    self._timeline.put(Work(lambda: None, mark, is_upkeep=True), memory.stream)
                 self._timeline.put(work, memory.stream)
             elif capture is not None and memory.graph() is capture:
                 capture.record(work)
@@ -122,6 +121,10 @@ def spoil(storage: Tensor) -> None:
     """Fill memory, flat bytes, with rubbish."""
     whole = len(storage) // 2 * 2
     storage[:whole].view(torch.int16).fill_(_RUBBISH)
+
+
+def _spoiling(storage: Tensor) -> Work:
+    return Work(lambda: spoil(storage), is_upkeep=True)
 
 
 def _flat(inner: Tensor) -> Tensor:

@@ -34,10 +34,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Work:
-    """after: what it waits for besides the work before it."""
+    """after: what it waits for besides the work before it. is_upkeep: nobody has asked for it."""
 
     run: Callable[[], None]
     after: Mark | None = None
+    is_upkeep: bool = False
 
 
 class Capture(Protocol):
@@ -208,6 +209,11 @@ class Stream:
         """Whether there is work that waits for nothing more."""
         after = self.waiting[0].after if self.waiting else None
         return bool(self.waiting) and (after is None or after.is_reached)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is work that somebody has asked for."""
+        return any(not work.is_upkeep for work in self.waiting)
 
     def mark(self) -> Mark:
         """Mark what is queued so far."""
