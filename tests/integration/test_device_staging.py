@@ -167,15 +167,15 @@ def test_a_cache_is_left_as_it_was_when_kernels_are_compiled_for_it_and_one_with
 
 @pytest.mark.parametrize("cuda", [1], indirect=True)  # a device that is in no hurry
 def test_memory_for_what_arrives_is_none_that_the_main_stream_is_not_done_with(cuda):
-    activation = torch.zeros(1000, device=GPU)
-    activation += 1
-    del activation
-    payload, link = Buffers(torch.device(GPU)).take(100), torch.cuda.Stream()
-    with torch.cuda.stream(link):
-        payload.fill_(7)
-    link.synchronize()
-    torch.cuda.synchronize()
-    assert payload.tolist() == [7] * 100
+    buffers, link = Buffers(torch.device(GPU)), torch.cuda.Stream()
+    for _ in range(20):
+        torch.zeros(1000, device=GPU).add_(1)  # as a step's activations, let go of before they are computed
+        payload = buffers.take(100)
+        with torch.cuda.stream(link):
+            payload.fill_(7)
+        link.synchronize()
+        torch.cuda.synchronize()
+        assert payload.tolist() == [7] * 100
 
 
 def test_memory_is_given_back_when_the_gpu_has_read_it_and_not_when_it_was_told_to():
