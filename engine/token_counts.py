@@ -52,7 +52,8 @@ class TokenCounts:
         row, vocab_size = self._free[-1], self.in_output.shape[1]
         known = [_known(token_ids, vocab_size) for token_ids in (text.output_token_ids, text.prompt_token_ids)]
         output, prompt = upload(known, self._device)
-        self.in_output[row].zero_().index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
+        ones = torch.ones_like(output, dtype=torch.int32)
+        self.in_output[row].zero_().index_put_((output,), ones, accumulate=True)
         self.in_prompt[row].zero_().index_fill_(0, prompt, value=True)
         self._rows[text] = self._free.pop()  # not before its counts are there: memory may have run out
         weakref.finalize(text, self._free.append, row).atexit = False

@@ -32,8 +32,8 @@ def layout(tensor_parallel: int, num_kv_heads: int, dtype: str = "float32", bloc
     return KVLayout("model", NUM_LAYERS, num_kv_heads, HEAD_DIM, dtype, block_size, tensor_parallel)
 
 
-def site_of(shape: KVLayout, timeout_s: float = 10, device: str = DEVICE) -> Site:
-    return Site(HOST, torch.device(device), shape, timeout_s)
+def site_of(shape: KVLayout, timeout_s: float = 10, device: str | None = None) -> Site:
+    return Site(HOST, torch.device(device or DEVICE), shape, timeout_s)
 
 
 def heads_of(shape: KVLayout, rank: int) -> list[int]:
@@ -56,11 +56,12 @@ def write_tokens(cache: torch.Tensor, shape: KVLayout, rank: int, block_ids: lis
         cache[:, :, block_ids[block], :, slot] = kv[:, :, heads, position]
 
 
-def random_caches(shape: KVLayout, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> list[torch.Tensor]:
-    return [
-        torch.randn(NUM_LAYERS, 2, NUM_BLOCKS, len(heads_of(shape, rank)), shape.block_size, HEAD_DIM).to(device, dtype)
+def random_caches(shape: KVLayout, dtype: torch.dtype = torch.float32, device: str | None = None) -> list[torch.Tensor]:
+    sizes = [
+        (NUM_LAYERS, 2, NUM_BLOCKS, len(heads_of(shape, rank)), shape.block_size, HEAD_DIM)
         for rank in range(shape.tensor_parallel)
     ]
+    return [torch.randn(size).to(device or DEVICE, dtype) for size in sizes]
 
 
 class Source:
@@ -72,7 +73,7 @@ class Source:
         shape: KVLayout,
         dtype: torch.dtype = torch.float32,
         timeout_s: float = 10,
-        device: str = DEVICE,
+        device: str | None = None,
     ) -> None:
         self.epoch: Epoch = new_epoch()
         self.layout = shape
@@ -101,7 +102,7 @@ class Sink:
         shape: KVLayout,
         dtype: torch.dtype = torch.float32,
         timeout_s: float = 10,
-        device: str = DEVICE,
+        device: str | None = None,
     ) -> None:
         self.epoch: Epoch = new_epoch()
         self.layout = shape
@@ -141,7 +142,7 @@ def connected(
     dtype: str = "float32",
     timeout_s: float = 10,
     block_sizes: tuple[int, int] = (BLOCK_SIZE, BLOCK_SIZE),
-    devices: tuple[str, str] = (DEVICE, DEVICE),
+    devices: tuple[str | None, str | None] = (None, None),
 ) -> Iterator[tuple[Source, Sink]]:
     kind = getattr(torch, dtype)
     source = Source(name, layout(source_tp, num_kv_heads, dtype, block_sizes[0]), kind, timeout_s, devices[0])

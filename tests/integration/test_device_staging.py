@@ -178,6 +178,21 @@ def test_memory_for_what_arrives_is_none_that_the_main_stream_is_not_done_with(c
         assert payload.tolist() == [7] * 100
 
 
+def test_a_payload_from_elsewhere_is_in_the_memory_that_ranks_share_before_it_is_announced():
+    blocks = [3, 1, 5, 0, 2, 4, 7]
+    with connected("cuda_ipc", devices=BOTH) as (source, sink):
+        recorder = Handed(Buffers(torch.device(GPU)))
+        sender = KVSender(source.caches[0], source.layout, 0, recorder, SMALL_FRAME_BYTES)
+        attempt = attempt_between(source, sink)
+        sink.receivers[0].expect(expect_order(source, attempt, blocks, 110))
+        sender.send(send_order(sink, attempt, blocks, 110))
+        for frame in recorder.frames:
+            source.senders[0]._transport.send(frame)
+        assert [type(report) for report in poll_until([*sink.receivers], 1)] == [Received]
+        assert not sink.counters()
+        sender.close()
+
+
 def test_memory_is_given_back_when_the_gpu_has_read_it_and_not_when_it_was_told_to():
     over, given_back = threading.Event(), threading.Event()
     afterwards = Afterwards()
