@@ -262,3 +262,9 @@ class Event:
 
     def synchronize(self) -> None:
         self._timeline.wait(self._mark, "Event.synchronize")
+
+    def elapsed_time(self, later: "Event") -> float:
+        """Everything takes a millisecond here."""
+        self.synchronize()
+        later.synchronize()
+        return 1.0
