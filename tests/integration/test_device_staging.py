@@ -50,7 +50,7 @@ def _same_random_numbers_every_time() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=range(3), autouse=True)
+@pytest.fixture(params=range(2), autouse=True)
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendCuda]:
     with pretended(monkeypatch, request.param) as device:
         use_kernels(monkeypatch, device)

@@ -29,7 +29,7 @@ from tests.pretend_cuda.serving import BLOCK_SIZE, LIMITS, Text, new_engine, new
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the place of torch.cuda is taken")
 
-SEEDS = range(6)
+SEEDS = range(4)
 NUM_TOKENS = 9
 MANY_STEPS = 90
 SAMPLINGS = [
@@ -114,7 +114,7 @@ def test_graphs_of_all_sizes_give_what_a_cpu_gives_whichever_ran_before(cuda: Pr
     torch.testing.assert_close(kv[:, :, :num_blocks], here.kv_cache.blocks[:, :, :num_blocks], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cuda", [0, 1], indirect=True)
+@pytest.mark.parametrize("cuda", [1], indirect=True)
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_a_step_for_which_memory_runs_out_ends_its_newest_request_only(cuda: PretendCuda, model: Path) -> None:
     """In every step another allocation fails, from the first to the last; short texts come all the time to be ended."""

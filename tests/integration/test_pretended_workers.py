@@ -4,19 +4,20 @@ Real roles, movers, transports and control plane, as threads of one process; see
 """
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from cluster.loops import LeaderLoop
+from cluster.loops import FollowerLoop, LeaderLoop
 from protocol.messages import RoleName
 from protocol.request import SamplingParams
 from protocol.topology import Transport
 from tests.models import make_model
 from tests.pretend_cuda.device import PretendCuda, pretended
-from tests.pretend_cuda.links import join_gpus
+from tests.pretend_cuda.links import join_gpus, join_ranks
 from tests.pretend_cuda.operations import use_kernels
 from tests.worker_cluster import Leave, WorkerCluster
 
@@ -27,8 +28,10 @@ BLOCK_BYTES = 2 * 2 * 2 * 16 * 32 * 4  # layers, keys and values, KV heads, toke
 GROUPS: dict[str, list[tuple[RoleName, int, int]]] = {
     "colocated": [("colocated", 1, 1)],
     "1P1D": [("prefill", 1, 1), ("decode", 1, 1)],
+    "TP2-TP2": [("prefill", 1, 2), ("decode", 1, 2)],
 }
 CASES = [("colocated", "zmq"), *(("1P1D", transport) for transport in ("zmq", "shm", "nccl", "cuda_ipc"))]
+CASES += [("TP2-TP2", "auto")]
 Requests = list[tuple[list[int], SamplingParams]]
 Answers = list[list[int]]
 
@@ -66,6 +69,7 @@ def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     with pretended(monkeypatch, request.param) as device:
         use_kernels(monkeypatch, device)
         join_gpus(monkeypatch)
+        join_ranks(monkeypatch)
         yield device
 
 
@@ -74,14 +78,17 @@ def generate(cluster: WorkerCluster, requests: Requests) -> Answers:
 
 
 def never_wait(monkeypatch: pytest.MonkeyPatch, cuda: PretendCuda) -> None:
-    """Let a leader's loop fail when it waits for the device."""
-    work = LeaderLoop._work
+    """Let a worker's loop fail when it waits for the device."""
+    for loop in (LeaderLoop, FollowerLoop):
+        monkeypatch.setattr(loop, "turn", without_waiting(loop.turn, cuda))
 
-    def work_without_waiting(loop: LeaderLoop) -> bool:
+
+def without_waiting(turn: Callable[[Any], Any], cuda: PretendCuda) -> Callable[[Any], Any]:
+    def hurry(loop: Any) -> Any:
         with cuda.timeline.no_waiting():
-            return work(loop)
+            return turn(loop)
 
-    monkeypatch.setattr(LeaderLoop, "_work", work_without_waiting)
+    return hurry
 
 
 @pytest.mark.parametrize(("topology", "transport"), CASES)

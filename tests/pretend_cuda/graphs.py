@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from tests.pretend_cuda.memory import Allocator, Pool
-from tests.pretend_cuda.streams import Stream, Timeline, Work
+from tests.pretend_cuda.streams import Mark, Stream, Timeline, Work
 
 
 class Graph:
@@ -22,7 +22,7 @@ class Graph:
         self.stream: Stream
 
     def record(self, work: Work) -> None:
-        assert work.after is None, "work of other streams cannot be waited for in a graph here"
+        assert not isinstance(work.after, Mark), "work of other streams cannot be waited for in a graph here"
         self._works.append(work)
 
     def replay(self) -> None:

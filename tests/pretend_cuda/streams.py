@@ -6,6 +6,7 @@ device is, and which of the streams that could go on does.
 
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +17,19 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 _MOST_PER_QUERY = 8
+_PATIENCE_S = 20.0
+_POLL_S = 1e-4
 
 
 class Waited(RuntimeError):
     """The host waited for the device where it must not."""
+
+
+class Until(Protocol):
+    """What work may wait for."""
+
+    @property
+    def is_reached(self) -> bool: ...
 
 
 class Mark:
@@ -37,7 +47,7 @@ class Work:
     """after: what it waits for besides the work before it. is_upkeep: nobody has asked for it."""
 
     run: Callable[[], None]
-    after: Mark | None = None
+    after: Until | None = None
     is_upkeep: bool = False
 
 
@@ -143,10 +153,14 @@ class Timeline:
     def wait(self, mark: Mark, why: str) -> None:
         """Let the host wait."""
         self.about_to_wait(why)
-        with self.lock:
-            favourites = self.rng.sample(self._streams, len(self._streams)) if self.rng.random() < 0.5 else []
-            while not mark.is_reached:
-                self._do_one(favourites)
+        favourites = self.rng.sample(self._streams, len(self._streams)) if self.rng.random() < 0.5 else []
+        give_up_at = time.monotonic() + _PATIENCE_S
+        while not mark.is_reached:
+            with self.lock:
+                is_going_on = mark.is_reached or self._do_one(favourites)
+            if not is_going_on:
+                assert time.monotonic() < give_up_at, "waits for what nobody has queued"
+                time.sleep(_POLL_S)
         self.check()
 
     def about_to_wait(self, why: str) -> None:
@@ -180,21 +194,23 @@ class Timeline:
     def _go_on(self, most: int) -> None:
         with self.lock:
             for _ in range(most):
-                if not any(stream.is_ready for stream in self._streams):
+                if not self._do_one([]):
                     return
-                self._do_one([])
 
-    def _do_one(self, favourites: "list[Stream]") -> None:
-        ready = [stream for stream in favourites or self._streams if stream.is_ready]
-        ready = ready or [stream for stream in self._streams if stream.is_ready]
+    def _do_one(self, favourites: "list[Stream]") -> bool:
+        """Do one piece of work that waits for nothing more, if there is any; return whether there was."""
         self.check()
-        assert ready, "waits for what nobody has queued"
-        work = (ready[0] if favourites else self.rng.choice(ready)).waiting.popleft()
+        ready = [stream for stream in favourites if stream.is_ready]
+        others = [] if ready else [stream for stream in self._streams if stream.is_ready]
+        if not ready and not others:
+            return False
+        work = (ready[0] if ready else self.rng.choice(others)).waiting.popleft()
         try:
             with _disable_current_modes(), torch.inference_mode():
                 work.run()
         except BaseException as error:
             self._fault = error
+        return True
 
 
 class Stream:
