@@ -16,7 +16,7 @@ from engine.limits import DEFAULT_LIMITS, KVMemory, Limits, ShareOfFree
 from engine.model import Decoder, LayersDone
 from engine.tensor_parallel import TensorParallel
 from engine.warm_up import warm_up
-from engine.weights import ModelWeights, Tensors, load_weights
+from engine.weights import Tensors, load_weights
 from kernels.backend import operations_for
 from kernels.upload import upload
 from protocol.errors import ConfigError
@@ -54,14 +54,15 @@ class Engine:
         self._dtype = dtype
         self._tensor_parallel = tensor_parallel
         self._block_size = block_size
-        weights = self._load(source, progress)
-        self._model = Decoder(config, weights, tensor_parallel, operations_for(device))
+        self._model = self._load(source, progress)
         self._graphs: DecodeGraphs | None = None
         self._open(kv_memory, limits, progress)
 
-    def _load(self, source: Path | Tensors, progress: Callable[[str], None]) -> ModelWeights:
+    def _load(self, source: Path | Tensors, progress: Callable[[str], None]) -> Decoder:
+        config, group = self._config, self._tensor_parallel
         try:
-            return load_weights(source, self._config, self._dtype, self.device, self._tensor_parallel, progress)
+            weights = load_weights(source, config, self._dtype, self.device, group, progress)
+            return Decoder(config, weights, group, operations_for(self.device))
         except torch.OutOfMemoryError as error:
             raise ConfigError(f"the device has no memory for this rank's weights ({error})") from error
 
