@@ -4,6 +4,7 @@ Every seed is another order in which the device's streams are served; see tests/
 test_pretended_workers.py.
 """
 
+import importlib
 import os
 import random
 import subprocess
@@ -24,7 +25,7 @@ from protocol.orders import Batch
 from protocol.request import SamplingParams
 from tests.models import make_model
 from tests.pretend_cuda.device import TOTAL_BYTES, PretendCuda, pretended
-from tests.pretend_cuda.operations import IS_INTERPRETED, use_kernels
+from tests.pretend_cuda.operations import IS_INTERPRETED, note_compilations, use_kernels
 from tests.pretend_cuda.serving import BLOCK_SIZE, LIMITS, Text, new_engine, new_loop, serve
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the place of torch.cuda is taken")
@@ -175,6 +176,30 @@ def test_the_same_holds_of_triton_s_own_kernels() -> None:
         command, env=environment, cwd=folder.parents[1], capture_output=True, text=True, check=False, timeout=280
     )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+
+
+@pytest.fixture
+def _fresh_chip() -> Iterator[None]:
+    """What kernels remember of the device is that of this test."""
+    pytest.importorskip("triton")
+    configurations = importlib.import_module("kernels.triton.configurations")
+    for remembered in (configurations.chip, configurations.num_multiprocessors):
+        remembered.cache_clear()
+    yield
+    for remembered in (configurations.chip, configurations.num_multiprocessors):
+        remembered.cache_clear()
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="nothing is compiled there")
+@pytest.mark.usefixtures("_fresh_chip")
+@pytest.mark.parametrize("cuda", [1], indirect=True)
+def test_no_step_waits_for_a_compilation(cuda: PretendCuda, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = note_compilations(monkeypatch)
+    engine = new_engine(model, "cuda")
+    warmed_up = set(noted)
+    assert len(warmed_up) > 8
+    serve(engine, some_texts(1))
+    assert noted - warmed_up == set()
 
 
 def read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ when an index leads out of a tensor.
 
 import os
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -89,3 +90,57 @@ def _interpret_triton(monkeypatch: pytest.MonkeyPatch, cuda: PretendCuda) -> Non
             run(executor, *args, **kwargs)
 
     monkeypatch.setattr(GridExecutor, "__call__", launch)
+
+
+def note_compilations(monkeypatch: pytest.MonkeyPatch) -> set[tuple[Any, ...]]:
+    """Let every operation also make the launches of its Triton kernels; return what has to be compiled for them so far.
+
+    They do nothing, their results come from the plain twins. Triton compiles a kernel once for every combination of its
+    constants, of types, of which pointers are aligned, and of which integers are 1 or multiples of 16.
+    """
+    from triton.runtime.jit import JITFunction
+
+    noted: set[tuple[Any, ...]] = set()
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        special = tuple(_specialized(parameter, named.pop(parameter.name)) for parameter in kernel.params)
+        noted.add((kernel.__name__, special, tuple(sorted(named.items()))))
+
+    twins, triton = backend._operations_in("kernels.triton"), import_triton()
+    both = {field.name: _after(getattr(triton, field.name), getattr(twins, field.name)) for field in fields(Operations)}
+    choose, on_device = backend._operations_in, Operations(**both)
+    monkeypatch.setattr(JITFunction, "run", run)
+    monkeypatch.setattr(
+        backend,
+        "_operations_in",
+        lambda *packages: on_device if packages == ("kernels.triton",) else choose(*packages),
+    )
+    return noted
+
+
+def import_triton() -> Operations:
+    """Return Triton's operations, whatever stands in their place."""
+    return Operations(
+        **{field.name: backend._operation(field.name, ("kernels.triton",)) for field in fields(Operations)}
+    )
+
+
+def _after(first: Callable[..., Any], second: Callable[..., Any]) -> Callable[..., Any]:
+    def both(*args: Any) -> Any:
+        first(*args)
+        return second(*args)
+
+    return both
+
+
+def _specialized(parameter: Any, value: Any) -> Any:
+    """Return what a compiled kernel depends on of one argument."""
+    if parameter.is_constexpr or value is None:
+        return value
+    if isinstance(value, Tensor):
+        is_free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
+        return value.dtype, None if is_free else value.data_ptr() % 16 == 0
+    if isinstance(value, int) and not parameter.do_not_specialize:
+        return value == 1, value % 16 == 0
+    return type(value).__name__
