@@ -21,6 +21,7 @@ class ParkedKV:
         self._cache = cache
         self._operations = operations_for(cache.device)
         self._parked: dict[Attempt, Tensor] = {}  # each [num_layers, 2, num_local_kv_heads, num_tokens, head_dim]
+        self._compile()
 
     def __len__(self) -> int:
         return len(self._parked)
@@ -34,6 +35,11 @@ class ParkedKV:
                 self._unpark(order, self._parked.pop(order.attempt))
             case Discard():
                 del self._parked[order.attempt]
+
+    def _compile(self) -> None:
+        """Run both operations once, so that no sequence waits for one to be compiled; block 0 is left as it is."""
+        area = self._table((0,)), (0, 1), (0, self._cache.shape[3]), (0, 1)
+        self._operations.scatter_kv(self._operations.gather_kv(self._cache, *area), self._cache, *area)
 
     def _park(self, order: Park) -> None:
         assert order.attempt not in self._parked, "a sequence is parked once"

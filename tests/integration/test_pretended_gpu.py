@@ -4,7 +4,6 @@ Every seed is another order in which the device's streams are served; see tests/
 test_pretended_workers.py.
 """
 
-import importlib
 import os
 import random
 import subprocess
@@ -178,20 +177,8 @@ def test_the_same_holds_of_triton_s_own_kernels() -> None:
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
 
 
-@pytest.fixture
-def _fresh_chip() -> Iterator[None]:
-    """What kernels remember of the device is that of this test."""
-    pytest.importorskip("triton")
-    configurations = importlib.import_module("kernels.triton.configurations")
-    for remembered in (configurations.chip, configurations.num_multiprocessors):
-        remembered.cache_clear()
-    yield
-    for remembered in (configurations.chip, configurations.num_multiprocessors):
-        remembered.cache_clear()
-
-
 @pytest.mark.skipif(IS_INTERPRETED, reason="nothing is compiled there")
-@pytest.mark.usefixtures("_fresh_chip")
+@pytest.mark.usefixtures("fresh_chip")
 @pytest.mark.parametrize("cuda", [1], indirect=True)
 def test_no_step_waits_for_a_compilation(cuda: PretendCuda, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noted = note_compilations(monkeypatch)

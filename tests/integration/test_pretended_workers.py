@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from cluster.loops import FollowerLoop, LeaderLoop
 from protocol.messages import RoleName
@@ -18,7 +19,7 @@ from protocol.topology import Transport
 from tests.models import make_model
 from tests.pretend_cuda.device import PretendCuda, pretended
 from tests.pretend_cuda.links import join_gpus, join_ranks
-from tests.pretend_cuda.operations import use_kernels
+from tests.pretend_cuda.operations import IS_INTERPRETED, note_compilations, use_kernels
 from tests.worker_cluster import Leave, WorkerCluster
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the place of torch.cuda is taken")
@@ -151,3 +152,34 @@ def test_earlier_turns_that_are_fetched_from_decode_are_what_was_computed_there(
         assert cluster.generate([requests[0][0] * 30 + first + [5]], greedy)[0] == second
         cluster.assert_pools_whole()
         assert sum(rank.load.counters.get("fetched_tokens", 0) for rank in cluster.leaders())
+
+
+@pytest.mark.skipif(IS_INTERPRETED, reason="nothing is compiled there")
+@pytest.mark.usefixtures("fresh_chip")
+@pytest.mark.parametrize("cuda", [1], indirect=True)
+@pytest.mark.parametrize(("topology", "transport"), [("colocated", "zmq"), ("1P1D", "shm"), ("1P1D", "cuda_ipc")])
+def test_once_workers_are_ready_nobody_waits_for_a_compilation(
+    cuda: PretendCuda,
+    topology: str,
+    transport: Transport,
+    model: Path,
+    requests: Requests,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    noted = note_compilations(monkeypatch)
+    with WorkerCluster(
+        model,
+        GROUPS[topology],
+        transport,
+        memory_bytes=(20 if topology == "colocated" else 200) * BLOCK_BYTES,
+        decode_memory_bytes=20 * BLOCK_BYTES,
+        growth_tokens=4,
+        batch_tokens=64,
+        batch_requests=6,
+        device="cuda",
+    ) as cluster:
+        when_ready = set(noted)
+        generate(cluster, [(prompt, replace(sampling, max_tokens=60)) for prompt, sampling in requests])
+        cluster.assert_pools_whole()
+        assert sum(rank.load.counters.get("sequences_unparked", 0) for rank in cluster.leaders())
+    assert noted - when_ready == set()
