@@ -84,6 +84,10 @@ def join_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         memory = described[description]
         return PretendTensor(memory.inner[:num_bytes], _Elsewhere(), memory.machine)  # type: ignore[arg-type]
 
+    def unpin(memory: torch.Tensor) -> None:
+        """The device may be no more when a slab is let go of."""
+
+    monkeypatch.setattr(device_memory, "_unpin", unpin)
     monkeypatch.setattr(device_memory, "describe", describe)
     monkeypatch.setattr(device_memory, "opened", opened)
     monkeypatch.setattr(torch_transports, "NcclCommunicator", PretendNccl)
