@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.host_copy import upload
+from kernels.upload import upload
 from protocol.orders import BLOCK_ID_BYTES, Batch
 
 Integers: TypeAlias = NDArray[np.int64]

@@ -108,14 +108,18 @@ def _rows(inputs: BatchTensors, start: int, stop: int) -> BatchTensors:
 
 
 def cuda_capture() -> Capture:
-    """Return a capture into CUDA graphs that share one pool of memory, for no two of them ever run at once."""
+    """Return a capture into CUDA graphs that share one pool of memory, for no two of them ever run at once.
+
+    All are made on one stream: for every stream that multiplies matrices torch keeps a workspace, tens of MiB large.
+    """
     pool: Any = torch.cuda.graph_pool_handle()
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def capture(run: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
-        _run_aside(run)
+        _run_on(aside, run)
         graph = torch.cuda.CUDAGraph()
         # Other threads (of NCCL, of a transport) may call CUDA meanwhile: only this thread's calls must keep the rules.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
             result = run()
 
         def replay() -> Tensor | None:
@@ -127,10 +131,11 @@ def cuda_capture() -> Capture:
     return capture
 
 
-def _run_aside(run: Callable[[], Tensor | None]) -> None:
+def _run_on(aside: torch.cuda.Stream, run: Callable[[], Tensor | None]) -> None:
     """Run once outside the graph: kernels are compiled and libraries take their workspaces, which no graph may do."""
-    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):
-        run()
-    torch.cuda.current_stream().wait_stream(aside)
+    try:
+        with torch.cuda.stream(aside):
+            run()
+    finally:  # also when memory has run out: what it read may be let go of now
+        torch.cuda.current_stream().wait_stream(aside)

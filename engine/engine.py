@@ -10,7 +10,6 @@ from torch import Tensor
 
 from engine.batch_tensors import BatchTensors, to_tensors
 from engine.decode_graphs import DecodeGraphs, Scratch, cuda_capture, padded_sizes
-from engine.host_copy import upload
 from engine.kv_cache import KVCache, bytes_per_block
 from engine.limits import DEFAULT_LIMITS, KVMemory, Limits, ShareOfFree
 from engine.model import Decoder, LayersDone
@@ -18,6 +17,7 @@ from engine.tensor_parallel import TensorParallel
 from engine.warm_up import warm_up
 from engine.weights import Tensors, load_weights
 from kernels.backend import operations_for
+from kernels.upload import upload
 from protocol.errors import ConfigError
 from protocol.model_config import ModelConfig
 from protocol.orders import Batch
@@ -50,10 +50,17 @@ class Engine:
         self._dtype = dtype
         self._tensor_parallel = tensor_parallel
         self._block_size = block_size
-        weights = load_weights(source, config, dtype, device, tensor_parallel, progress)
-        self._model = Decoder(config, weights, tensor_parallel, operations_for(device))
+        self._model = self._load(source, progress)
         self._graphs: DecodeGraphs | None = None
         self._open(kv_memory, limits, progress)
+
+    def _load(self, source: Path | Tensors, progress: Tell) -> Decoder:
+        config, group = self._config, self._tensor_parallel
+        try:
+            weights = load_weights(source, config, self._dtype, self.device, group, progress)
+            return Decoder(config, weights, group, operations_for(self.device))
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"the device has no memory for this rank's weights ({error})") from error
 
     @property
     def is_asynchronous(self) -> bool:
@@ -109,9 +116,14 @@ class Engine:
         return int(free * kv_memory.share)
 
     def _take_cache(self, num_blocks: int) -> None:
-        self.kv_cache = KVCache(
-            self._config, self._tensor_parallel, self._block_size, num_blocks, self._dtype, self.device
-        )
+        try:
+            self.kv_cache = KVCache(
+                self._config, self._tensor_parallel, self._block_size, num_blocks, self._dtype, self.device
+            )
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"beside the weights there is no memory for {num_blocks} KV blocks; lower kv_cache.memory ({error})"
+            ) from error
 
     @torch.inference_mode()
     def _make_ready(self, limits: Limits, sizes: list[int], progress: Tell) -> None:

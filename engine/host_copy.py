@@ -1,10 +1,9 @@
-"""Between host and device without waiting: numbers of a step on their way up, its results on their way down.
+"""A step's results on their way to the host, without waiting until they are asked for. Used by the sampler.
 
-Called once or twice per step by the batch's tensors and the sampler. On a CPU both are the tensors themselves.
+On a CPU they are the tensors themselves. The other way is kernels/upload.py.
 """
 
 import time
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,15 +14,6 @@ _POLL_S = 50e-6
 
 class DeviceError(RuntimeError):
     """The device has not finished a step in time. Nothing can be mended: the process ends."""
-
-
-def upload(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Return tensors, all of one dtype, on device. One copy carries them all, and the host does not wait for it."""
-    if device.type == "cpu":
-        return list(tensors)
-    packed = torch.cat([tensor.flatten() for tensor in tensors]).pin_memory().to(device, non_blocking=True)
-    parts = torch.split(packed, [tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 class HostCopy:

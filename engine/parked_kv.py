@@ -2,13 +2,14 @@
 
 Every rank of a group holds its own heads. How much may be parked is the leader's business, and who; nothing here ever
 leaves the rank. Copies are made where steps are, on the device's current stream: after every step that was launched
-before the order, and before all that are launched after it.
+before the order, and before all that are launched after it. The host waits for them: their memory is not pinned.
 """
 
 import torch
 from torch import Tensor
 
 from kernels.backend import operations_for
+from kernels.upload import upload
 from protocol.identity import Attempt
 from protocol.orders import Discard, Park, Unpark
 
@@ -20,6 +21,7 @@ class ParkedKV:
         self._cache = cache
         self._operations = operations_for(cache.device)
         self._parked: dict[Attempt, Tensor] = {}  # each [num_layers, 2, num_local_kv_heads, num_tokens, head_dim]
+        self._compile()
 
     def __len__(self) -> int:
         return len(self._parked)
@@ -33,6 +35,11 @@ class ParkedKV:
                 self._unpark(order, self._parked.pop(order.attempt))
             case Discard():
                 del self._parked[order.attempt]
+
+    def _compile(self) -> None:
+        """Run both operations once, so that no sequence waits for one to be compiled; block 0 is left as it is."""
+        area = self._table((0,)), (0, 1), (0, self._cache.shape[3]), (0, 1)
+        self._operations.scatter_kv(self._operations.gather_kv(self._cache, *area), self._cache, *area)
 
     def _park(self, order: Park) -> None:
         assert order.attempt not in self._parked, "a sequence is parked once"
@@ -53,4 +60,5 @@ class ParkedKV:
             self._operations.scatter_kv(part, self._cache, table, (layer, layer + 1), heads, tokens)
 
     def _table(self, block_ids: tuple[int, ...]) -> Tensor:
-        return torch.tensor(block_ids, dtype=torch.int64, device=self._cache.device)
+        [table] = upload([torch.tensor(block_ids, dtype=torch.int64)], self._cache.device)
+        return table

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.host_copy import HostCopy, upload
+from engine.host_copy import HostCopy
 from engine.token_counts import Text, TokenCounts
 from kernels.backend import operations_for
 from kernels.plain.argmax import argmax
+from kernels.upload import upload
 from protocol.messages import TokenLogprobs
 from protocol.request import SamplingParams
 
@@ -74,8 +75,9 @@ class Sampler:
         are_valid = logits.sum(dim=-1).isfinite()  # no sum with a NaN or an infinity is; cheaper than looking at each
         adjusted = self._adjusted(logits, rows)
         token_ids = self._drawn(adjusted, rows)
-        self._count(rows, token_ids)
-        return Drawing(token_ids, are_valid, self._logprobs(logits, rows, token_ids))
+        drawing = Drawing(token_ids, are_valid, self._logprobs(logits, rows, token_ids))
+        self._count(rows, token_ids)  # last: a draw for which there was no memory is made again, and counts once
+        return drawing
 
     def _adjusted(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """Return logits with penalties, biases and min_tokens applied; the same tensor when no row asks for any."""

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.upload import upload
+
 _FIRST_ROWS = 8
 
 
@@ -47,23 +49,24 @@ class TokenCounts:
     def _take_up(self, text: Text) -> int:
         if not self._free:
             self._grow()
-        row = self._rows[text] = self._free.pop()
+        row, vocab_size = self._free[-1], self.in_output.shape[1]
+        known = [_known(token_ids, vocab_size) for token_ids in (text.output_token_ids, text.prompt_token_ids)]
+        output, prompt = upload(known, self._device)
+        ones = torch.ones_like(output, dtype=torch.int32)
+        self.in_output[row].zero_().index_put_((output,), ones, accumulate=True)
+        self.in_prompt[row].zero_().index_fill_(0, prompt, value=True)
+        self._rows[text] = self._free.pop()  # not before its counts are there: memory may have run out
         weakref.finalize(text, self._free.append, row).atexit = False
-        vocab_size = self.in_output.shape[1]
-        counts = torch.bincount(_known(text.output_token_ids, vocab_size), minlength=vocab_size)
-        self.in_output[row] = counts.to(torch.int32).to(self._device)
-        is_there = torch.zeros(vocab_size, dtype=torch.bool)
-        is_there[_known(text.prompt_token_ids, vocab_size)] = True
-        self.in_prompt[row] = is_there.to(self._device)
         return row
 
     def _grow(self) -> None:
-        """Double the rows, so that growing is rare; it is the only time the device waits for the host here."""
-        num_rows = len(self.in_output)
+        """Double the rows, so that growing is rare."""
+        num_rows, vocab_size = self.in_output.shape
         more = max(num_rows, _FIRST_ROWS)
+        in_output = torch.cat((self.in_output, self.in_output.new_zeros(more, vocab_size)))
+        self.in_prompt = torch.cat((self.in_prompt, self.in_prompt.new_zeros(more, vocab_size)))
+        self.in_output = in_output
         self._free += range(num_rows, num_rows + more)
-        self.in_output = torch.cat((self.in_output, self.in_output.new_zeros(more, self.in_output.shape[1])))
-        self.in_prompt = torch.cat((self.in_prompt, self.in_prompt.new_zeros(more, self.in_prompt.shape[1])))
 
 
 def _known(token_ids: Sequence[int], vocab_size: int) -> Tensor:

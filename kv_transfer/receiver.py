@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 
+from kernels.upload import upload
 from kv_transfer.frames import FrameHeader
 from kv_transfer.plan import FRAME_BYTES, Piece, check_table, frames_of, local_heads, plan_transfer
 from kv_transfer.staging import staging_for
@@ -94,7 +95,7 @@ class KVReceiver:
         except ValueError as error:
             self._reports.append(Broken(self._rank, order.attempt, str(error)))
             return
-        table = torch.tensor(order.block_ids, dtype=torch.int64, device=self._cache.device)
+        [table] = upload([torch.tensor(order.block_ids, dtype=torch.int64)], self._cache.device)
         self._transfers[order.attempt] = _Transfer(order, table, frames, set(frames))
         self._finish_if_whole(order.attempt)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 import torch
 
+from kernels.upload import upload
 from kv_transfer.frames import FrameHeader
 from kv_transfer.plan import FRAME_BYTES, Piece, check_table, frames_of, local_heads, plan_transfer
 from kv_transfer.staging import staging_for
@@ -100,7 +101,7 @@ class KVSender:
             self._transport.settled.ring()
             return
         if headers:
-            table = torch.tensor(order.block_ids, dtype=torch.int64, device=self._cache.device)
+            [table] = upload([torch.tensor(order.block_ids, dtype=torch.int64)], self._cache.device)
             self._transfers[order.attempt] = _Transfer(order, table, len(headers), uncomputed=headers)
             end = order.first_position + order.num_tokens
             self.send_more(SendMore(order.attempt, end if order.num_computed is None else order.num_computed))
@@ -187,9 +188,9 @@ class KVSender:
                 room = self._room(destination, lane, header.piece.num_bytes)
                 if room is None:
                     return
-                lane.staged_bytes += header.piece.num_bytes
                 heads = local_heads(self._layout, self._rank, header.piece.heads)
                 digests = self._staging.gather(header.piece, heads, transfer.block_table, room)
+                lane.staged_bytes += header.piece.num_bytes  # not before: for a gather, memory may have run out
                 numbered = msgspec.structs.replace(header, number=transfer.num_sent[destination])
                 transfer.num_sent[destination] += 1
                 self._transport.send(OutgoingFrame(destination, numbered, room, digests))

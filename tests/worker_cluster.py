@@ -26,6 +26,7 @@ from protocol.topology import (
     AnyRoleSection,
     ColocatedSection,
     DecodeSection,
+    Device,
     KVTransferSection,
     PrefillSection,
     RouterSection,
@@ -99,11 +100,15 @@ class WorkerCluster:
         policy: Policy = POLICIES["round_robin"],
         timeout_s: float = 10,
         min_fetch_tokens: int = 0,
+        device: Device = "cpu",
+        batch_requests: int = 256,
     ) -> None:
         self._model = model
+        self._device = device
         self._memory_bytes = memory_bytes
         self._block_sizes = block_sizes
         self._batch_tokens = batch_tokens
+        self._batch_requests = batch_requests
         self._decode_memory_bytes = decode_memory_bytes or memory_bytes
         self._growth_tokens = growth_tokens
         self._policy = policy
@@ -240,17 +245,21 @@ class WorkerCluster:
             role_section=self._section(spec),
             kv_cache=self._cache(spec),
             kv_transfer=self._kv_transfer,
-            device="cpu",
+            device=self._device,
             control=self._control.address,
             host=HOST,
         )
 
     def _section(self, spec: GroupSpec) -> AnyRoleSection:
-        size, tokens = spec.tensor_parallel, self._batch_tokens
+        sizes = {
+            "tensor_parallel": spec.tensor_parallel,
+            "batch_tokens": self._batch_tokens,
+            "batch_requests": self._batch_requests,
+        }
         if spec.role == "prefill":
-            return PrefillSection(tensor_parallel=size, batch_tokens=tokens)
+            return PrefillSection(**sizes)
         kind = DecodeSection if spec.role == "decode" else ColocatedSection
-        return kind(tensor_parallel=size, batch_tokens=tokens, growth_tokens=self._growth_tokens)
+        return kind(**sizes, growth_tokens=self._growth_tokens)
 
     def _cache(self, spec: GroupSpec) -> CacheLaunch:
         is_decode = spec.role == "decode"

@@ -69,7 +69,10 @@ def _gaps(logits, ids, largest, temperature, VOCAB_SIZE: tl.constexpr):
     return tl.div_rn(largest - values, temperature)
 
 
-@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=["logits"])
+@triton.jit(
+    do_not_specialize=["row_stride"],
+    do_not_specialize_on_alignment=["logits", "temperature", "top_k", "top_p", "min_p"],
+)
 def _find_widest_gap(
     logits,  # float32 [num_rows, VOCAB_SIZE], rows row_stride apart
     largest,  # float32 [num_rows]
@@ -145,7 +148,10 @@ def _widest_before(
     return tl.minimum(answer, 0x7F800000).to(tl.int32).to(tl.float32, bitcast=True)  # all bits set would be no number
 
 
-@triton.jit(do_not_specialize=["row_stride"], do_not_specialize_on_alignment=["logits"])
+@triton.jit(
+    do_not_specialize=["row_stride"],
+    do_not_specialize_on_alignment=["logits", "temperature", "seeds", "positions"],
+)
 def _draw_in_tile(
     logits,  # float32 [num_rows, VOCAB_SIZE], rows row_stride apart
     largest,  # float32 [num_rows]

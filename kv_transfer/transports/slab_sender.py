@@ -137,7 +137,12 @@ class SlabPeer:
         if self._slab.index_of(frame.payload) is not None:
             return frame
         room = self._slab.take(len(frame.payload))
-        return None if room is None else frame._replace(payload=room.copy_(frame.payload))
+        if room is None:
+            return None
+        room.copy_(frame.payload)
+        if room.is_cuda:
+            torch.cuda.current_stream(room.device).synchronize()
+        return frame._replace(payload=room)
 
     def _send(self, frame: OutgoingFrame) -> None:
         sequence, slot = self._num_sent, self._slab.index_of(frame.payload)

@@ -32,8 +32,8 @@ def layout(tensor_parallel: int, num_kv_heads: int, dtype: str = "float32", bloc
     return KVLayout("model", NUM_LAYERS, num_kv_heads, HEAD_DIM, dtype, block_size, tensor_parallel)
 
 
-def site_of(shape: KVLayout, timeout_s: float = 10) -> Site:
-    return Site(HOST, torch.device(DEVICE), shape, timeout_s)
+def site_of(shape: KVLayout, timeout_s: float = 10, device: str | None = None) -> Site:
+    return Site(HOST, torch.device(device or DEVICE), shape, timeout_s)
 
 
 def heads_of(shape: KVLayout, rank: int) -> list[int]:
@@ -56,23 +56,31 @@ def write_tokens(cache: torch.Tensor, shape: KVLayout, rank: int, block_ids: lis
         cache[:, :, block_ids[block], :, slot] = kv[:, :, heads, position]
 
 
-def random_caches(shape: KVLayout, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    return [
-        torch.randn(NUM_LAYERS, 2, NUM_BLOCKS, len(heads_of(shape, rank)), shape.block_size, HEAD_DIM).to(DEVICE, dtype)
+def random_caches(shape: KVLayout, dtype: torch.dtype = torch.float32, device: str | None = None) -> list[torch.Tensor]:
+    sizes = [
+        (NUM_LAYERS, 2, NUM_BLOCKS, len(heads_of(shape, rank)), shape.block_size, HEAD_DIM)
         for rank in range(shape.tensor_parallel)
     ]
+    return [torch.randn(size).to(device or DEVICE, dtype) for size in sizes]
 
 
 class Source:
     """A prefill group."""
 
-    def __init__(self, name: str, shape: KVLayout, dtype: torch.dtype = torch.float32, timeout_s: float = 10) -> None:
+    def __init__(
+        self,
+        name: str,
+        shape: KVLayout,
+        dtype: torch.dtype = torch.float32,
+        timeout_s: float = 10,
+        device: str | None = None,
+    ) -> None:
         self.epoch: Epoch = new_epoch()
         self.layout = shape
-        self.caches = random_caches(shape, dtype)
+        self.caches = random_caches(shape, dtype, device)
         self.endpoint = Endpoint(self.epoch, shape, name, ("",) * shape.tensor_parallel)
         self.senders = [
-            KVSender(cache, shape, rank, open_sender(name, site_of(shape, timeout_s)), SMALL_FRAME_BYTES)  # type: ignore[arg-type]
+            KVSender(cache, shape, rank, open_sender(name, site_of(shape, timeout_s, device)), SMALL_FRAME_BYTES)  # type: ignore[arg-type]
             for rank, cache in enumerate(self.caches)
         ]
 
@@ -88,13 +96,20 @@ class Source:
 class Sink:
     """A decode group, with what its caches must look like."""
 
-    def __init__(self, name: str, shape: KVLayout, dtype: torch.dtype = torch.float32, timeout_s: float = 10) -> None:
+    def __init__(
+        self,
+        name: str,
+        shape: KVLayout,
+        dtype: torch.dtype = torch.float32,
+        timeout_s: float = 10,
+        device: str | None = None,
+    ) -> None:
         self.epoch: Epoch = new_epoch()
         self.layout = shape
-        self.caches = random_caches(shape, dtype)
+        self.caches = random_caches(shape, dtype, device)
         self.expected = [cache.clone() for cache in self.caches]
         self.receivers = [
-            KVReceiver(cache, shape, rank, open_receiver(name, site_of(shape, timeout_s)), SMALL_FRAME_BYTES)  # type: ignore[arg-type]
+            KVReceiver(cache, shape, rank, open_receiver(name, site_of(shape, timeout_s, device)), SMALL_FRAME_BYTES)  # type: ignore[arg-type]
             for rank, cache in enumerate(self.caches)
         ]
         addresses = tuple(receiver.address for receiver in self.receivers)
@@ -127,10 +142,11 @@ def connected(
     dtype: str = "float32",
     timeout_s: float = 10,
     block_sizes: tuple[int, int] = (BLOCK_SIZE, BLOCK_SIZE),
+    devices: tuple[str | None, str | None] = (None, None),
 ) -> Iterator[tuple[Source, Sink]]:
     kind = getattr(torch, dtype)
-    source = Source(name, layout(source_tp, num_kv_heads, dtype, block_sizes[0]), kind, timeout_s)
-    sink = Sink(name, layout(sink_tp, num_kv_heads, dtype, block_sizes[1]), kind, timeout_s)
+    source = Source(name, layout(source_tp, num_kv_heads, dtype, block_sizes[0]), kind, timeout_s, devices[0])
+    sink = Sink(name, layout(sink_tp, num_kv_heads, dtype, block_sizes[1]), kind, timeout_s, devices[1])
     try:
         yield source, sink
     finally:

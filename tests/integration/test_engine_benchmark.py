@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import host_speed
+from benchmarks.device_timer import ceiling
+from benchmarks.engine import Report, measure_engine, measure_kernels
 from benchmarks.engine_plan import FULL, H200_PEERS, SMOKE, Plan
 from benchmarks.engine_speed import Work
 from benchmarks.step_profile import KINDS
+from tests.pretend_cuda.device import pretended
+from tests.pretend_cuda.operations import use_kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +59,21 @@ def test_it_runs_and_every_figure_is_a_positive_number(tmp_path: Path, monkeypat
         assert all(math.isfinite(row[key]) and row[key] > 0 for key in ("seconds", "floor_seconds", "of_floor")), row
         assert row["of_floor"] == pytest.approx(row["seconds"] / row["floor_seconds"])
         assert row["peer_seconds"] is None, "peers were measured on another machine"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the place of torch.cuda is taken")
+def test_what_it_measures_on_a_gpu_can_be_captured_and_launched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pretended(monkeypatch, total_bytes=1 << 30) as cuda:
+        use_kernels(monkeypatch, cuda)
+        device = torch.device("cuda")
+        best = ceiling(device, SMOKE.dtype, SMOKE.copy_elements, SMOKE.matrix)
+        report = Report({"device": "pretended"}, best, None)
+        measure_kernels(SMOKE, device, best, report)
+        measure_engine(SMOKE, device, best, report)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in expected_rows(SMOKE))
 
 
 def test_the_profile_of_a_step_names_what_it_launches_and_adds_up(

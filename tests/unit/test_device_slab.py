@@ -8,14 +8,21 @@ import torch
 from kv_transfer.transports import device_memory
 from kv_transfer.transports.device_slab import DeviceSlabs, open_device_slab
 from kv_transfer.transports.slab import NUM_SLOTS, Lent
-from tests.integration.lazy_streams import share_memory
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
 def _memory_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    share_memory(monkeypatch)
+    described: dict[bytes, torch.Tensor] = {}
+
+    def describe(memory: torch.Tensor) -> bytes:
+        key = len(described).to_bytes(4, "little")
+        described[key] = memory
+        return key
+
+    monkeypatch.setattr(device_memory, "describe", describe)
+    monkeypatch.setattr(device_memory, "opened", lambda description, *_: described[description])
 
 
 def lent_to_receiver(slab) -> tuple[object, Lent]:
