@@ -5,7 +5,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
 from protocol.identity import new_attempt
 from protocol.messages import TokenUpdate
@@ -90,6 +90,36 @@ def test_bytes_that_never_become_a_character_are_not_held_for_ever(tokenizer: To
     pieces = [detokenizer.feed(lead) for _ in range(MAX_HELD + 1)]
     assert pieces[MAX_HELD - 1] == "\ufffd" * MAX_HELD
     assert detokenizer.feed(tokenizer.token_to_id("a")) == "\ufffda"
+
+
+def spaces_before_words() -> Tokenizer:
+    """As Mistral's and Llama 2's: a word carries the space before it, which is not shown where a text begins."""
+    words = ["<s>", "▁Once", "▁upon", "▁a", "▁time", ",", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<s>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("num_before", range(16))
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_text_that_goes_on_keeps_the_space_before_its_first_word(num_before: int, is_cut: bool) -> None:
+    tokenizer = spaces_before_words()
+    before, after = [0, *[1, 2, 3] * 5][:num_before], [4, 5, 4, 0, 4]
+    if is_cut:  # the first half of a character ends what stands before
+        before.append(tokenizer.token_to_id("<0xC3>"))
+    detokenizer = Detokenizer(tokenizer, frozenset({0}), before)
+    text = "".join(detokenizer.feed(token_id) for token_id in after) + detokenizer.flush()
+    assert text.lstrip(" ") == "time, time time"
+    assert text.startswith(" ") == (num_before > 1 and not is_cut)
+
+
+def test_a_character_of_several_tokens_comes_whole_behind_a_prompt(tokenizer: Tokenizer) -> None:
+    before = tokenizer.encode("one 日 two").ids
+    for num_before in range(len(before)):
+        detokenizer = Detokenizer(tokenizer, SPECIAL_IDS, before[:num_before])
+        assert "".join(detokenizer.feed(token_id) for token_id in tokenizer.encode("日x😀").ids) == "日x😀"
 
 
 def feed_all(choice: Choice, token_ids: list[int], reason: str | None) -> Delta:
