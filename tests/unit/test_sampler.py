@@ -118,6 +118,13 @@ def test_repetition_looks_at_prompt_and_output() -> None:
     assert greedy([-1.0, -1.2, -9.0], prompt=(0,), repetition_penalty=1.5) == 1
 
 
+def test_the_least_repetition_penalty_overflows_nothing() -> None:
+    """Logits of 1000 are beyond what models give; the coldest temperature divides once more."""
+    params = {"repetition_penalty": 1e-6, "temperature": 1e-300}
+    SamplingParams(max_tokens=1, seed=0, **params).validate(3)  # type: ignore[arg-type]
+    assert sample(torch.tensor([[1.0, 1000.0, 900.0]]), [row(prompt=(1, 2), **params)])[0].token_id == 1
+
+
 def test_repetition_does_not_make_the_prompt_count_for_the_other_two() -> None:
     assert greedy([3.0, 2.5, 0.0], prompt=(0, 0), repetition_penalty=1.01, presence_penalty=2.0) == 0
     assert greedy([3.0, 2.5, 0.0], prompt=(0, 0), repetition_penalty=1.01, frequency_penalty=2.0) == 0
