@@ -81,6 +81,12 @@ def test_a_status_of_someone_else_is_refused(body: bytes):
         parse_status(body, "http://x")
 
 
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://[::1", ""])
+def test_what_is_no_address_of_a_router_is_told_how_to_write_one(url: str):
+    with pytest.raises(TandemError, match="write it as http://127.0.0.1:8000"):
+        fetch_raw(url)
+
+
 @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"])
 def test_what_speaks_no_http_is_no_router(answer: bytes):
     with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as threads:
