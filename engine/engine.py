@@ -113,9 +113,14 @@ class Engine:
         return int(free * kv_memory.share)
 
     def _take_cache(self, num_blocks: int) -> None:
-        self.kv_cache = KVCache(
-            self._config, self._tensor_parallel, self._block_size, num_blocks, self._dtype, self.device
-        )
+        try:
+            self.kv_cache = KVCache(
+                self._config, self._tensor_parallel, self._block_size, num_blocks, self._dtype, self.device
+            )
+        except RuntimeError as error:  # which torch.OutOfMemoryError is one of; on a CPU it is this
+            raise ConfigError(
+                f"{self.device} has no memory for {num_blocks} KV blocks; lower kv_cache.memory ({error})"
+            ) from error
 
     @torch.inference_mode()
     def _make_ready(self, limits: Limits, sizes: list[int], progress: Callable[[str], None]) -> None:
