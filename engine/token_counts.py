@@ -45,25 +45,27 @@ class TokenCounts:
         self.in_output.index_put_((rows, token_ids), ones, accumulate=True)
 
     def _take_up(self, text: Text) -> int:
+        """Whatever runs out of memory on the way leaves everything as it was."""
         if not self._free:
             self._grow()
-        row = self._rows[text] = self._free.pop()
-        weakref.finalize(text, self._free.append, row).atexit = False
+        row = self._free[-1]
         vocab_size = self.in_output.shape[1]
         counts = torch.bincount(_known(text.output_token_ids, vocab_size), minlength=vocab_size)
         self.in_output[row] = counts.to(torch.int32).to(self._device)
         is_there = torch.zeros(vocab_size, dtype=torch.bool)
         is_there[_known(text.prompt_token_ids, vocab_size)] = True
         self.in_prompt[row] = is_there.to(self._device)
+        self._rows[text] = self._free.pop()
+        weakref.finalize(text, self._free.append, row).atexit = False
         return row
 
     def _grow(self) -> None:
         """Double the rows, so that growing is rare; it is the only time the device waits for the host here."""
         num_rows = len(self.in_output)
         more = max(num_rows, _FIRST_ROWS)
+        grown = [torch.cat((old, old.new_zeros(more, old.shape[1]))) for old in (self.in_output, self.in_prompt)]
+        self.in_output, self.in_prompt = grown
         self._free += range(num_rows, num_rows + more)
-        self.in_output = torch.cat((self.in_output, self.in_output.new_zeros(more, self.in_output.shape[1])))
-        self.in_prompt = torch.cat((self.in_prompt, self.in_prompt.new_zeros(more, self.in_prompt.shape[1])))
 
 
 def _known(token_ids: Sequence[int], vocab_size: int) -> Tensor:

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from engine.sampler import Drawn, Sampler, SamplingRow
+from engine.token_counts import TokenCounts
 from protocol.request import SamplingParams
-from tests.sampling import row_of, sample
+from tests.sampling import WrittenText, row_of, sample
 
 VOCAB = 67
 
@@ -190,3 +191,22 @@ def test_penalties_know_what_was_drawn_before_the_host_does(seed: int) -> None:
         for (_, output), one in zip(texts.values(), drawn, strict=True):
             output.append(one.token_id)
     assert len(sampler._counts.in_output) <= 32, "rows of texts that are gone were not used again"
+
+
+@pytest.mark.parametrize("operation", ["cat", "bincount"])
+def test_counts_for_which_there_was_no_memory_are_right_at_the_next_try(operation: str, monkeypatch) -> None:
+    """A step for which there is no memory goes on without its newest request, and with what was counted before."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError
+
+    counts = TokenCounts(VOCAB, torch.device("cpu"))
+    texts = [WrittenText((index,), (index + 1,)) for index in range(9)]
+    rows = [counts.row_of(text) for text in texts[:8]]
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr(torch, operation, refuse)
+        counts.row_of(texts[8])
+    rows.append(counts.row_of(texts[8]))
+    assert len(set(rows)) == 9
+    assert [counts.in_output[row].nonzero().tolist() for row in rows] == [[[index + 1]] for index in range(9)]
+    assert [counts.in_prompt[row].nonzero().tolist() for row in rows] == [[[index]] for index in range(9)]
