@@ -74,8 +74,9 @@ class Sampler:
         are_valid = logits.sum(dim=-1).isfinite()  # no sum with a NaN or an infinity is; cheaper than looking at each
         adjusted = self._adjusted(logits, rows)
         token_ids = self._drawn(adjusted, rows)
-        self._count(rows, token_ids)
-        return Drawing(token_ids, are_valid, self._logprobs(logits, rows, token_ids))
+        drawing = Drawing(token_ids, are_valid, self._logprobs(logits, rows, token_ids))
+        self._count(rows, token_ids)  # last: a draw that runs out of memory is made again
+        return drawing
 
     def _adjusted(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """Return logits with penalties, biases and min_tokens applied; the same tensor when no row asks for any."""

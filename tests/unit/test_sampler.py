@@ -210,3 +210,17 @@ def test_counts_for_which_there_was_no_memory_are_right_at_the_next_try(operatio
     assert len(set(rows)) == 9
     assert [counts.in_output[row].nonzero().tolist() for row in rows] == [[[index + 1]] for index in range(9)]
     assert [counts.in_prompt[row].nonzero().tolist() for row in rows] == [[[index]] for index in range(9)]
+
+
+def test_a_draw_that_ran_out_of_memory_and_is_made_again_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token 0 leads by 1.5: it is drawn twice, and not a third time, unless it was counted too often."""
+
+    def refuse(*arguments: object) -> None:
+        raise torch.OutOfMemoryError
+
+    logits, sampler = torch.tensor([[3.0, 1.5, 0.0]]), Sampler(3, torch.device("cpu"))
+    asking = row(temperature=0.0, frequency_penalty=1.0, num_logprobs=0)
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        patched.setattr("engine.sampler.Logprobs", refuse)
+        sampler.draw(logits, [asking])
+    assert [sampler.draw(logits, [asking]).collect()[0].token_id for _ in range(3)] == [0, 0, 1]
