@@ -1,15 +1,18 @@
 """Text that comes token by token: nothing lost, no half characters, no part of a stop string."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+from protocol.errors import ConfigError
 from protocol.identity import new_attempt
 from protocol.messages import TokenUpdate
-from router.chat_template import ChatTemplate
+from router.chat_template import ChatTemplate, load_chat_template
 from router.choice import Choice, Delta
 from router.detokenizer import MAX_HELD, Detokenizer
 from router.stop_strings import StopStrings
@@ -179,3 +182,16 @@ def test_chat_templates_run_in_a_sandbox_and_their_complaints_are_errors() -> No
     ):
         with pytest.raises(ValueError, match="does not accept these messages"):
             ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("template", [7, {"a": 1}, ["x"], [{"name": "default"}], [{"name": "default", "template": 7}]])
+def test_what_is_no_chat_template_is_refused_in_a_sentence(template: object, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ConfigError, match="has for a chat template is none"):
+        load_chat_template(tmp_path)
+
+
+def test_a_chat_template_that_is_no_text_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="has for a chat template is none"):
+        load_chat_template(tmp_path)
