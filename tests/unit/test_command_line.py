@@ -1,5 +1,6 @@
 """What the command line shows: the table of workers, and the way to ready line by line."""
 
+import errno
 import io
 import socket
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,23 @@ def test_a_terminal_shows_the_latest_line_only_until_one_that_stays():
     progress.say("ready: http://127.0.0.1:8000")
     shown = [line.rpartition("\x1b[2K")[2] for line in out.getvalue().split("\n")]
     assert shown == ["ready: http://127.0.0.1:8000", ""]
+
+
+class FullDisk(io.StringIO):
+    is_full = True
+
+    def flush(self) -> None:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_or_a_reader_that_has_gone_costs_lines_and_nothing_else():
+    out = FullDisk()
+    progress = Progress(2, out)
+    show(progress, worker("decode", "ready"))
+    out.is_full = False
+    show(progress, worker("decode", "dead"))
+    assert "decode 0: lost; Ray starts it again" in out.getvalue()
 
 
 def test_a_groups_kv_cache_is_told_in_tokens_and_in_requests_of_full_length():
