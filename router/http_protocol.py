@@ -1,4 +1,5 @@
-"""uvicorn's HTTP/1.1 connection with the guards it lacks: a deadline and a size for headers, and errors in JSON.
+"""uvicorn's HTTP/1.1 connection with what it lacks: a deadline and a size for headers, errors in JSON, and word to
+every request of a connection, not to the last one only, that the client has gone.
 
 Given to uvicorn by router/process.py. Limits on bodies are router/body.py's.
 """
@@ -6,7 +7,7 @@ Given to uvicorn by router/process.py. Limits on bodies are router/body.py's.
 import asyncio
 
 from starlette.types import Scope
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from router.errors import bad_request
 
@@ -24,11 +25,16 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._requests: list[RequestResponseCycle] = []  # since one last came while none was under way
         self._await_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+        for request in self._requests:
+            if not request.response_complete:
+                request.disconnected = True
+                request.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -49,7 +55,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
+        if self.cycle is None or self.cycle.response_complete:
+            self._requests = []
         super().on_headers_complete()
+        self._requests.append(self.cycle)
 
     def send_400_response(self, msg: str) -> None:
         self._stop_timer()
