@@ -4,14 +4,17 @@ import errno
 import io
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from cluster.commands.status import format_table
 from cluster.progress import Progress
+from cluster.ray_session import connected
 from cluster.status_client import ClusterStatus, WorkerStatus, fetch_raw, parse_status
-from protocol.errors import TandemError
+from cluster.topology_file import load_topology
+from protocol.errors import ConfigError, TandemError
 from protocol.messages import BlockCounts, RoleName, WorkerState
 
 
@@ -97,6 +100,13 @@ def test_a_status_with_more_than_is_shown_still_reads():
 def test_a_status_of_someone_else_is_refused(body: bytes):
     with pytest.raises(TandemError, match="http://x/status is not a Tandem router's"):
         parse_status(body, "http://x")
+
+
+def test_a_ray_cluster_that_cannot_be_joined_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+    topology, _ = load_topology(Path(__file__).parents[2] / "configs/cpu_1p1d.yaml")
+    with pytest.raises(ConfigError, match="RAY_ADDRESS is nonsense, and no Ray cluster"), connected(topology):
+        pass
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://[::1", ""])
