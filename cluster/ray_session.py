@@ -24,6 +24,9 @@ _SETTINGS = {
 }
 """Settings of Ray, read when it is imported; what the user has set stays."""
 
+_SETTINGS_TO_JOIN = {"RAY_NUM_REDIS_GET_RETRIES": "2"}
+"""Each takes 40 s when nobody answers, and no signal is heard meanwhile; by default it is a quarter of an hour."""
+
 
 @dataclass(frozen=True)
 class RaySession:
@@ -47,7 +50,7 @@ def connected(topology: Topology) -> Iterator[RaySession]:
     thread of its own: in the main thread it would take our signal handlers, and a signal would leave it half started.
     The thread stays, for Ray's processes die with the thread that started them.
     """
-    for name, value in _SETTINGS.items():
+    for name, value in (_SETTINGS | (_SETTINGS_TO_JOIN if uses_existing_cluster() else {})).items():
         os.environ.setdefault(name, value)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray") as ray_thread:
         import ray
