@@ -14,6 +14,7 @@ from router.errors import bad_request
 HEADER_TIMEOUT_S = 10.0
 MAX_HEADER_BYTES = 32 << 10
 MAX_HEADERS = 64
+_TOO_LARGE = f"the request's headers are larger than {MAX_HEADER_BYTES >> 10} KiB"
 
 
 class GuardedProtocol(HttpToolsProtocol):
@@ -43,7 +44,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._is_in_header:
             self._num_header_bytes += len(data)
             if self._num_header_bytes > MAX_HEADER_BYTES:
-                self.send_400_response(f"the request's headers are larger than {MAX_HEADER_BYTES >> 10} KiB")
+                self.send_400_response(_TOO_LARGE)
         elif self._timer is None and self.cycle.response_complete:
             # No request yet, but uvicorn has just stopped its own timer: an unread body's rest, or empty lines.
             self._start_timer()
@@ -95,8 +96,15 @@ def header_problem(scope: Scope) -> str | None:
     names = [name for name, _ in scope["headers"]]
     if len(names) > MAX_HEADERS:
         return f"a request may have at most {MAX_HEADERS} headers, not {len(names)}"
+    if _num_bytes(scope) > MAX_HEADER_BYTES:  # what comes at once is not counted by its connection
+        return _TOO_LARGE
     if scope["http_version"] == "1.1" and names.count(b"host") != 1:
         return "a request must have exactly one Host header"
     if names.count(b"content-length") + (b"transfer-encoding" in names) > 1:
         return "a request must have one Content-Length or Transfer-Encoding, not several"
     return None
+
+
+def _num_bytes(scope: Scope) -> int:
+    in_headers = sum(len(name) + len(value) for name, value in scope["headers"])
+    return len(scope["raw_path"]) + len(scope["query_string"]) + in_headers

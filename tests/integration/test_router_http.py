@@ -301,6 +301,8 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
         ((b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n",), b"400"),
         ((b"\x00\xff garbage\r\n\r\n",), b"400"),
         ((b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 40_000,), b"400"),
+        ((b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX: " + b"y" * 40_000 + b"\r\n\r\n",), b"400"),
+        ((b"GET /health?" + b"y" * 40_000 + b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",), b"400"),
         ((b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n" + b"X: y\r\n" * 80 + b"\r\n",), b"400"),
     ],
 )
