@@ -22,6 +22,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     _timer: asyncio.TimerHandle | None = None
     _is_in_header = False
+    _has_body_come = False  # with the last data
     _num_header_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -38,6 +39,7 @@ class GuardedProtocol(HttpToolsProtocol):
                 request.message_event.set()
 
     def data_received(self, data: bytes) -> None:
+        self._has_body_come = False
         super().data_received(data)
         if self.transport.is_closing():
             return
@@ -45,17 +47,29 @@ class GuardedProtocol(HttpToolsProtocol):
             self._num_header_bytes += len(data)
             if self._num_header_bytes > MAX_HEADER_BYTES:
                 self.send_400_response(_TOO_LARGE)
-        elif self._timer is None and self.cycle.response_complete:
+            return
+        if self._timer is None and self.cycle.response_complete:
             # No request yet, but uvicorn has just stopped its own timer: an unread body's rest, or empty lines.
             self._start_timer()
+        if self.cycle.more_body:
+            self._count_around_body(len(data))
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._await_header()
         self.scope["state"]["abort_connection"] = self._abort
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_header:  # what follows a body is no header of the request
+            super().on_header(name, value)
+
+    def on_body(self, body: bytes) -> None:
+        self._has_body_come = True
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
         self._stop_timer()
+        self._num_header_bytes, self._has_body_come = 0, True  # what came with them is no more than they were
         if self.cycle is None or self.cycle.response_complete:
             self._requests = []
         super().on_headers_complete()
@@ -72,6 +86,12 @@ class GuardedProtocol(HttpToolsProtocol):
         )
         self.transport.write(b"".join(lines))
         self.transport.close()
+
+    def _count_around_body(self, num_bytes: int) -> None:
+        """Chunks may bear words of their own, and headers may follow the last: the parser would keep them all."""
+        self._num_header_bytes = 0 if self._has_body_come else self._num_header_bytes + num_bytes
+        if self._num_header_bytes > MAX_HEADER_BYTES:
+            self._abort()
 
     def _await_header(self) -> None:
         self._stop_timer()
