@@ -8,6 +8,7 @@ import re
 from protocol.errors import ConfigError
 
 _UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+_MOST = 1 << 60
 _SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[A-Za-z]*)")
 
 
@@ -16,7 +17,10 @@ def parse_memory(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None or match["unit"] not in _UNITS:
         raise ConfigError(f'"{text}" is not a memory size; write it as 512MiB or 20GiB (units: {", ".join(_UNITS)})')
-    return int(float(match["number"]) * _UNITS[match["unit"]])
+    num_bytes = float(match["number"]) * _UNITS[match["unit"]]
+    if num_bytes > _MOST:
+        raise ConfigError(f'"{text}" is more memory than any machine has')
+    return int(num_bytes)
 
 
 def parse_share(text: str) -> float | None:

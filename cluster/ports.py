@@ -19,6 +19,8 @@ def check_port(host: str, port: int) -> None:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except socket.gaierror as error:
         raise ConfigError(f"router.host {host} does not resolve: {error.strerror}") from None
+    except UnicodeError:  # an empty or overlong part between two dots
+        raise ConfigError(f"router.host {host!r} is not a host's name") from None
     with socket.socket(family, kind) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

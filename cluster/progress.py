@@ -5,6 +5,7 @@ change is a line of its own. Keeps only what it has said, never decides anything
 """
 
 import sys
+from contextlib import suppress
 from typing import TextIO
 
 from cluster.status_client import ClusterStatus, WorkerStatus
@@ -24,8 +25,7 @@ class Progress:
 
     def say(self, line: str) -> None:
         """Print a line that stays."""
-        self._out.write(f"{_CLEAR_LINE if self._transient else ''}{line}\n")
-        self._out.flush()
+        self._write(f"{_CLEAR_LINE if self._transient else ''}{line}\n")
         self._transient = False
 
     def show(self, status: ClusterStatus) -> None:
@@ -51,11 +51,16 @@ class Progress:
         self._said[subject] = news
         line = f"{subject} {news}" if subject == "workers" else f"{subject}: {news}"
         if self._is_terminal:
-            self._out.write(f"{_CLEAR_LINE}{line}")
-            self._out.flush()
+            self._write(f"{_CLEAR_LINE}{line}")
             self._transient = True
         else:
             self.say(line)
+
+    def _write(self, text: str) -> None:
+        """Whoever read this may have gone, or the disk be full: that costs lines, never the cluster."""
+        with suppress(OSError):
+            self._out.write(text)
+            self._out.flush()
 
 
 def _describe(worker: WorkerStatus) -> str:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from cluster.checks import check_resources, num_local_cpus, num_local_gpus
+from protocol.errors import ConfigError
 from protocol.topology import Topology
 
 _OBJECT_STORE_BYTES = 80 << 20  # Ray's minimum: nothing of ours passes through it
@@ -22,6 +23,9 @@ _SETTINGS = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": "worker died or was killed|retries remaining",  # we say so ourselves, in one line
 }
 """Settings of Ray, read when it is imported; what the user has set stays."""
+
+_SETTINGS_TO_JOIN = {"RAY_NUM_REDIS_GET_RETRIES": "2"}
+"""Each takes 40 s when nobody answers, and no signal is heard meanwhile; by default it is a quarter of an hour."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,11 @@ def uses_existing_cluster() -> bool:
 def connected(topology: Topology) -> Iterator[RaySession]:
     """Join or start Ray, and leave it afterwards; a cluster that we started ends with that.
 
-    Raise ConfigError when an existing cluster has too little for the topology. Ray starts in a thread of its own: in
-    the main thread it would take our signal handlers, and a signal would leave it half started. The thread stays, for
-    Ray's processes die with the thread that started them.
+    Raise ConfigError when an existing cluster cannot be joined or has too little for the topology. Ray starts in a
+    thread of its own: in the main thread it would take our signal handlers, and a signal would leave it half started.
+    The thread stays, for Ray's processes die with the thread that started them.
     """
-    for name, value in _SETTINGS.items():
+    for name, value in (_SETTINGS | (_SETTINGS_TO_JOIN if uses_existing_cluster() else {})).items():
         os.environ.setdefault(name, value)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray") as ray_thread:
         import ray
@@ -60,7 +64,11 @@ def connected(topology: Topology) -> Iterator[RaySession]:
 def _join(topology: Topology) -> RaySession:
     import ray
 
-    ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:  # ConnectionError among them
+        address = os.environ["RAY_ADDRESS"]
+        raise ConfigError(f"RAY_ADDRESS is {address}, and no Ray cluster can be joined there: {error}") from None
     resources = ray.cluster_resources()
     check_resources(topology, resources.get("CPU", 0), resources.get("GPU", 0), where="the Ray cluster")
     return RaySession(str(ray.util.get_node_ip_address()), is_local=False, logs=_logs())

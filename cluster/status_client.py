@@ -56,7 +56,7 @@ _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the ro
 
 def fetch_raw(router_url: str) -> bytes:
     """Return the body of GET router_url/status. Raise TandemError when nothing of ours answers there."""
-    if urlsplit(router_url).scheme not in ("http", "https"):
+    if not _is_http(router_url):
         raise TandemError(f"{router_url} is not the address of a router; write it as http://127.0.0.1:8000")
     try:
         with _opener.open(f"{router_url.rstrip('/')}/status", timeout=_TIMEOUT_S) as answer:
@@ -68,6 +68,13 @@ def fetch_raw(router_url: str) -> bytes:
         raise TandemError(
             f"no router answers at {router_url} ({reason}); start one, or name it with --router"
         ) from None
+
+
+def _is_http(url: str) -> bool:
+    try:
+        return urlsplit(url).scheme in ("http", "https")
+    except ValueError:  # a bracket that does not close
+        return False
 
 
 def fetch_status(router_url: str) -> ClusterStatus:

@@ -110,6 +110,8 @@ class Supervisor:
         complaint = _complaint(rank.running)
         if self._phase is Phase.STARTING:
             raise TandemError(f"{rank.name} did not start: {complaint}")
+        if _is_given_up(rank.running):
+            raise TandemError(f"{rank.name} ended, and Ray brings it back no more: {complaint}; shutting down")
         rank.kill()
         pause_s = self._restarts.has_ended(rank.name)
         self._progress.say(f"{rank.name} ended: {complaint}; starting it again in {pause_s:g} s")
@@ -146,6 +148,17 @@ class Supervisor:
 
     def _is_all_ready(self, status: ClusterStatus) -> bool:
         return sum(worker.state == "ready" for worker in status.workers) >= len(self._ranks)
+
+
+def _is_given_up(running: Any) -> bool:
+    """Whether the actor is dead for good, as all of ours are when the part of Ray that runs on this machine dies."""
+    try:
+        ray.get(running)
+    except ray.exceptions.ActorDiedError:
+        return True
+    except ray.exceptions.RayError:
+        return False
+    return False
 
 
 def _complaint(running: Any) -> str:

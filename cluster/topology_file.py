@@ -22,6 +22,7 @@ from protocol.topology import DecodeSection, Topology
 Places = dict[str, str]
 """Where each key was written: "prefill.groups" -> "configs/x.yaml:7"; the empty key is the file itself."""
 
+_TOO_DEEP = "brackets nest too deep; a topology needs three levels"
 _COMPLAINT = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<key>[^`]*)`)?", re.DOTALL)
 _FIELD = re.compile(r"Object (?P<problem>contains unknown|missing required) field `(?P<name>[^`]*)`")
 
@@ -51,6 +52,8 @@ def _read(path: Path) -> tuple[dict[str, Any], Places]:
         raise ConfigError(f"{path}: not UTF-8 text") from None
     except yaml.YAMLError as error:
         raise ConfigError(_yaml_complaint(path, error)) from None
+    except RecursionError:
+        raise ConfigError(f"{path}: {_TOO_DEEP}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: a topology is a mapping of sections: {', '.join(section_keys(''))}")
     return values, {"": f"{path}:1", **dict(_walk(root, f"{path}", "", depth=3))}
@@ -90,6 +93,8 @@ def _apply(override: str, values: dict[str, Any], places: Places) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{place}: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{place}: {_TOO_DEEP}") from None
     for depth, name in enumerate(names[:-1], 1):
         places.setdefault(".".join(names[:depth]), place)
         values = _section(values, name, place)

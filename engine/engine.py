@@ -120,9 +120,9 @@ class Engine:
             self.kv_cache = KVCache(
                 self._config, self._tensor_parallel, self._block_size, num_blocks, self._dtype, self.device
             )
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # which torch.OutOfMemoryError is one of; on a CPU it is this
             raise ConfigError(
-                f"beside the weights there is no memory for {num_blocks} KV blocks; lower kv_cache.memory ({error})"
+                f"{self.device} has no memory for {num_blocks} KV blocks; lower kv_cache.memory ({error})"
             ) from error
 
     @torch.inference_mode()

@@ -47,6 +47,7 @@ class TokenCounts:
         self.in_output.index_put_((rows, token_ids), ones, accumulate=True)
 
     def _take_up(self, text: Text) -> int:
+        """Whatever runs out of memory on the way leaves everything as it was."""
         if not self._free:
             self._grow()
         row, vocab_size = self._free[-1], self.in_output.shape[1]
@@ -61,11 +62,10 @@ class TokenCounts:
 
     def _grow(self) -> None:
         """Double the rows, so that growing is rare."""
-        num_rows, vocab_size = self.in_output.shape
+        num_rows = len(self.in_output)
         more = max(num_rows, _FIRST_ROWS)
-        in_output = torch.cat((self.in_output, self.in_output.new_zeros(more, vocab_size)))
-        self.in_prompt = torch.cat((self.in_prompt, self.in_prompt.new_zeros(more, vocab_size)))
-        self.in_output = in_output
+        grown = [torch.cat((old, old.new_zeros(more, old.shape[1]))) for old in (self.in_output, self.in_prompt)]
+        self.in_output, self.in_prompt = grown
         self._free += range(num_rows, num_rows + more)
 
 

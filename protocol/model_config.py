@@ -70,6 +70,14 @@ _FAMILIES: dict[str, tuple[bool | None, bool | None, bool]] = {
 def load_model_config(folder: Path) -> ModelConfig:
     """Read folder/config.json. Raise ConfigError, naming the key, for a model that is not served."""
     raw = _read_json(folder / "config.json")
+    try:
+        config = _interpret(raw, _eos_token_ids(folder, raw))
+        return msgspec.convert(msgspec.structs.asdict(config), ModelConfig)  # every value is of its type
+    except (msgspec.ValidationError, TypeError, ValueError, AttributeError, LookupError) as error:
+        raise ConfigError(f"{folder / 'config.json'} holds a value that cannot be: {error}") from None
+
+
+def _interpret(raw: dict[str, Any], eos_token_ids: tuple[int, ...]) -> ModelConfig:
     architecture = _architecture(raw)
     qkv_bias, o_bias, qk_norm = _FAMILIES[architecture]
     attention_bias = bool(raw.get("attention_bias", False))
@@ -92,7 +100,7 @@ def load_model_config(folder: Path) -> ModelConfig:
         mlp_bias=bool(raw.get("mlp_bias", False)),
         qk_norm=qk_norm,
         dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "float32"),
-        eos_token_ids=_eos_token_ids(folder, raw),
+        eos_token_ids=eos_token_ids,
     )
 
 

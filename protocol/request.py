@@ -53,8 +53,6 @@ class SamplingParams(msgspec.Struct, frozen=True):
             value = getattr(self, name)
             if not (math.isfinite(value) and low <= value <= high):
                 raise ValueError(f"{name} must be between {low:g} and {high:g}, not {value}")
-        if self.repetition_penalty == 0:
-            raise ValueError("repetition_penalty must be greater than 0")
         if self.top_p == 0:
             raise ValueError("top_p must be greater than 0")
         if self.min_tokens > self.max_tokens:
@@ -81,7 +79,7 @@ _BOUNDS = (
     ("min_p", 0.0, 1.0),
     ("presence_penalty", -2.0, 2.0),
     ("frequency_penalty", -2.0, 2.0),
-    ("repetition_penalty", 0.0, 10.0),
+    ("repetition_penalty", 1e-6, 10.0),  # logits are divided by it, in float32
     ("min_tokens", 0, 1 << 31),
 )
 

@@ -9,7 +9,9 @@ import msgspec
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1_000_000)]
+"""At most eleven days: JSON has no infinity, and sockets count milliseconds in 32 bits."""
+
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

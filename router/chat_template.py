@@ -44,11 +44,19 @@ class ChatTemplate:
 def load_chat_template(folder: Path) -> ChatTemplate | None:
     """Return the template of a model folder, or None when it has none. Raise ConfigError when it is broken."""
     config = _read_config(folder / "tokenizer_config.json")
+    try:
+        source = _source(folder, config)
+        return ChatTemplate(source, _special_tokens(config)) if source else None
+    except (TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"what {folder} has for a chat template is none: {error}") from None
+
+
+def _source(folder: Path, config: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.exists() else config.get("chat_template")
     if isinstance(source, list):  # several named ones
         source = next((item["template"] for item in source if item.get("name") == "default"), None)
-    return ChatTemplate(source, _special_tokens(config)) if source else None
+    return source
 
 
 def _read_config(path: Path) -> dict[str, Any]:

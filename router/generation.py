@@ -121,7 +121,7 @@ class Generation:
         for index, item in items:
             if isinstance(item, TokenUpdate):
                 self._feed(index, item, batch, now_s)
-            elif item.stage is not Stage.FINISHED:
+            elif item.stage is not Stage.FINISHED and self.choices[index].finish_reason is None:
                 failure = failure or item
         return batch, failure
 

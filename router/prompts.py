@@ -10,10 +10,11 @@ from router.text import ModelText
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One prompt; text is None when it was given as token ids."""
+    """One prompt; text is None when it was given as token ids. is_chat: what follows is a text of its own."""
 
     token_ids: tuple[int, ...]
     text: str | None = None
+    is_chat: bool = False
 
 
 async def completion_prompts(body: CompletionBody, text: ModelText, vocab_size: int) -> list[Prompt]:
@@ -36,7 +37,7 @@ async def chat_prompt(body: ChatBody, text: ModelText) -> Prompt:
         if isinstance(message["content"], list):  # templates expect one text
             message["content"] = "\n".join(part["text"] for part in message["content"])
     used = [{k: v for k, v in message.items() if v is not None} for message in messages]
-    return Prompt(tuple(_not_empty(await text.encode_chat(used), "messages")))
+    return Prompt(tuple(_not_empty(await text.encode_chat(used), "messages")), is_chat=True)
 
 
 async def _prompt(given: object, text: ModelText, vocab_size: int) -> Prompt:

@@ -53,7 +53,8 @@ class Call:
         for index, prompt in enumerate(self.prompts):
             params = self._params(prompt, max_tokens, num_logprobs, param)
             requests.append(self._request(index, prompt, params))
-            choices.append(Choice(self.serving.text.detokenizer(), stops, params.min_tokens))
+            detokenizer = self.serving.text.detokenizer(before=() if prompt.is_chat else prompt.token_ids)
+            choices.append(Choice(detokenizer, stops, params.min_tokens))
         serving = self.serving
         return Generation(serving.control, serving.metrics, requests, choices, serving.timeout_s)
 

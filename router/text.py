@@ -54,9 +54,9 @@ class ModelText:
         """Return the text of a prompt given as token ids."""
         return "" if self._tokenizer is None else str(self._tokenizer.decode(list(token_ids)))
 
-    def detokenizer(self) -> Detokenizer | None:
-        """Return a fresh one, or None when the model has no text."""
-        return None if self._tokenizer is None else Detokenizer(self._tokenizer, self._special_ids)
+    def detokenizer(self, before: Sequence[int] = ()) -> Detokenizer | None:
+        """Return a fresh one for a text that goes on from these tokens, or None when the model has no text."""
+        return None if self._tokenizer is None else Detokenizer(self._tokenizer, self._special_ids, before)
 
     def _token_text(self, token_id: int) -> str:
         if self._tokenizer is None:

@@ -183,6 +183,20 @@ def test_a_killed_router_is_reported_and_ends_the_cluster(model: Path):
 
 
 @pytest.mark.slow
+def test_a_machine_without_ray_is_reported_and_ends_the_cluster(model: Path):
+    """Ray's part on the driver's machine owns every worker: without it none is ever brought back."""
+    cluster = ClusterProcess("cpu_colocated.yaml", model)
+    try:
+        raylet = next(name for name in cluster.processes.descendants() if "raylet/raylet " in name)
+        os.kill(int(raylet.split()[0]), signal.SIGKILL)
+        assert cluster.processes.wait(BACK_S) == 1
+        assert "colocated-0-rank0 ended, and Ray brings it back no more" in cluster.processes.output
+        cluster.processes.assert_nothing_left(10)
+    finally:
+        cluster.destroy()
+
+
+@pytest.mark.slow
 def test_a_broken_weight_file_is_named_and_nothing_stays(model: Path, tmp_path: Path):
     broken = tmp_path / "model"
     broken.mkdir()

@@ -211,6 +211,12 @@ def test_a_memory_budget_below_one_block_is_refused(tmp_path: Path) -> None:
         Engine(load_model_config(folder), folder, torch.float32, CPU, TensorParallel(0, 1), 16, kv_memory=24575)
 
 
+def test_a_memory_budget_beyond_the_machines_is_refused(tmp_path: Path) -> None:
+    folder = make_model("llama", tmp_path)
+    with pytest.raises(ConfigError, match="cpu has no memory for 45812984490 KV blocks; lower kv_cache.memory"):
+        Engine(load_model_config(folder), folder, torch.float32, CPU, TensorParallel(0, 1), 16, kv_memory=1 << 50)
+
+
 def test_a_block_table_too_short_for_its_context_is_refused(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path)
     engine = Engine(load_model_config(folder), folder, torch.float32, CPU, TensorParallel(0, 1), 16, kv_memory=1 << 20)

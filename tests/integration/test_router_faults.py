@@ -50,12 +50,12 @@ def decode(router: RouterUnderTest) -> Iterator[FakeWorker]:
         yield worker
 
 
-def connect(router: RouterUnderTest, body: dict[str, object]) -> socket.socket:
-    """Send a request on a socket of our own, to close when we like."""
+def connect(router: RouterUnderTest, body: dict[str, object], times: int = 1) -> socket.socket:
+    """Send a request, or several before the first is answered, on a socket of our own, to close when we like."""
     host, port = router.url.removeprefix("http://").split(":")
     raw = socket.create_connection((host, int(port)), timeout=10)
     data = json.dumps(body).encode()
-    raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+    raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data) * times)
     return raw
 
 
@@ -87,6 +87,20 @@ def test_a_client_that_leaves_frees_both_sides_within_a_second(
     took_s = wait_until(lambda: all(len(worker.messages(Abort)) == 1 for worker in holders))
     assert took_s < 1
     wait_until(lambda: router.status()["requests"] == 0, 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_with_several_requests_on_one_connection_frees_what_runs(
+    router, prefill, decode, stream: bool
+) -> None:
+    router.await_ready()
+    raw = connect(router, {**LONG, "stream": stream}, times=3)
+    wait_until(lambda: len(prefill.messages(Committed)) == 1)
+    raw.close()
+    wait_until(lambda: router.status()["requests"] == 0, 1)
+    assert len(decode.messages(Reserve)) == len(decode.messages(Abort)) == 1
+    assert counted(router, "tandem_requests", "outcome") == {"client_gone": 1}
+    assert "Traceback" not in router.log.read_text()
 
 
 def test_a_worker_that_dies_ends_its_streams_at_once_and_comes_back_under_a_new_epoch(router, prefill, decode) -> None:

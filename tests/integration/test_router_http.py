@@ -301,6 +301,8 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
         ((b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n",), b"400"),
         ((b"\x00\xff garbage\r\n\r\n",), b"400"),
         ((b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 40_000,), b"400"),
+        ((b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX: " + b"y" * 40_000 + b"\r\n\r\n",), b"400"),
+        ((b"GET /health?" + b"y" * 40_000 + b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",), b"400"),
         ((b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n" + b"X: y\r\n" * 80 + b"\r\n",), b"400"),
     ],
 )
@@ -309,6 +311,21 @@ def test_hostile_http_is_refused_and_the_router_goes_on(router, pieces: tuple[by
     assert answer.startswith(b"HTTP/1.1 " + status), answer[:200]
     assert b'{"error":{"message":' in answer
     assert router.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("start", [b"2\r\n{}\r\n0\r\n", b"2\r\n{}\r\n0\r\nX: ", b"2;x="], ids=["many", "one", "chunk"])
+def test_headers_around_a_body_that_do_not_end_are_cut_off(router: RouterUnderTest, start: bytes) -> None:
+    piece = b"X: y\r\n" * 10_000 if start.endswith(b"\n") else b"y" * 60_000
+    answer = exchange(router, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + start, *[piece] * 50)
+    assert answer == b""
+    assert router.client.get("/health").status_code == 200
+
+
+def test_a_body_in_many_small_chunks_is_read(router: RouterUnderTest) -> None:
+    body = b'{"prompt": [5], "max_tokens": 1, "user": "%b"}' % (b"x" * 100_000)
+    chunks = b"".join(b"1;x=y\r\n%c\r\n" % byte for byte in body) + b"0\r\nX: y\r\n\r\n"
+    answer = exchange(router, HEAD + b"Transfer-Encoding: chunked\r\n\r\n", chunks)
+    assert answer.startswith(b"HTTP/1.1 200")
 
 
 def test_a_plain_request_id_is_echoed_and_any_other_replaced(router: RouterUnderTest) -> None:

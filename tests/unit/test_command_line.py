@@ -1,16 +1,20 @@
 """What the command line shows: the table of workers, and the way to ready line by line."""
 
+import errno
 import io
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from cluster.commands.status import format_table
 from cluster.progress import Progress
+from cluster.ray_session import connected
 from cluster.status_client import ClusterStatus, WorkerStatus, fetch_raw, parse_status
-from protocol.errors import TandemError
+from cluster.topology_file import load_topology
+from protocol.errors import ConfigError, TandemError
 from protocol.messages import BlockCounts, RoleName, WorkerState
 
 
@@ -54,6 +58,23 @@ def test_a_terminal_shows_the_latest_line_only_until_one_that_stays():
     assert shown == ["ready: http://127.0.0.1:8000", ""]
 
 
+class FullDisk(io.StringIO):
+    is_full = True
+
+    def flush(self) -> None:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_or_a_reader_that_has_gone_costs_lines_and_nothing_else():
+    out = FullDisk()
+    progress = Progress(2, out)
+    show(progress, worker("decode", "ready"))
+    out.is_full = False
+    show(progress, worker("decode", "dead"))
+    assert "decode 0: lost; Ray starts it again" in out.getvalue()
+
+
 def test_a_groups_kv_cache_is_told_in_tokens_and_in_requests_of_full_length():
     out = io.StringIO()
     leader = msgspec.structs.replace(worker("decode", "ready"), blocks=BlockCounts(total=4096), block_size=16)
@@ -79,6 +100,19 @@ def test_a_status_with_more_than_is_shown_still_reads():
 def test_a_status_of_someone_else_is_refused(body: bytes):
     with pytest.raises(TandemError, match="http://x/status is not a Tandem router's"):
         parse_status(body, "http://x")
+
+
+def test_a_ray_cluster_that_cannot_be_joined_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+    topology, _ = load_topology(Path(__file__).parents[2] / "configs/cpu_1p1d.yaml")
+    with pytest.raises(ConfigError, match="RAY_ADDRESS is nonsense, and no Ray cluster"), connected(topology):
+        pass
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://[::1", ""])
+def test_what_is_no_address_of_a_router_is_told_how_to_write_one(url: str):
+    with pytest.raises(TandemError, match="write it as http://127.0.0.1:8000"):
+        fetch_raw(url)
 
 
 @pytest.mark.parametrize("answer", [b"SSH-2.0-OpenSSH_9.2\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"])

@@ -80,6 +80,24 @@ def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], complain
         load(tmp_path, **changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": {"a": 1}},
+        {"num_key_value_heads": "2"},
+        {"head_dim": [16]},
+        {"rms_norm_eps": None},
+        {"rope_scaling": ["llama3"]},
+        {"rope_scaling": LLAMA3_SCALING | {"factor": "much"}},
+        {"eos_token_id": "</s>"},
+        {"eos_token_id": ["</s>"]},
+    ],
+)
+def test_a_value_of_another_kind_is_refused_in_a_sentence(changes: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="config.json holds a value that cannot be"):
+        load(tmp_path, **changes)
+
+
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json is missing"):
         load_model_config(tmp_path)

@@ -40,6 +40,7 @@ def complaint(body: object, body_type: type = CompletionBody) -> ApiError:
         ("presence_penalty", 3),
         ("frequency_penalty", -3),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-7),
         ("n", 2),
         ("n", 0),
         ("seed", 1 << 63),

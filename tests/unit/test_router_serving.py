@@ -8,6 +8,8 @@ from router.dispatch import Dispatcher
 from router.errors import ApiError
 from router.policies import POLICIES, ReadyGroup
 from router.prompts import Prompt
+from router.responder import Call
+from router.schemas import SamplingBody
 from router.serving import Serving
 
 
@@ -74,3 +76,22 @@ def test_without_a_worker_a_good_prompt_is_a_503_and_one_too_long_still_a_400(fr
         with pytest.raises(ApiError) as caught:
             front.room_for(prompt(num_tokens), "prompt")
         assert caught.value.status == status
+
+
+class Text:
+    """Remembers what each text was said to go on from."""
+
+    def __init__(self) -> None:
+        self.befores: list[tuple[int, ...]] = []
+
+    def detokenizer(self, before: tuple[int, ...] = ()) -> None:
+        self.befores.append(before)
+
+
+def test_a_completion_goes_on_from_its_prompt_and_an_answer_in_a_chat_from_nothing() -> None:
+    text = Text()
+    front = Serving(Control(), None, text, "m", 64, 100, (), 1.0, 0)  # type: ignore[arg-type]
+    add_group(front, 1000)
+    for prompts in ([Prompt((5, 6)), Prompt((7,), "x")], [Prompt((8,), is_chat=True)]):
+        Call(front, SamplingBody(), prompts).generation(4, None, "prompt")
+    assert text.befores == [(5, 6), (7,), ()]

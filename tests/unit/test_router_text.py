@@ -1,15 +1,18 @@
 """Text that comes token by token: nothing lost, no half characters, no part of a stop string."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models
 
+from protocol.errors import ConfigError
 from protocol.identity import new_attempt
 from protocol.messages import TokenUpdate
-from router.chat_template import ChatTemplate
+from router.chat_template import ChatTemplate, load_chat_template
 from router.choice import Choice, Delta
 from router.detokenizer import MAX_HELD, Detokenizer
 from router.stop_strings import StopStrings
@@ -92,6 +95,36 @@ def test_bytes_that_never_become_a_character_are_not_held_for_ever(tokenizer: To
     assert detokenizer.feed(tokenizer.token_to_id("a")) == "\ufffda"
 
 
+def spaces_before_words() -> Tokenizer:
+    """As Mistral's and Llama 2's: a word carries the space before it, which is not shown where a text begins."""
+    words = ["<s>", "▁Once", "▁upon", "▁a", "▁time", ",", *(f"<0x{byte:02X}>" for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<s>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("num_before", range(16))
+@pytest.mark.parametrize("is_cut", [False, True])
+def test_a_text_that_goes_on_keeps_the_space_before_its_first_word(num_before: int, is_cut: bool) -> None:
+    tokenizer = spaces_before_words()
+    before, after = [0, *[1, 2, 3] * 5][:num_before], [4, 5, 4, 0, 4]
+    if is_cut:  # the first half of a character ends what stands before
+        before.append(tokenizer.token_to_id("<0xC3>"))
+    detokenizer = Detokenizer(tokenizer, frozenset({0}), before)
+    text = "".join(detokenizer.feed(token_id) for token_id in after) + detokenizer.flush()
+    assert text.lstrip(" ") == "time, time time"
+    assert text.startswith(" ") == (num_before > 1 and not is_cut)
+
+
+def test_a_character_of_several_tokens_comes_whole_behind_a_prompt(tokenizer: Tokenizer) -> None:
+    before = tokenizer.encode("one 日 two").ids
+    for num_before in range(len(before)):
+        detokenizer = Detokenizer(tokenizer, SPECIAL_IDS, before[:num_before])
+        assert "".join(detokenizer.feed(token_id) for token_id in tokenizer.encode("日x😀").ids) == "日x😀"
+
+
 def feed_all(choice: Choice, token_ids: list[int], reason: str | None) -> Delta:
     delta = Delta()
     for index, token_id in enumerate(token_ids):
@@ -149,3 +182,16 @@ def test_chat_templates_run_in_a_sandbox_and_their_complaints_are_errors() -> No
     ):
         with pytest.raises(ValueError, match="does not accept these messages"):
             ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize("template", [7, {"a": 1}, ["x"], [{"name": "default"}], [{"name": "default", "template": 7}]])
+def test_what_is_no_chat_template_is_refused_in_a_sentence(template: object, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(ConfigError, match="has for a chat template is none"):
+        load_chat_template(tmp_path)
+
+
+def test_a_chat_template_that_is_no_text_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="has for a chat template is none"):
+        load_chat_template(tmp_path)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from engine.sampler import Drawn, Sampler, SamplingRow
+from engine.token_counts import TokenCounts
 from protocol.request import SamplingParams
-from tests.sampling import row_of, sample
+from tests.sampling import WrittenText, row_of, sample
 
 VOCAB = 67
 
@@ -118,6 +119,13 @@ def test_repetition_looks_at_prompt_and_output() -> None:
     assert greedy([-1.0, -1.2, -9.0], prompt=(0,), repetition_penalty=1.5) == 1
 
 
+def test_the_least_repetition_penalty_overflows_nothing() -> None:
+    """Logits of 1000 are beyond what models give; the coldest temperature divides once more."""
+    params = {"repetition_penalty": 1e-6, "temperature": 1e-300}
+    SamplingParams(max_tokens=1, seed=0, **params).validate(3)  # type: ignore[arg-type]
+    assert sample(torch.tensor([[1.0, 1000.0, 900.0]]), [row(prompt=(1, 2), **params)])[0].token_id == 1
+
+
 def test_repetition_does_not_make_the_prompt_count_for_the_other_two() -> None:
     assert greedy([3.0, 2.5, 0.0], prompt=(0, 0), repetition_penalty=1.01, presence_penalty=2.0) == 0
     assert greedy([3.0, 2.5, 0.0], prompt=(0, 0), repetition_penalty=1.01, frequency_penalty=2.0) == 0
@@ -183,3 +191,38 @@ def test_penalties_know_what_was_drawn_before_the_host_does(seed: int) -> None:
         for (_, output), one in zip(texts.values(), drawn, strict=True):
             output.append(one.token_id)
     assert len(sampler._counts.in_output) <= 32, "rows of texts that are gone were not used again"
+
+
+@pytest.mark.parametrize("operation", ["cat", "bincount"])
+def test_counts_for_which_there_was_no_memory_are_right_at_the_next_try(operation: str, monkeypatch) -> None:
+    """A step for which there is no memory goes on without its newest request, and with what was counted before."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise torch.OutOfMemoryError
+
+    counts = TokenCounts(VOCAB, torch.device("cpu"))
+    texts = [WrittenText((index,), (index + 1,)) for index in range(9)]
+    rows = [counts.row_of(text) for text in texts[:8]]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, operation, refuse)
+        with pytest.raises(torch.OutOfMemoryError):
+            counts.row_of(texts[8])
+    rows.append(counts.row_of(texts[8]))
+    assert len(set(rows)) == 9
+    assert [counts.in_output[row].nonzero().tolist() for row in rows] == [[[index + 1]] for index in range(9)]
+    assert [counts.in_prompt[row].nonzero().tolist() for row in rows] == [[[index]] for index in range(9)]
+
+
+def test_a_draw_that_ran_out_of_memory_and_is_made_again_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token 0 leads by 1.5: it is drawn twice, and not a third time, unless it was counted too often."""
+
+    def refuse(*arguments: object) -> None:
+        raise torch.OutOfMemoryError
+
+    logits, sampler = torch.tensor([[3.0, 1.5, 0.0]]), Sampler(3, torch.device("cpu"))
+    asking = row(temperature=0.0, frequency_penalty=1.0, num_logprobs=0)
+    with monkeypatch.context() as patched:
+        patched.setattr("engine.sampler.Logprobs", refuse)
+        with pytest.raises(torch.OutOfMemoryError):
+            sampler.draw(logits, [asking])
+    assert [sampler.draw(logits, [asking]).collect()[0].token_id for _ in range(3)] == [0, 0, 1]

@@ -76,6 +76,8 @@ class Cluster:
         patch.setattr(module, "time", SimpleNamespace(sleep=self._sleep))
         patch.setattr(module, "fetch_status", self._fetch_status)
         patch.setattr(module, "_complaint", lambda running: "oh")
+        self.is_given_up = False
+        patch.setattr(module, "_is_given_up", lambda running: self.is_given_up, raising=False)
         router: Any = FakeRouter()
         ranks: Any = self.ranks
         self.supervisor = Supervisor(router, ranks, Progress(2, io.StringIO()), "/logs", self.clock.read)
@@ -146,6 +148,12 @@ def test_when_all_workers_have_failed_each_is_run_again(cluster: Cluster):
         rank.ends_in_s = 0.5
     cluster.serve(3)
     assert [len(rank.runs_s) for rank in cluster.ranks] == [2, 2]
+
+
+def test_a_worker_that_ray_brings_back_no_more_ends_the_cluster(cluster: Cluster):
+    cluster.ranks[1].ends_in_s, cluster.is_given_up = 5, True
+    with pytest.raises(TandemError, match="decode-0-rank0 ended, and Ray brings it back no more: oh; shutting down"):
+        cluster.serve(300)
 
 
 def test_whoever_does_not_end_is_killed_once_and_lives_that_are_over_are_forgotten(cluster: Cluster):

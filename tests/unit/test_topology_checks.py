@@ -167,6 +167,12 @@ def test_a_port_in_use_is_refused_with_its_owner(topology):
             checks.check_this_machine(topology(f"router.port={port}"), has_cluster=True)
 
 
+@pytest.mark.parametrize("host", ["router..example", "a" * 64])
+def test_what_cannot_be_a_hosts_name_is_refused(topology, host: str):
+    with pytest.raises(ConfigError, match="is not a host's name"):
+        checks.check_this_machine(topology(f"router.host={host}"), has_cluster=True)
+
+
 def test_an_address_of_another_machine_is_refused(topology):
     with pytest.raises(ConfigError, match="router.host 192.0.2.254 is not an address of this machine"):
         checks.check_this_machine(topology("router.host=192.0.2.254"), has_cluster=True)

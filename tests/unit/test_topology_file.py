@@ -88,6 +88,10 @@ def test_all_keys_but_the_model_and_the_roles_have_defaults(tmp_path: Path):
         ("block_size: 16", "block_size: 17", "x.yaml:7: kv_cache.block_size: 17 is not one of 16, 32, 64, 128"),
         ("path: configs/demo_model, ", "", "x.yaml:1: model.path is missing"),
         ("model: {path: configs/demo_model, dtype: float32}\n", "", "x.yaml:1: model is missing"),
+        ("8000", "8000, grace_s: .inf", "x.yaml:2: router.grace_s: expected float <= 1000000"),
+        ("8000", "8000, timeout_s: 1.0e+300", "x.yaml:2: router.timeout_s: expected float <= 1000000"),
+        ("512MiB", "9999999999GiB", 'x.yaml:7: kv_cache.memory: "9999999999GiB" is more memory'),
+        pytest.param("device: cpu", "device: " + "[" * 3000, "x.yaml: brackets nest too deep", id="deep"),
         ("512MiB", "512MB", 'x.yaml:7: kv_cache.memory: "512MB" is not a memory size; write it as 512MiB or 20GiB'),
         ("device: cpu", "device: cpu\ndevice: cuda", "x.yaml:10: device is given twice, first on line 9"),
         ("  groups: 2", "  groups: 2\n  groups: 3", "x.yaml:6: decode.groups is given twice, first on line 5"),
@@ -165,6 +169,7 @@ def test_an_override_can_exchange_the_roles(tmp_path: Path):
         ),
         ("prefill.kv_cache.memory=x", '--set prefill.kv_cache.memory=x: prefill.kv_cache.memory: "x" is not a memory'),
         ("device.x=1", "--set device.x=1: device is 'cpu', which has no keys"),
+        pytest.param("device=" + "[" * 3000, "[: brackets nest too deep", id="deep"),
         ("router.port=[", "--set router.port=[: expected the node content"),
         ("kv_cache.memory=lots", '--set kv_cache.memory=lots: kv_cache.memory: "lots" is not a memory size'),
         (

@@ -1,0 +1,59 @@
+"""What a call makes of tokens and endings that wait together, because its client read slowly."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from protocol.identity import new_attempt
+from protocol.messages import TokenUpdate
+from protocol.request import Request, SamplingParams
+from protocol.stages import Stage
+from router.choice import Choice, Delta
+from router.detokenizer import Detokenizer
+from router.errors import ApiError
+from router.generation import Generation
+from router.lifecycle import Outcome
+from router.mailbox import Item
+from router.metrics import RequestMetrics
+from tests.integration.router_process import tiny_tokenizer
+
+LOST = Outcome(Stage.FAILED, "worker_lost", "the decode worker of this request was lost")
+TOKENIZER = tiny_tokenizer()
+
+
+class Control:
+    """Says at once all that will ever be said of a request."""
+
+    def __init__(self, items: list[Item]) -> None:
+        self._items = items
+
+    def submit(self, request: Request, deadline_s: float, client: Any) -> None:
+        for item in self._items:
+            client(item)
+
+    def cancel(self, request_id: str, outcome: Outcome) -> None: ...
+
+
+async def generate(text: str, stop: str) -> list[Delta]:
+    """Return the deltas of a request whose tokens spell text and whose worker is lost then."""
+    token_ids = TOKENIZER.encode(text).ids
+    attempt = new_attempt("r", 0, 1, 2)
+    control: Any = Control([*(TokenUpdate(attempt, i, token_id) for i, token_id in enumerate(token_ids)), LOST])
+    request = Request("r", (1, 2), SamplingParams(max_tokens=100, seed=0))
+    choice = Choice(Detokenizer(TOKENIZER, frozenset()), [stop])
+    metrics = RequestMetrics(CollectorRegistry(), "m")
+    generation = Generation(control, metrics, [request], [choice], timeout_s=60).watch(asyncio.Event().wait)  # type: ignore[arg-type]
+    async with generation:
+        return [batch[0] async for batch in generation.deltas()]
+
+
+def test_a_worker_lost_after_the_stop_string_is_no_failure() -> None:
+    [delta] = asyncio.run(generate("one two three four", stop=" three"))
+    assert delta.text == "one two"
+
+
+def test_a_worker_lost_before_the_stop_string_is_one() -> None:
+    with pytest.raises(ApiError, match="decode worker of this request was lost"):
+        asyncio.run(generate("one two three four", stop="five"))
