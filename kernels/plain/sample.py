@@ -60,7 +60,7 @@ def _filter_top_p(scaled: Tensor, top_p: Tensor) -> Tensor:
     Few tokens usually do; only when some row needs more is the whole vocabulary sorted.
     """
     probabilities = scaled.softmax(dim=-1)
-    wanted = (top_p.double() * MASS_ONE).long().unsqueeze(1)
+    wanted = (top_p.double() * MASS_ONE).long().clamp(min=1).unsqueeze(1)
     for num_candidates in (min(_FIRST_CANDIDATES, scaled.shape[1]), scaled.shape[1]):
         candidates = probabilities.topk(num_candidates, dim=-1).values
         mass = (candidates.double() * MASS_ONE).long()

@@ -126,6 +126,12 @@ def test_top_p_beyond_the_first_candidates_is_exact() -> None:
     assert drawn.unique().numel() > 400
 
 
+@pytest.mark.parametrize("top_p", [1e-12, 1e-13, 1e-38])
+def test_the_smallest_top_p_still_leaves_the_likeliest_token(top_p: float) -> None:
+    drawn = draw_many(torch.tensor([0.0, 1.0, 5.0, 2.0]), 100, temperature=1.0, top_k=0, top_p=top_p, min_p=0.0)
+    assert set(drawn.tolist()) == {2}
+
+
 def test_a_row_without_top_p_keeps_every_token_beside_rows_with_it() -> None:
     logits, num_rows = torch.zeros(400, 6000), 400
     top_p = torch.tensor([1.0, 0.01]).repeat(num_rows // 2)

@@ -237,7 +237,7 @@ def check_draws(operations: Operations, plain: Operations, num_rows: int, vocab_
     """Every combination of filters among the rows; seeds and positions use all their bits."""
     logits = random(num_rows, vocab_size, dtype=torch.float32, device=device) * 3
     logits[:, vocab_size // 2] = -math.inf
-    combinations = itertools.cycle(itertools.product((0, 1, 40), (1.0, 0.95, 0.4), (0.0, 0.02)))
+    combinations = itertools.cycle(itertools.product((0, 1, 40), (1.0, 0.95, 0.4, 1e-13), (0.0, 0.02)))
     top_k, top_p, min_p = zip(*itertools.islice(combinations, num_rows), strict=True)
     arguments = (
         torch.rand(num_rows, device=device) + 0.3,
