@@ -6,6 +6,7 @@ of every length. What is captured, and how, is given from outside: nothing here 
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from engine.batch_tensors import BatchTensors
 
 Forward = Callable[[BatchTensors], Tensor | None]
-Capture = Callable[[Callable[[], Tensor | None]], Callable[[], Tensor | None]]
-"""Takes work on tensors that stay in their places; returns what repeats that work, and leaves its result in place."""
+Work = Callable[[], None]
+Capture = Callable[[Work], Work]
+"""Takes work on tensors that stay in their places; returns what repeats it."""
 
 
 def padded_sizes(max_size: int) -> list[int]:
@@ -28,16 +30,25 @@ class DecodeGraphs:
     """Graphs for batches of up to max(sizes) sequences of one token each, all of them sampled."""
 
     def __init__(
-        self, forward: Forward, sizes: Iterable[int], max_blocks: int, scratch: "Scratch", capture: Capture
+        self,
+        forward: Forward,
+        sizes: Iterable[int],
+        max_blocks: int,
+        scratch: "Scratch",
+        logits: Tensor | None,
+        capture: Capture,
     ) -> None:
-        """max_blocks: the blocks of the longest context. Largest first, so that smaller graphs fit into its memory."""
+        """max_blocks: the blocks of the longest context. logits: float32 [max(sizes), vocab_size], where all graphs
+        leave theirs, so that none needs memory of its own for them; None where forward returns none.
+
+        Largest first, so that smaller graphs fit into its memory.
+        """
         self._sizes = sorted(sizes)
         self._scratch = scratch
+        self._forward = forward
+        self._logits = logits
         self._inputs = _inputs(self._sizes[-1], max_blocks, scratch)
-        self._replays: dict[int, Callable[[], Tensor | None]] = {}
-        for size in reversed(self._sizes):
-            inputs = _rows(self._inputs, 0, size)
-            self._replays[size] = capture(lambda inputs=inputs: forward(inputs))  # type: ignore[misc]
+        self._replays = {size: capture(partial(self._compute, size)) for size in reversed(self._sizes)}
 
     def can_run(self, batch: BatchTensors) -> bool:
         """Whether a graph holds this batch."""
@@ -45,7 +56,7 @@ class DecodeGraphs:
         return num == batch.num_decodes == len(batch.sampled_tokens) and 0 < num <= self._sizes[-1]
 
     def run(self, batch: BatchTensors) -> Tensor | None:
-        """Return what forward returns for batch; it stays as it is until the next run of the same size."""
+        """Return what forward returns for batch, as float32; it stays as it is until the next run."""
         num = batch.num_decodes
         size = next(size for size in self._sizes if size >= num)
         inputs = self._inputs
@@ -56,8 +67,13 @@ class DecodeGraphs:
         inputs.block_tables[:num, : batch.block_tables.shape[1]] = batch.block_tables
         if num < size:
             self._scratch.fill(_rows(inputs, num, size))
-        logits = self._replays[size]()
-        return None if logits is None else logits[:num]
+        self._replays[size]()
+        return None if self._logits is None else self._logits[:num]
+
+    def _compute(self, size: int) -> None:
+        computed = self._forward(_rows(self._inputs, 0, size))
+        if computed is not None and self._logits is not None:
+            self._logits[:size].copy_(computed)
 
 
 class Scratch:
@@ -115,23 +131,18 @@ def cuda_capture() -> Capture:
     pool: Any = torch.cuda.graph_pool_handle()
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
-    def capture(run: Callable[[], Tensor | None]) -> Callable[[], Tensor | None]:
+    def capture(run: Work) -> Work:
         _run_on(aside, run)
         graph = torch.cuda.CUDAGraph()
         # Other threads (of NCCL, of a transport) may call CUDA meanwhile: only this thread's calls must keep the rules.
         with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
-            result = run()
-
-        def replay() -> Tensor | None:
-            graph.replay()
-            return result
-
-        return replay
+            run()
+        return graph.replay
 
     return capture
 
 
-def _run_on(aside: torch.cuda.Stream, run: Callable[[], Tensor | None]) -> None:
+def _run_on(aside: torch.cuda.Stream, run: Work) -> None:
     """Run once outside the graph: kernels are compiled and libraries take their workspaces, which no graph may do."""
     aside.wait_stream(torch.cuda.current_stream())
     try:

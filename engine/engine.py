@@ -83,7 +83,8 @@ class Engine:
             self._carry(batch, tensors.token_ids, drawn)
         if self._graphs is not None and self._graphs.can_run(tensors):
             return self._graphs.run(tensors)
-        return self._compute(tensors, layers_done)
+        logits = self._compute(tensors, layers_done)
+        return None if logits is None else logits.to(torch.float32)
 
     def _compute(self, tensors: BatchTensors, layers_done: LayersDone | None = None) -> Tensor | None:
         return self._model.forward(tensors, self.kv_cache, layers_done)
@@ -133,9 +134,16 @@ class Engine:
             progress("warming up")
             warm_up(self.forward, limits, self._block_size, self.kv_cache.scratch_block)
             progress(f"capturing {len(sizes)} CUDA graphs")
-            self._graphs = DecodeGraphs(self._compute, sizes, max_blocks, scratch, cuda_capture())
+            logits = self._new_logits(max(sizes))
+            self._graphs = DecodeGraphs(self._compute, sizes, max_blocks, scratch, logits, cuda_capture())
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"beside the weights and {self.kv_cache.num_blocks} KV blocks there is no memory for a step of "
                 f"{limits.batch_tokens} tokens; lower batch_tokens, batch_requests or kv_cache.memory ({error})"
             ) from error
+
+    def _new_logits(self, num_rows: int) -> Tensor | None:
+        """Return room for what all graphs compute: on rank 0 alone."""
+        if self._tensor_parallel.rank != 0:
+            return None
+        return torch.empty(num_rows, self.vocab_size, dtype=torch.float32, device=self.device)

@@ -7,7 +7,6 @@ gathered. Put together by the weights, called by the model.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -67,7 +66,6 @@ class VocabularyHead:
     tensor_parallel: TensorParallel
 
     def __call__(self, hidden: Tensor) -> Tensor | None:
-        """Return float32 logits [num_rows, vocab_size] on rank 0 and None on the others."""
-        shard = self.local(hidden).to(torch.float32)
-        logits = self.tensor_parallel.gather_to_leader(shard)
+        """Return logits [num_rows, vocab_size] on rank 0 and None on the others, of the weights' type."""
+        logits = self.tensor_parallel.gather_to_leader(self.local(hidden))
         return None if logits is None else logits[:, : self.vocab_size]

@@ -36,7 +36,7 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, batch: BatchTensors, cache: KVCache, layers_done: LayersDone | None = None) -> Tensor | None:
-        """Return float32 logits [num_sampled, vocab_size] on rank 0, None on the others.
+        """Return logits [num_sampled, vocab_size] of the weights' type on rank 0, None on the others.
 
         layers_done: told how many layers' KV is in the cache, whenever it is one more (launched, on a GPU).
         """

@@ -44,7 +44,8 @@ def test_a_filled_up_batch_gives_what_it_gives_alone(engine: Engine) -> None:
     rng = random.Random(3)
     cache = engine.kv_cache
     scratch = Scratch(cache.scratch_block, BLOCK_SIZE, CPU)
-    graphs = DecodeGraphs(engine._compute, padded_sizes(MAX_SIZE), MAX_BLOCKS, scratch, capture=lambda run: run)
+    room = torch.full((MAX_SIZE, engine.vocab_size), float("nan"))
+    graphs = DecodeGraphs(engine._compute, padded_sizes(MAX_SIZE), MAX_BLOCKS, scratch, room, capture=lambda run: run)
     for _ in range(25):
         batch = some_batch(rng, cache.num_blocks)
         tensors = to_tensors(batch, BLOCK_SIZE, CPU)
@@ -71,7 +72,8 @@ def test_a_filled_up_batch_gives_what_it_gives_alone(engine: Engine) -> None:
 )
 def test_other_batches_are_not_for_graphs(engine: Engine, batch: Batch) -> None:
     scratch = Scratch(engine.kv_cache.scratch_block, BLOCK_SIZE, CPU)
-    graphs = DecodeGraphs(engine._compute, [4, 24], MAX_BLOCKS, scratch, capture=lambda run: run)
+    room = torch.empty(24, engine.vocab_size)
+    graphs = DecodeGraphs(engine._compute, [4, 24], MAX_BLOCKS, scratch, room, capture=lambda run: run)
     assert not graphs.can_run(to_tensors(batch, BLOCK_SIZE, CPU))
 
 

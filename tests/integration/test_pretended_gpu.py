@@ -116,6 +116,24 @@ def test_graphs_of_all_sizes_give_what_a_cpu_gives_whichever_ran_before(cuda: Pr
 
 @pytest.mark.parametrize("cuda", [1], indirect=True)
 @pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_graphs_of_all_sizes_take_no_more_memory_than_the_largest(
+    cuda: PretendCuda, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def taken() -> int:
+        before, _ = torch.cuda.mem_get_info()
+        engine = new_engine(model, "cuda", 500 << 10)
+        torch.cuda.empty_cache()
+        after, _ = torch.cuda.mem_get_info()
+        del engine
+        return before - after
+
+    with_all = taken()
+    monkeypatch.setattr("engine.engine.padded_sizes", lambda most: [most])
+    assert 0 < with_all <= taken()
+
+
+@pytest.mark.parametrize("cuda", [1], indirect=True)
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_a_step_for_which_memory_runs_out_ends_its_newest_request_only(cuda: PretendCuda, model: Path) -> None:
     """In every step another allocation fails, from the first to the last; short texts come all the time to be ended."""
     long = [
