@@ -10,7 +10,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/stamp-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: help setup serve test check format bench bench-transfer bench-fetch bench-engine gpu gpu-transfer sweep lock clean
+.PHONY: help setup serve test check format bench bench-transfer bench-fetch bench-engine gpu gpu-transfer gpu-faults sweep lock clean
 
 help:                  ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -61,6 +61,9 @@ gpu:                   ## on a machine with an NVIDIA GPU: its tests, then bench
 
 gpu-transfer:          ## there, too: KV between two processes on one GPU over every transport, within eight minutes
 	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) tools/gpu.sh build/gpu transfer
+
+gpu-faults:            ## there, too: workers lost in mid-transfer over nccl and cuda_ipc, then the sweep below
+	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) tools/gpu.sh build/gpu faults
 
 sweep:                 ## there, too: other configurations of the Triton kernels beside the table's, within ten minutes
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) -m benchmarks.kernel_sweep

@@ -191,8 +191,11 @@ class WorkerCluster:
         self._see = see
 
     def wait_until_ready(self) -> None:
-        """Return when every rank of every group serves."""
-        self.wait_until(lambda: self.controller.dispatcher.why_none is None and self._num_ready() == self._num_ranks)
+        """Return when every rank of every group serves. On a GPU they compile first."""
+        timeout_s = 60 if self._device == "cpu" else 240
+        self.wait_until(
+            lambda: self.controller.dispatcher.why_none is None and self._num_ready() == self._num_ranks, timeout_s
+        )
 
     def groups(self) -> list[Group]:
         """Return what the router knows of every group."""

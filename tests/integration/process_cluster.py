@@ -75,8 +75,11 @@ class ProcessCluster(WorkerCluster):
         self._processes[launch.name] = process
 
 
-def _live(launch: bytes) -> None:
+def _live(encoded: bytes) -> None:
+    launch = decode(encoded)
+    # NCCL takes several ranks on one GPU only if they seem to be on different hosts.
+    os.environ |= {"NCCL_HOSTID": launch.name, "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
     try:
-        run_worker(decode(launch))
+        run_worker(launch)
     except TandemError:
         os._exit(1)
