@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
+from transformers.utils import logging
 
 from benchmarks.workload import Answer
 
@@ -28,6 +29,7 @@ class Transformers:
     name = "transformers generate"
 
     def __init__(self, model: Path, dtype: str) -> None:
+        logging.disable_progress_bar()
         self._model: Any = LlamaForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
         self._model.generation_config.eos_token_id = None  # no answer ends early, here as there
 
