@@ -107,6 +107,8 @@ def _gloo(store: dist.Store, rank: int, size: int, host: str, timeout: timedelta
 
 
 def _nccl(store: dist.Store, rank: int, size: int, timeout: timedelta) -> "dist.ProcessGroupNCCL":
+    # Otherwise torch warns that a send uses the group's own communicator, which is what we want.
+    os.environ.setdefault("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = timeout
     return dist.ProcessGroupNCCL(store, rank, size, options)
