@@ -17,19 +17,23 @@ from router.process import serve
 
 def main() -> int:
     """Run the router; return the process's exit status."""
-    logging.basicConfig(
-        level=os.environ.get("TANDEM_LOG_LEVEL", "INFO").upper(),
-        format="%(asctime)s %(levelname)s router %(name)s: %(message)s",
-    )
-    logging.raiseExceptions = False  # a full disk or a closed pipe must cost log lines, never requests
-    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     gc.freeze()  # what was imported stays; to look at all of it takes some milliseconds in which no stream moves
     try:
+        _begin_to_log(os.environ.get("TANDEM_LOG_LEVEL", "INFO").upper())
         uvloop.run(serve(read_launch(sys.stdin.fileno()), sys.stdin.fileno()))
     except ConfigError as error:
         print(f"router: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _begin_to_log(level: str) -> None:
+    levels = logging.getLevelNamesMapping()
+    if level not in levels:
+        raise ConfigError(f"TANDEM_LOG_LEVEL is {level}; it can be {', '.join(levels)}")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s router %(name)s: %(message)s")
+    logging.raiseExceptions = False  # a full disk or a closed pipe must cost log lines, never requests
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
 
 
 if __name__ == "__main__":

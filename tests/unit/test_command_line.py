@@ -3,6 +3,8 @@
 import errno
 import io
 import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -128,3 +130,11 @@ def test_what_speaks_no_http_is_no_router(answer: bytes):
         with pytest.raises(TandemError, match="no router answers at http://127.0.0.1"):
             fetch_raw(f"http://127.0.0.1:{server.getsockname()[1]}")
         served.result(10)
+
+
+def test_a_log_level_that_is_none_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TANDEM_LOG_LEVEL", "verbose")
+    command = [sys.executable, "-m", "router"]
+    run = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30, check=False)
+    assert run.returncode == 2
+    assert run.stderr.startswith("router: TANDEM_LOG_LEVEL is VERBOSE; it can be CRITICAL, ")
