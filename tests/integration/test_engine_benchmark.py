@@ -61,7 +61,7 @@ def test_it_runs_and_every_figure_is_a_positive_number(tmp_path: Path, monkeypat
         assert row["peer_seconds"] is None, "peers were measured on another machine"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the place of torch.cuda is taken")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build asks its driver how attention is done best")
 def test_what_it_measures_on_a_gpu_can_be_captured_and_launched(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
