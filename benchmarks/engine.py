@@ -9,8 +9,11 @@ import argparse
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +64,7 @@ class Report:
 
     def __init__(self, about: dict[str, str], best: Ceiling, file: Path | None) -> None:
         self._peers = H200_PEERS if about["device"].startswith(H200) else {}
-        self._content: dict[str, Any] = {"environment": about, "ceiling": asdict(best), "rows": []}
+        self._content: dict[str, Any] = {"environment": about, "ceiling": asdict(best), "rows": [], "problems": []}
         self._file = file
         print(", ".join(f"{key} {value}" for key, value in about.items()))
         print(f"copy {best.bytes_per_s / 1e12:.3f} TB/s (read + write), products {best.flops_per_s / 1e12:.2f} TFLOP/s")
@@ -72,7 +75,24 @@ class Report:
         row = Row(name, elapsed, rate, floor, elapsed / floor, theirs, None if theirs is None else elapsed / theirs)
         peer = f"{shown(theirs):>14}{row.of_peer:8.2f}" if theirs is not None else ""
         print(f"{name:56}{shown(elapsed):>14}{rate:>20}{shown(floor):>14}{row.of_floor:9.2f}{peer}", flush=True)
-        self._content["rows"].append(asdict(row))
+        self._keep("rows", asdict(row))
+
+    @contextmanager
+    def guarded(self, name: str) -> Iterator[None]:
+        """Let what goes wrong here cost no other row."""
+        try:
+            yield
+        except RuntimeError as error:  # of the device, of its memory, or that a library has nothing for this shape
+            problem = str(error).partition("\n")[0]
+            print(f"{name:56}failed: {problem}", flush=True)
+            self._keep("problems", {"name": name, "problem": problem})
+
+    @property
+    def has_problems(self) -> bool:
+        return bool(self._content["problems"])
+
+    def _keep(self, kind: str, what: dict[str, Any]) -> None:
+        self._content[kind].append(what)
         if self._file:
             self._file.write_text(json.dumps(self._content, indent=1) + "\n")
 
@@ -99,30 +119,32 @@ def measure_engine(plan: Plan, device: torch.device, best: Ceiling, report: Repo
 def measure_kernels(plan: Plan, device: torch.device, best: Ceiling, report: Report) -> None:
     rotated_bytes = 2 * plan.dtype.itemsize * plan.copy_elements
     kernels = KernelSpeed(plan.config, plan.dtype, device, operations_for(device), rotated_bytes)
-    for name, timed in timed_kernels(plan, kernels):
-        floor = max(timed.num_bytes / best.bytes_per_s, timed.num_flops / best.flops_per_s)
-        in_bytes = f"{timed.num_bytes / timed.seconds / 1e12:.3f} TB/s"
-        in_flops = f"{timed.num_flops / timed.seconds / 1e12:.2f} TFLOP/s"
-        report.add(name, timed.seconds, in_flops if timed.num_flops else in_bytes, floor)
+    for name, measure in kernel_rows(plan, kernels):
+        with report.guarded(name):
+            timed = measure()
+            floor = max(timed.num_bytes / best.bytes_per_s, timed.num_flops / best.flops_per_s)
+            in_bytes = f"{timed.num_bytes / timed.seconds / 1e12:.3f} TB/s"
+            in_flops = f"{timed.num_flops / timed.seconds / 1e12:.2f} TFLOP/s"
+            report.add(name, timed.seconds, in_flops if timed.num_flops else in_bytes, floor)
 
 
-def timed_kernels(plan: Plan, kernels: KernelSpeed) -> Iterator[tuple[str, Timed]]:
+def kernel_rows(plan: Plan, kernels: KernelSpeed) -> Iterator[tuple[str, Callable[[], Timed]]]:
     for work in plan.decode_attention:
-        yield f"decode attention {work}", kernels.decode_attention(work)
+        yield f"decode attention {work}", partial(kernels.decode_attention, work)
     for chunks in plan.prefill_attention:
-        yield f"prefill attention {chunks}", kernels.prefill_attention(chunks)
+        yield f"prefill attention {chunks}", partial(kernels.prefill_attention, chunks)
         if chunks.query_len == chunks.context_len:
-            yield f"prefill attention {chunks}, library", kernels.library_attention(chunks)
-            yield f"prefill attention {chunks}, library, new length", kernels.library_first_call(chunks)
+            yield f"prefill attention {chunks}, library", partial(kernels.library_attention, chunks)
+            yield f"prefill attention {chunks}, library, new length", partial(kernels.library_first_call, chunks)
     for num in plan.num_tokens:
-        yield f"add + RMSNorm, {num} tokens", kernels.add_rms_norm(num)
-        yield f"RoPE + KV write, {num} tokens", kernels.rope_and_write_kv(num)
-        yield f"SiLU x mul, {num} tokens", kernels.silu_mul(num)
-        yield f"gather of KV blocks, {num} tokens", kernels.gather_kv(num)
-        yield f"scatter of KV blocks, {num} tokens", kernels.scatter_kv(num)
+        yield f"add + RMSNorm, {num} tokens", partial(kernels.add_rms_norm, num)
+        yield f"RoPE + KV write, {num} tokens", partial(kernels.rope_and_write_kv, num)
+        yield f"SiLU x mul, {num} tokens", partial(kernels.silu_mul, num)
+        yield f"gather of KV blocks, {num} tokens", partial(kernels.gather_kv, num)
+        yield f"scatter of KV blocks, {num} tokens", partial(kernels.scatter_kv, num)
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write everything to this file too")
     parser.add_argument("--only", choices=["engine", "kernels"], help="leave out the other half")
@@ -136,7 +158,9 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
     if options.only != "kernels":
-        measure_engine(plan, device, best, report)
+        with report.guarded("engine"):  # all its rows: requests of a failed one would be in the next ones' way
+            measure_engine(plan, device, best, report)
+    return 1 if report.has_problems else 0
 
 
 def environment(device: torch.device) -> dict[str, str]:
@@ -146,4 +170,4 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

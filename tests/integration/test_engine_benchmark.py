@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import host_speed
-from benchmarks.device_timer import ceiling
+from benchmarks.device_timer import Ceiling, ceiling
 from benchmarks.engine import Report, measure_engine, measure_kernels
 from benchmarks.engine_plan import FULL, H200_PEERS, SMOKE, Plan
 from benchmarks.engine_speed import Work
@@ -59,6 +59,21 @@ def test_it_runs_and_every_figure_is_a_positive_number(tmp_path: Path, monkeypat
         assert all(math.isfinite(row[key]) and row[key] > 0 for key in ("seconds", "floor_seconds", "of_floor")), row
         assert row["of_floor"] == pytest.approx(row["seconds"] / row["floor_seconds"])
         assert row["peer_seconds"] is None, "peers were measured on another machine"
+    assert report["problems"] == []
+
+
+def test_a_row_that_fails_is_told_and_costs_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report({"device": "none"}, Ceiling(1e9, 1e12), tmp_path / "engine.json")
+    for name in ("one", "two"):
+        with report.guarded(name):
+            if name == "one":
+                raise RuntimeError("no kernel for this shape\nand much more")
+            report.add(name, 1.0, "fast", 0.5)
+    assert report.has_problems
+    kept = json.loads((tmp_path / "engine.json").read_text())
+    assert kept["problems"] == [{"name": "one", "problem": "no kernel for this shape"}]
+    assert [row["name"] for row in kept["rows"]] == ["two"]
+    assert "failed: no kernel for this shape" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build asks its driver how attention is done best")
@@ -72,6 +87,7 @@ def test_what_it_measures_on_a_gpu_can_be_captured_and_launched(
         report = Report({"device": "pretended"}, best, None)
         measure_kernels(SMOKE, device, best, report)
         measure_engine(SMOKE, device, best, report)
+    assert not report.has_problems
     shown = capsys.readouterr().out
     assert all(name in shown for name in expected_rows(SMOKE))
 
