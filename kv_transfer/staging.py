@@ -11,8 +11,6 @@ from typing import Protocol
 import torch
 
 from kernels.backend import Operations, operations_for
-from kernels.native.gather_kv import gather_bytes
-from kernels.native.scatter_kv import scatter_bytes
 from kv_transfer.digests import check_payload, check_size, unit_digests, words_digests
 from kv_transfer.frames import DigestKind, FrameHeader
 from kv_transfer.plan import Piece, Range
@@ -63,10 +61,11 @@ class HostStaging:
 
     def __init__(self, cache: torch.Tensor) -> None:
         self._cache = cache
-        _compile(operations_for(cache.device), cache, partial(unit_digests, self.digest_kind))
+        self._operations = operations_for(cache.device)
+        _compile(self._operations, cache, partial(unit_digests, self.digest_kind))
 
     def gather(self, piece: Piece, heads: Range, block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
-        gather_bytes(self._cache, block_table, piece.layers, heads, piece.tokens, staging)
+        self._operations.gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens, staging)
         return unit_digests(self.digest_kind, piece, staging)  # now, while this core's caches hold what it reads
 
     def scatter(
@@ -77,7 +76,7 @@ class HostStaging:
         payload: torch.Tensor,
         done: Callable[[], None],
     ) -> None:
-        scatter_bytes(payload, self._cache, block_table, piece.layers, heads, piece.tokens)
+        self._operations.scatter_kv(payload, self._cache, block_table, piece.layers, heads, piece.tokens)
         done()
 
     def close(self) -> None:
@@ -101,8 +100,7 @@ class DeviceStaging:
 
     def gather(self, piece: Piece, heads: Range, block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
         gathered = staging if self._is_here(staging) else torch.empty_like(staging, device=self._cache.device)
-        out = gathered.view(self._cache.dtype)
-        self._operations.gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens, out)
+        self._operations.gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens, gathered)
         digests = words_digests(piece, gathered)
         on_host = torch.empty_like(digests, device="cpu", pin_memory=self._cache.is_cuda)
 
@@ -122,8 +120,7 @@ class DeviceStaging:
         payload: torch.Tensor,
         done: Callable[[], None],
     ) -> None:
-        shaped = _shaped(piece, payload, self._cache)
-        self._operations.scatter_kv(shaped, self._cache, block_table, piece.layers, heads, piece.tokens)
+        self._operations.scatter_kv(payload, self._cache, block_table, piece.layers, heads, piece.tokens)
         self._afterwards.call(self._streams.mark(payload), done)
 
     def close(self) -> None:
@@ -189,15 +186,9 @@ def _compile(operations: Operations, cache: torch.Tensor, digests: Callable[[Pie
     block_table = torch.zeros(1, dtype=torch.int64, device=cache.device)
     payload = torch.empty(piece.num_bytes, dtype=torch.uint8, device=cache.device)
     area = (block_table, piece.layers, piece.heads, piece.tokens)
-    operations.gather_kv(cache, *area, payload.view(cache.dtype))
+    operations.gather_kv(cache, *area, payload)
     digests(piece, payload)
-    operations.scatter_kv(_shaped(piece, payload, cache), cache, *area)
-
-
-def _shaped(piece: Piece, payload: torch.Tensor, cache: torch.Tensor) -> torch.Tensor:
-    """Return payload as [num_layers, 2, num_heads, num_tokens, head_dim] of the cache's type."""
-    layers, heads, tokens = (stop - start for start, stop in (piece.layers, piece.heads, piece.tokens))
-    return payload.view(cache.dtype).view(layers, 2, heads, tokens, cache.shape[-1])
+    operations.scatter_kv(payload, cache, *area)
 
 
 def _after(wait: Callable[[], None], digests: torch.Tensor) -> bytes:

@@ -18,25 +18,15 @@ def gather_kv(
     tokens: tuple[int, int],
     out: Tensor | None = None,
 ) -> Tensor:
-    """Copy a range of layers, local heads and token positions out of the cache; as kernels/plain/gather_kv.py."""
+    """Copy a range of layers, local heads and token positions out of the cache; as kernels/plain/gather_kv.py.
+
+    No view is made of out: of small payloads that would cost as much as the copy.
+    """
     shape = (layers[1] - layers[0], 2, heads[1] - heads[0], tokens[1] - tokens[0], cache.shape[-1])
-    payload = cache.new_empty(shape) if out is None else out.view(shape)
+    payload = cache.new_empty(shape) if out is None else out
     if not copy_area("gather_kv", payload, cache, block_table, layers, heads, tokens):
         plain.gather_kv(cache, block_table, layers, heads, tokens, payload)
     return payload
-
-
-def gather_bytes(
-    cache: Tensor,
-    block_table: Tensor,
-    layers: tuple[int, int],
-    heads: tuple[int, int],
-    tokens: tuple[int, int],
-    out: Tensor,
-) -> None:
-    """As gather_kv, into flat bytes, uint8 [num_bytes]: no views are made, which cost as much as small copies."""
-    if not copy_area("gather_kv", out, cache, block_table, layers, heads, tokens):
-        plain.gather_kv(cache, block_table, layers, heads, tokens, out.view(cache.dtype))
 
 
 def copy_area(

@@ -20,17 +20,3 @@ def scatter_kv(
     """Copy a payload into the cache; nothing else is written. As kernels/plain/scatter_kv.py."""
     if not copy_area("scatter_kv", payload.contiguous(), cache, block_table, layers, heads, tokens):
         plain.scatter_kv(payload, cache, block_table, layers, heads, tokens)
-
-
-def scatter_bytes(
-    payload: Tensor,
-    cache: Tensor,
-    block_table: Tensor,
-    layers: tuple[int, int],
-    heads: tuple[int, int],
-    tokens: tuple[int, int],
-) -> None:
-    """As scatter_kv, from flat bytes, uint8 [num_bytes]."""
-    if not copy_area("scatter_kv", payload, cache, block_table, layers, heads, tokens):
-        shape = (layers[1] - layers[0], 2, heads[1] - heads[0], tokens[1] - tokens[0], cache.shape[-1])
-        plain.scatter_kv(payload.view(cache.dtype).view(shape), cache, block_table, layers, heads, tokens)

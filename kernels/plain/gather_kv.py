@@ -20,12 +20,13 @@ def gather_kv(
 
     cache: [num_layers, 2, num_blocks, num_local_kv_heads, block_size, head_dim]. block_table: int64 on the cache's
     device, [num_blocks of the prompt], from position 0. Ranges are half-open. Returns a contiguous
-    [num_layers, 2, num_heads, num_tokens, head_dim] on the cache's device: out, viewed so, when it is given.
+    [num_layers, 2, num_heads, num_tokens, head_dim] on the cache's device, or out when it is given: as many elements or
+    bytes (uint8), contiguous, in any shape.
     """
     block_size, head_dim = cache.shape[-2:]
     source = cache[layers[0] : layers[1], :, :, heads[0] : heads[1]].transpose(2, 3)  # [layers, 2, heads, blocks, ...]
     shape = (*source.shape[:3], tokens[1] - tokens[0], head_dim)
-    payload = cache.new_empty(shape) if out is None else out.view(shape)
+    payload = cache.new_empty(shape) if out is None else out.view(cache.dtype).view(shape)
     for blocks, slots, part in block_spans(tokens, block_size):
         split = (blocks[1] - blocks[0], slots[1] - slots[0])
         torch.index_select(
@@ -34,7 +35,7 @@ def gather_kv(
             block_table[blocks[0] : blocks[1]],
             out=payload[:, :, :, part[0] : part[1]].unflatten(3, split),
         )
-    return payload
+    return payload if out is None else out
 
 
 def block_spans(

@@ -20,15 +20,17 @@ def scatter_kv(
 ) -> None:
     """Copy a payload into a range of layers, local heads and token positions of the cache; nothing else is written.
 
-    payload: [num_layers, 2, num_heads, num_tokens, head_dim], on the cache's device. block_table: int64, [num_blocks of
-    the prompt], from position 0. Other shapes as in gather_kv. Neighbouring blocks are copied as one: on a CPU that is
-    two to five times as fast as an indexed copy.
+    payload: [num_layers, 2, num_heads, num_tokens, head_dim], on the cache's device, or as many elements or bytes
+    (uint8) in any shape. block_table: int64, [num_blocks of the prompt], from position 0. Other shapes as in gather_kv.
+    Neighbouring blocks are copied as one: on a CPU that is two to five times as fast as an indexed copy.
     """
-    block_size = cache.shape[-2]
+    block_size, head_dim = cache.shape[-2:]
+    sizes = (layers[1] - layers[0], 2, heads[1] - heads[0], tokens[1] - tokens[0], head_dim)
+    shaped = payload.contiguous().view(cache.dtype).view(sizes)
     target = cache[layers[0] : layers[1], :, :, heads[0] : heads[1]].transpose(2, 3)  # [layers, 2, heads, blocks, ...]
     for blocks, slots, part in block_spans(tokens, block_size):
         shape = (blocks[1] - blocks[0], slots[1] - slots[0])
-        source = payload[:, :, :, part[0] : part[1]].unflatten(3, shape)
+        source = shaped[:, :, :, part[0] : part[1]].unflatten(3, shape)
         for index, block_id, length in _runs(block_table[blocks[0] : blocks[1]].tolist()):
             run = target[:, :, :, block_id : block_id + length, slots[0] : slots[1]]
             run.copy_(source[:, :, :, index : index + length])

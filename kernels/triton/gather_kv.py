@@ -21,7 +21,7 @@ def gather_kv(
 ) -> Tensor:
     """Copy a range of layers, local heads and token positions out of the cache; as kernels/plain/gather_kv.py."""
     shape = (layers[1] - layers[0], 2, heads[1] - heads[0], tokens[1] - tokens[0], cache.shape[-1])
-    payload = cache.new_empty(shape) if out is None else out.view(shape)
+    payload = cache.new_empty(shape) if out is None else out
     launch_copy(_gather_kv, payload, cache, block_table, layers, heads, tokens)
     return payload
 
@@ -42,7 +42,7 @@ def launch_copy(
     config = KV_COPY[padded(head_dim)]
     num_heads, num_tokens = heads[1] - heads[0], tokens[1] - tokens[0]
     kernel[(layers[1] - layers[0]) * 2 * num_heads, triton.cdiv(num_tokens, config.rows)](
-        payload,
+        payload.view(cache.dtype),
         cache,
         block_table,
         layers[0],

@@ -44,8 +44,11 @@ def test_gather_and_scatter_move_exactly_the_named_slots(dtype, table, tokens):
         for index, position in enumerate(range(*tokens)):
             block, slot = other[position // BLOCK_SIZE], position % BLOCK_SIZE
             expected[layers[0] : layers[1], :, block, heads[0] : heads[1], slot] = payload[:, :, :, index]
+        from_bytes = target.clone()
         scatter_kv(payload, target, other, layers, heads, tokens)
         assert torch.equal(target, expected)
+        scatter_kv(payload.flatten().view(torch.uint8), from_bytes, other, layers, heads, tokens)
+        assert torch.equal(from_bytes, expected)
 
 
 @pytest.mark.parametrize("tokens", [*CASES, (4, 4)])

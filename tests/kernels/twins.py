@@ -195,10 +195,15 @@ def check_kv_copies(
     room = torch.empty_like(payload).flatten()
     assert operations.gather_kv(source, sending, *ranges, room).data_ptr() == room.data_ptr()
     assert torch.equal(room, payload.flatten())
-    expected = target.clone()
+    as_bytes = torch.zeros(payload.nbytes, dtype=torch.uint8, device=device)
+    assert operations.gather_kv(source, sending, *ranges, as_bytes) is as_bytes
+    assert torch.equal(as_bytes.view(dtype), room)
+    expected, from_bytes = target.clone(), target.clone()
     plain.scatter_kv(payload, expected, receiving, *ranges)
     operations.scatter_kv(payload, target, receiving, *ranges)
+    operations.scatter_kv(as_bytes, from_bytes, receiving, *ranges)
     assert torch.equal(target, expected)
+    assert torch.equal(from_bytes, expected)
 
 
 def check_digests(

@@ -70,7 +70,7 @@ def _gather(cuda: PretendCuda, operation: Callable[..., Any]) -> Callable[..., T
     def launch(cache: Tensor, table: Tensor, layers: Any, heads: Any, tokens: Any, out: Tensor | None = None) -> Tensor:
         sizes = [stop - start for start, stop in (layers, heads, tokens)]
         shape = (sizes[0], 2, *sizes[1:], cache.shape[-1])
-        target = cache.new_empty(shape) if out is None else out.view(shape)
+        target = cache.new_empty(shape) if out is None else out
         cuda.launch(operation, cache, table, layers, heads, tokens, target, results=[])
         return target
 
