@@ -154,10 +154,8 @@ def _is_given_up(running: Any) -> bool:
     """Whether the actor is dead for good, as all of ours are when the part of Ray that runs on this machine dies."""
     try:
         ray.get(running)
-    except ray.exceptions.ActorDiedError:
-        return True
-    except ray.exceptions.RayError:
-        return False
+    except ray.exceptions.RayError as error:
+        return isinstance(error, ray.exceptions.ActorDiedError)
     return False
 
 

@@ -183,16 +183,22 @@ def test_only_the_leader_has_logits_and_only_of_sampled_rows(tmp_path: Path) -> 
     assert follower == [None, None, None]
 
 
-def test_bfloat16_stays_close_to_float32(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_bfloat16_stays_close_to_float32(size: int, tmp_path: Path) -> None:
     folder = make_model("qwen3", tmp_path, initializer_range=0.05)
     config = load_model_config(folder)
-    engine = Engine(config, folder, torch.bfloat16, CPU, TensorParallel(0, 1), 16, kv_memory=1 << 20)
     token_ids = make_prompts(config.vocab_size)[3]
+
+    def compute(group: TensorParallel) -> torch.Tensor | None:
+        engine = Engine(config, folder, torch.bfloat16, CPU, group, 16, kv_memory=1 << 20)
+        return engine.forward(Batch(tuple(token_ids), (45,), (45,), (block_table([2, 0, 1]),), (0,)))
+
+    logits, *others = run_ranks(size, compute)
     expected = reference_logits(folder, token_ids)[-1]
-    logits = engine.forward(Batch(tuple(token_ids), (45,), (45,), (block_table([2, 0, 1]),), (0,)))
     assert logits is not None
     assert logits.dtype == torch.float32
     assert torch.cosine_similarity(logits[0], expected, dim=0) > 0.99
+    assert others == [None] * (size - 1)
 
 
 def test_a_model_that_does_not_divide_is_refused(tmp_path: Path) -> None:
