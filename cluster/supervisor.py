@@ -12,7 +12,8 @@ from typing import Any
 
 import ray
 
-from cluster.placement import Rank
+from cluster.absence import Absence
+from cluster.placement import Rank, lost_machines
 from cluster.progress import Progress
 from cluster.restarts import Restarts
 from cluster.router_process import RouterProcess
@@ -53,6 +54,7 @@ class Supervisor:
         self._phase = Phase.STARTING
         self._restarts = Restarts(clock)
         self._dead_since_s: dict[str, float] = {}
+        self._absence = Absence(lost_machines, clock)
 
     def wait_until_ready(self, stop: StopSignal) -> ClusterStatus | None:
         """Return the first status with all ranks ready, None when asked to stop. Raise TandemError when none can be."""
@@ -73,6 +75,7 @@ class Supervisor:
             status = self._show_status()
             if status is not None:
                 self._end_stuck(status)
+                self._tell_who_stays_away(status)
 
     def drain(self, grace_s: float) -> None:
         """Let the router finish what runs and stop the workers; whoever is then still there is killed."""
@@ -137,6 +140,11 @@ class Supervisor:
                 self._dead_since_s[worker.epoch] = float("inf")
                 self._progress.say(f"{worker.name} does not end; killing it")
                 self._rank_of(worker).kill()
+
+    def _tell_who_stays_away(self, status: ClusterStatus) -> None:
+        complaint = self._absence.complaint(status.workers)
+        if complaint is not None:
+            self._progress.say(complaint)
 
     def _may_be_stuck(self, worker: WorkerStatus) -> bool:
         is_dead = worker.state == "dead" and worker.may_be_alive

@@ -76,11 +76,13 @@ class Cluster:
         patch.setattr(module, "time", SimpleNamespace(sleep=self._sleep))
         patch.setattr(module, "fetch_status", self._fetch_status)
         patch.setattr(module, "_complaint", lambda running: "oh")
+        patch.setattr(module, "lost_machines", lambda: ["10.0.0.7"])
         self.is_given_up = False
         patch.setattr(module, "_is_given_up", lambda running: self.is_given_up, raising=False)
         router: Any = FakeRouter()
         ranks: Any = self.ranks
-        self.supervisor = Supervisor(router, ranks, Progress(2, io.StringIO()), "/logs", self.clock.read)
+        self.said = io.StringIO()
+        self.supervisor = Supervisor(router, ranks, Progress(2, self.said), "/logs", self.clock.read)
         assert self.supervisor.wait_until_ready(self)  # type: ignore[arg-type]
 
     @property
@@ -163,6 +165,12 @@ def test_whoever_does_not_end_is_killed_once_and_lives_that_are_over_are_forgott
         cluster.serve(20)
         assert stuck.num_kills == life + 1
     assert len(cluster.supervisor._dead_since_s) == 1
+
+
+def test_while_a_worker_has_no_machine_to_come_back_to_the_cluster_says_so_and_goes_on(cluster: Cluster):
+    cluster.workers = (worker_of(cluster.ranks[0]), worker_of(cluster.ranks[1], "dead"))
+    cluster.serve(300)
+    assert cluster.said.getvalue().count("decode 0. Ray has lost 10.0.0.7: start Ray there again") == 1
 
 
 def test_a_router_that_is_busy_right_after_the_start_does_not_end_the_cluster(
