@@ -10,6 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from protocol.errors import TandemError
+
+
+class GroupError(TandemError):
+    """The group cannot be assembled, or lost a rank. Nothing can be mended: the process ends."""
+
 
 @dataclass(frozen=True, slots=True)
 class Range:
@@ -27,7 +33,10 @@ class Range:
 
 
 class TensorParallel:
-    """Rank `rank` of `size`. process_group is None exactly when size is 1; then every call here does nothing."""
+    """Rank `rank` of `size`. process_group is None exactly when size is 1; then every call here does nothing.
+
+    Calls that need other ranks raise GroupError when one of these is gone, or does not come within the group's timeout.
+    """
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
         assert 0 <= rank < size
@@ -60,13 +69,13 @@ class TensorParallel:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Add up tensor over all ranks, in place, and return it."""
         if self._group is not None:
-            self._group.allreduce([tensor]).wait()
+            _await(self._group.allreduce([tensor]))
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Give every rank what rank 0 has in tensor, in place, and return it."""
         if self._group is not None:
-            self._group.broadcast([tensor]).wait()
+            _await(self._group.broadcast([tensor]))
         return tensor
 
     def least(self, number: int, device: torch.device) -> int:
@@ -76,7 +85,7 @@ class TensorParallel:
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
         tensor = torch.tensor([number], device=device)
-        self._group.allreduce([tensor], options).wait()
+        _await(self._group.allreduce([tensor], options))
         return int(tensor)
 
     def gather_to_leader(self, tensor: Tensor, dim: int = -1) -> Tensor | None:
@@ -88,5 +97,12 @@ class TensorParallel:
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if is_leader else []
         options = dist.GatherOptions()
         options.rootRank = 0
-        self._group.gather([parts] if is_leader else [], [tensor], options).wait()
+        _await(self._group.gather([parts] if is_leader else [], [tensor], options))
         return torch.cat(parts, dim=dim) if is_leader else None
+
+
+def _await(work: dist.Work) -> None:
+    try:
+        work.wait()
+    except RuntimeError as error:
+        raise GroupError(f"a collective failed; another rank of this group may be gone: {error}") from error

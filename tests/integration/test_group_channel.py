@@ -14,7 +14,8 @@ from cluster.control_link import Fenced
 from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
 from cluster.worker import run_worker
 from engine import group
-from engine.group import Follower, GroupError, Leader, Place
+from engine.group import Follower, Leader, Place
+from engine.tensor_parallel import GroupError
 from protocol.codec import decode, encode
 from protocol.messages import Fence, Join, Welcome
 from protocol.orders import Counted, Enlist

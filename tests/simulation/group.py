@@ -20,11 +20,12 @@ from cluster.two_way_mover import TwoWayMover
 from decode_worker.mover import ReceivingMover
 from decode_worker.running import ALL_AT_ONCE, Growth
 from engine.block_pool import BlockPool
-from engine.group import GroupError, GroupRanks
+from engine.group import GroupRanks
 from engine.rank import Mover, Rank, Stationary
 from engine.role import Role
 from engine.sampler import SamplingRow
 from engine.step_loop import StepLoop
+from engine.tensor_parallel import GroupError
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from prefill_worker.mover import SendingMover
