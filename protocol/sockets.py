@@ -12,6 +12,9 @@ from protocol.codec import MAX_MESSAGE_BYTES
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 2000
 HANDSHAKE_MS = 2000
+CONNECT_MS = 2000
+"""Then whoever connects begins anew. By itself TCP asks again after ever longer pauses, up to a minute, and so
+learns that late that the network is back."""
 
 SocketT = TypeVar("SocketT", bound="zmq.Socket[bytes]")
 
@@ -22,6 +25,7 @@ def prepare(socket: SocketT, max_bytes: int = MAX_MESSAGE_BYTES, queue: int = 10
     socket.setsockopt(zmq.SNDHWM, queue)
     socket.setsockopt(zmq.RCVHWM, queue)
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
+    socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
