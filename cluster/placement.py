@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.state  # what Ray says of one actor has a public name only where its dashboard runs
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -35,6 +36,11 @@ class Rank:
     @property
     def name(self) -> str:
         return self.launch.name
+
+    def is_process(self, pid: int) -> bool:
+        """Whether this life is still that process, as far as Ray knows."""
+        actor = ray._private.state.actors(self.actor._actor_id.hex())
+        return bool(actor.get("State") == "ALIVE" and actor.get("Pid") == pid)
 
     def kill(self) -> None:
         """Kill this life; Ray starts the next, and calls a run that has not ended again."""

@@ -24,7 +24,7 @@ from protocol.errors import ConfigError, TandemError
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray paints tracebacks
 _LOOK_EVERY_S = 0.25
-_DEAD_FOR_S = 5.0  # a killed worker's next life has mostly joined by then
+_DEAD_FOR_S = 5.0  # long enough for a worker that was fenced to hear of it and to end
 _PATIENCE_S = 5.0  # beyond the router's own grace, for whatever is then still there
 
 
@@ -128,27 +128,24 @@ class Supervisor:
         return status
 
     def _end_stuck(self, status: ClusterStatus) -> None:
-        """Kill whom the router has given up but who has not ended: stopped, or hung where nothing can be told to it.
-
-        Once per epoch: should it be the next life, slow to start, that is hit, then the one after that is left alone.
-        """
+        """Kill whom the router has given up but who has not ended: stopped, or hung where nothing can be told to it."""
         now_s = self._clock()
-        stuck = [worker for worker in status.workers if self._may_be_stuck(worker)]
-        self._dead_since_s = {worker.epoch: self._dead_since_s.get(worker.epoch, now_s) for worker in stuck}
-        for worker in stuck:
+        dead = [worker for worker in status.workers if worker.state == "dead"]
+        self._dead_since_s = {worker.epoch: self._dead_since_s.get(worker.epoch, now_s) for worker in dead}
+        for worker in dead:
             if now_s - self._dead_since_s[worker.epoch] > _DEAD_FOR_S:
                 self._dead_since_s[worker.epoch] = float("inf")
-                self._progress.say(f"{worker.name} does not end; killing it")
-                self._rank_of(worker).kill()
+                self._end_if_there(self._rank_of(worker), worker)
+
+    def _end_if_there(self, rank: Rank, worker: WorkerStatus) -> None:
+        if not self._restarts.is_waiting(rank.name) and rank.is_process(worker.pid):
+            self._progress.say(f"{worker.name} does not end; killing it")
+            rank.kill()
 
     def _tell_who_stays_away(self, status: ClusterStatus) -> None:
         complaint = self._absence.complaint(status.workers)
         if complaint is not None:
             self._progress.say(complaint)
-
-    def _may_be_stuck(self, worker: WorkerStatus) -> bool:
-        is_dead = worker.state == "dead" and worker.may_be_alive
-        return is_dead and not self._restarts.is_waiting(self._rank_of(worker).name)
 
     def _rank_of(self, worker: WorkerStatus) -> Rank:
         who = (worker.role, worker.group, worker.rank)
