@@ -35,6 +35,18 @@ def prepare(socket: SocketT, max_bytes: int = MAX_MESSAGE_BYTES, queue: int = 10
 
 
 def bind(socket: "zmq.Socket[bytes]", host: str) -> str:
-    """Bind to a free port of host and return the address, "tcp://host:port"."""
-    port = socket.bind_to_random_port(f"tcp://{host}")
-    return f"tcp://{host}:{port}"
+    """Bind to a free port of host and return the address, "tcp://host:port", with brackets around an IPv6 host."""
+    address = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
+    _suit(socket, address)
+    return f"{address}:{socket.bind_to_random_port(address)}"
+
+
+def connect(socket: "zmq.Socket[bytes]", address: str) -> None:
+    """Connect to what bind returned. Raise zmq.ZMQError for an address that is none."""
+    _suit(socket, address)
+    socket.connect(address)
+
+
+def _suit(socket: "zmq.Socket[bytes]", address: str) -> None:
+    """Not for all sockets: where a machine has no IPv6, a socket that is made for it may not be bound at all."""
+    socket.setsockopt(zmq.IPV6, address.startswith("tcp://["))

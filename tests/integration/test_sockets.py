@@ -3,9 +3,10 @@
 import socket
 from pathlib import Path
 
+import pytest
 import zmq
 
-from protocol.sockets import CONNECT_MS, prepare
+from protocol.sockets import CONNECT_MS, bind, connect, prepare
 from tests.e2e.processes import wait_for
 
 SYN_SENT = "02"
@@ -26,3 +27,26 @@ def test_who_is_not_answered_begins_anew_instead_of_asking_after_ever_longer_pau
             dealer.connect(f"tcp://127.0.0.1:{port}")
             first = wait_for(lambda: ports_that_ask(port), 10, "it asks to be let in")
             wait_for(lambda: ports_that_ask(port) - first, 5 * CONNECT_MS / 1000, "it begins anew")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_what_is_bound_can_be_connected_to_over_either_family(host: str):
+    if not has_address(host):
+        pytest.skip(f"this machine has no {host}")
+    with (
+        zmq.Context() as context,
+        prepare(context.socket(zmq.PULL)) as puller,
+        prepare(context.socket(zmq.PUSH)) as pusher,
+    ):
+        address = bind(puller, host)
+        connect(pusher, address)
+        pusher.send(b"here")
+        assert puller.poll(10_000)
+
+
+def has_address(host: str) -> bool:
+    try:
+        socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError:
+        return False
+    return True
