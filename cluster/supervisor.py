@@ -172,5 +172,14 @@ def _complaint(running: Any) -> str:
         cause = error.cause
         return str(cause) if isinstance(cause, ConfigError) else _COLOUR.sub("", str(error))
     except ray.exceptions.RayError as error:
-        return str(error).strip().splitlines()[0]
+        return _in_short(str(error))
     return "it returned before anyone told it to stop"
+
+
+def _in_short(death: str) -> str:
+    """Return what matters of Ray's words about a dead actor: the first line, or the last where its class is missing."""
+    lines = death.strip().splitlines()
+    first, last = lines[0], lines[-1]
+    if "creation task" not in first:
+        return first
+    return f"{last}. Its machine lacks code: `ray job submit --working-dir .` ships ours, dependencies must be there"

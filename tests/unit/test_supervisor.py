@@ -189,6 +189,20 @@ def test_whoever_has_ended_is_not_killed_once_more_while_the_next_life_takes_its
     assert lost.num_kills == 0
 
 
+def test_a_machine_without_our_code_is_told_from_a_worker_that_died():
+    missing = (
+        "The actor died because of an error raised in its creation task, ray::WorkerActor.__init__() (pid=7, ip=far)\n"
+        "RuntimeError: The actor with name WorkerActor failed to import on the worker.\n"
+        "           ^^^^^^^^\nModuleNotFoundError: No module named 'cluster'\n"
+    )
+    assert module._in_short(missing).startswith(
+        "ModuleNotFoundError: No module named 'cluster'. Its machine lacks code"
+    )
+    assert (
+        module._in_short("The actor died unexpectedly.\n\tclass_name: WorkerActor\n") == "The actor died unexpectedly."
+    )
+
+
 def test_a_router_that_is_busy_right_after_the_start_does_not_end_the_cluster(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ):
