@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from cluster.status_client import WorkerStatus
 
 AWAY_FOR_S = 30.0
-"""The next life of a worker that was killed has joined by then, and Ray has given up a machine that does not answer."""
+"""The next life of a worker that was killed has joined by then."""
+GIVEN_UP_AFTER_S = 90.0
+"""Ray has given up a machine by then that does not answer (after 64 s, measured)."""
 
 
 class Absence:
@@ -21,21 +23,24 @@ class Absence:
         self._since_s: dict[str, float] = {}  # by epoch
 
     def complaint(self, workers: Sequence[WorkerStatus]) -> str | None:
-        """Return a sentence about those that have been lost for AWAY_FOR_S, once for each life; None without any."""
+        """Return a sentence about those that stay away, once for each life, when there is something to say of them."""
         now_s = self._clock()
         lost = [worker for worker in workers if worker.state == "dead"]
         self._since_s = {worker.epoch: self._since_s.get(worker.epoch, now_s) for worker in lost}
-        away = [worker for worker in lost if now_s - self._since_s[worker.epoch] > AWAY_FOR_S]
+        overdue = [worker for worker in lost if now_s - self._since_s[worker.epoch] > AWAY_FOR_S]
+        machines = self._lost_machines() if overdue else []
+        patience_s = AWAY_FOR_S if machines else GIVEN_UP_AFTER_S
+        away = [worker for worker in overdue if now_s - self._since_s[worker.epoch] > patience_s]
         for worker in away:
             self._since_s[worker.epoch] = float("inf")
-        return self._sentence(away) if away else None
+        return _sentence(away, machines) if away else None
 
-    def _sentence(self, away: Sequence[WorkerStatus]) -> str:
-        names = ", ".join(worker.name for worker in away)
-        machines = ", ".join(self._lost_machines())
-        what = (
-            f"Ray has lost {machines}: start Ray there again, or on another machine of this cluster"
-            if machines
-            else "`ray status` says what Ray has no place for"
-        )
-        return f"not back for {AWAY_FOR_S:g} s: {names}. {what}; they start as soon as there is a place for them"
+
+def _sentence(away: Sequence[WorkerStatus], machines: Sequence[str]) -> str:
+    names = ", ".join(worker.name for worker in away)
+    what = (
+        f"Ray has lost {', '.join(machines)}: start Ray there again, or on another machine"
+        if machines
+        else "`ray status` says what Ray has no place for"
+    )
+    return f"not back: {names}. {what}; they start as soon as there is a place for them"
