@@ -18,7 +18,7 @@ from torch.distributed.distributed_c10d import Store
 from engine.rank import Rank
 from engine.tensor_parallel import TensorParallel
 from kernels.process_group import open_group, open_store
-from protocol.errors import TandemError, WireError
+from protocol.errors import GroupError, WireError
 from protocol.orders import (
     AnyOrder,
     AnyReport,
@@ -39,10 +39,6 @@ COLLECTIVE_TIMEOUT_S = 60.0
 _LISTEN_EVERY_MS = 250
 _ORDERS_KEY = "orders"
 _MAX_ORDERS = 100_000
-
-
-class GroupError(TandemError):
-    """The group cannot be assembled, or lost a rank. Nothing can be mended: the process ends."""
 
 
 @dataclass(frozen=True)

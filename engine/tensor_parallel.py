@@ -4,11 +4,14 @@ Used by the weights (what to read), the model (where to add up) and the KV cache
 torch.distributed process group object, never on the global one, so that several ranks may live in one process.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from protocol.errors import GroupError
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +60,18 @@ class TensorParallel:
         """Return the number of token ids in every shard but the last."""
         return -(-total // self.size)
 
+    # --- all ranks together; each raises GroupError when one of them is lost ------------------------------------------
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Add up tensor over all ranks, in place, and return it."""
         if self._group is not None:
-            self._group.allreduce([tensor]).wait()
+            _carry_out(self._group.allreduce, [tensor])
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Give every rank what rank 0 has in tensor, in place, and return it."""
         if self._group is not None:
-            self._group.broadcast([tensor]).wait()
+            _carry_out(self._group.broadcast, [tensor])
         return tensor
 
     def least(self, number: int, device: torch.device) -> int:
@@ -76,7 +81,7 @@ class TensorParallel:
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
         tensor = torch.tensor([number], device=device)
-        self._group.allreduce([tensor], options).wait()
+        _carry_out(self._group.allreduce, [tensor], options)
         return int(tensor)
 
     def gather_to_leader(self, tensor: Tensor, dim: int = -1) -> Tensor | None:
@@ -88,5 +93,13 @@ class TensorParallel:
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if is_leader else []
         options = dist.GatherOptions()
         options.rootRank = 0
-        self._group.gather([parts] if is_leader else [], [tensor], options).wait()
+        _carry_out(self._group.gather, [parts] if is_leader else [], [tensor], options)
         return torch.cat(parts, dim=dim) if is_leader else None
+
+
+def _carry_out(collective: Callable[..., dist.Work], *arguments: object) -> None:
+    """Take part in a collective, and wait for its end."""
+    try:
+        collective(*arguments).wait()
+    except RuntimeError as error:
+        raise GroupError(f"a rank of this group was lost in the middle of a step: {error}") from error

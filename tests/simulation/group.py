@@ -20,7 +20,7 @@ from cluster.two_way_mover import TwoWayMover
 from decode_worker.mover import ReceivingMover
 from decode_worker.running import ALL_AT_ONCE, Growth
 from engine.block_pool import BlockPool
-from engine.group import GroupError, GroupRanks
+from engine.group import GroupRanks
 from engine.rank import Mover, Rank, Stationary
 from engine.role import Role
 from engine.sampler import SamplingRow
@@ -29,6 +29,7 @@ from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from prefill_worker.mover import SendingMover
 from prefill_worker.role import PrefillRole
+from protocol.errors import GroupError
 from protocol.identity import new_epoch
 from protocol.layout import Endpoint, KVLayout
 from protocol.messages import Join, Ready, Welcome, WorkerInfo
