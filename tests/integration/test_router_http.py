@@ -269,6 +269,13 @@ def test_the_officials_clients_exceptions_are_the_right_ones(client: openai.Open
     assert client.models.retrieve("tiny").id == "tiny"
 
 
+def test_an_error_is_short_however_long_what_it_names(router: RouterUnderTest) -> None:
+    posted = router.client.post("/v1/completions", json={"prompt": "x", "model": "m" * 100_000})
+    asked = router.client.get("/v1/models/" + "m" * 20_000)
+    assert (posted.status_code, asked.status_code) == (404, 404)
+    assert max(len(posted.content), len(asked.content)) < 1000
+
+
 def exchange(router: RouterUnderTest, *pieces: bytes) -> bytes:
     """Send raw bytes and return everything that comes until the router closes."""
     host, port = router.url.removeprefix("http://").split(":")
