@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from protocol.messages import BlockCounts
 from protocol.topology import Transport
-from router.errors import ApiError, unavailable
+from router.errors import no_such_model, unavailable
 from router.membership import Group, Rank
 from router.responses import ModelCard, ModelList
 from router.serving import Serving
@@ -63,7 +63,7 @@ async def model(http: Request) -> Response:
     serving = _serving(http)
     name = http.path_params["name"]
     if name != serving.model_name:
-        raise ApiError(404, f"the model {name!r} does not exist here", param="model", code="model_not_found")
+        raise no_such_model(name, serving.model_name)
     return json(ModelCard(serving.model_name, serving.created, serving.max_context))
 
 
