@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import zmq
 
@@ -23,6 +23,7 @@ TICK_S = 0.2
 MAX_QUEUED = 20_000
 """Messages that one rank may leave unread before its connection counts as gone."""
 MAX_RECEIVED_AT_ONCE = 256
+MAX_PERFORMED_AT_ONCE = 256
 
 Client = Callable[[TokenUpdate | Outcome], None]
 
@@ -82,7 +83,7 @@ class ControlPlane:
         while True:
             await asyncio.sleep(TICK_S)
             try:
-                self._perform(self.controller.tick(time.monotonic()))
+                await self._perform_in_parts(self.controller.tick(time.monotonic()))
             except Exception:
                 self._count_bug()
 
@@ -114,6 +115,12 @@ class ControlPlane:
         self._is_coming_back = False
         if not self._socket.closed:
             self._receive()
+
+    async def _perform_in_parts(self, effects: Sequence[Effect]) -> None:
+        """Eight thousand pings at once would keep every stream waiting for as long as they take."""
+        for start in range(0, len(effects), MAX_PERFORMED_AT_ONCE):
+            self._perform(effects[start : start + MAX_PERFORMED_AT_ONCE])
+            await asyncio.sleep(0)
 
     def _perform(self, effects: Iterable[Effect]) -> None:
         waiting = deque(effects)
