@@ -25,7 +25,7 @@ class PromptTooLong(Exception):
 
 
 class _Family:
-    """Groups that fit together: any of prefill may hand over to any of decode, so the best of each are the best pair."""
+    """Groups that fit together: any of prefill may hand over to any of decode, so the best two are the best pair."""
 
     def __init__(self, prefill: Sequence[ReadyGroup], decode: Sequence[ReadyGroup], policy: Policy, load: Load) -> None:
         self._prefill = Ranking(prefill, lambda group: (policy.prefill(group, load), load.last_used[group.epoch]))
