@@ -14,6 +14,7 @@ import zmq
 
 from protocol import sockets
 from protocol.errors import ConfigError
+from protocol.identity import Epoch
 from protocol.messages import TokenUpdate
 from protocol.request import Request
 from router.controller import Controller, Effect, Transmit
@@ -123,31 +124,39 @@ class ControlPlane:
             await asyncio.sleep(0)
 
     def _perform(self, effects: Iterable[Effect]) -> None:
+        """Whoever could not be reached is lost when all the rest is done: all of them at once."""
         waiting = deque(effects)
-        while waiting:
+        unreachable: dict[Epoch, str] = {}
+        while waiting or unreachable:
+            if not waiting:
+                waiting.extend(self.controller.unreachable(unreachable))
+                unreachable = {}
+                continue
             match waiting.popleft():
                 case Transmit() as transmit:
-                    waiting.extend(self._transmit(transmit))
+                    if reason := self._transmit(transmit):
+                        unreachable[transmit.receiver] = reason
                 case Deliver(update):
                     self._clients[update.attempt.request_id](update)
                 case End(attempt, outcome):
                     self._clients.pop(attempt.request_id)(outcome)
 
-    def _transmit(self, transmit: Transmit) -> list[Effect]:
+    def _transmit(self, transmit: Transmit) -> str:
+        """Return why that could not be; "" when it could."""
         try:
             self._socket.send_multipart((transmit.identity, transmit.data), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             return self._undeliverable(transmit, error)
         finally:
             self._come_back()  # sending may have swallowed the edge that announces something to receive
-        return []
+        return ""
 
-    def _undeliverable(self, transmit: Transmit, error: zmq.ZMQError) -> list[Effect]:
+    def _undeliverable(self, transmit: Transmit, error: zmq.ZMQError) -> str:
         is_full = error.errno == zmq.EAGAIN
         reason = f"it left {MAX_QUEUED} messages unread" if is_full else "its connection is gone"
         if self.controller.membership.is_alive(transmit.receiver):
             logger.warning("%s: %s", transmit.identity.decode("latin-1"), reason)
-        return self.controller.unreachable(transmit.receiver, reason)
+        return reason
 
     def _count_bug(self) -> None:
         self.controller.drops["router_bug"] += 1

@@ -37,7 +37,7 @@ def test_streams_get_their_turns_between_the_pings_of_many_ranks(monkeypatch: py
     async def scenario() -> None:
         plane = ControlPlane(controller_of_many(), "127.0.0.1")
         monkeypatch.setattr(plane.controller, "tick", tick)
-        monkeypatch.setattr(plane.controller, "unreachable", lambda epoch, reason: pinged.append(epoch) or [])
+        monkeypatch.setattr(plane.controller, "unreachable", lambda reasons: pinged.extend(reasons) or [])
         plane.start()
         while len(pinged) < NUM_PINGS:
             await asyncio.sleep(0)
