@@ -5,10 +5,11 @@ router/policies.py's.
 """
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 from protocol.identity import Attempt, Epoch
 from protocol.request import Request
-from router.policies import Load, Pair, Policy, ReadyGroup
+from router.policies import Cost, Load, Pair, Policy, ReadyGroup
 from router.ranking import Ranking
 
 
@@ -28,8 +29,8 @@ class _Family:
     """Groups that fit together: any of prefill may hand over to any of decode, so the best two are the best pair."""
 
     def __init__(self, prefill: Sequence[ReadyGroup], decode: Sequence[ReadyGroup], policy: Policy, load: Load) -> None:
-        self._prefill = Ranking(prefill, lambda group: (policy.prefill(group, load), load.last_used[group.epoch]))
-        self._decode = Ranking(decode, lambda group: (policy.decode(group, load), load.last_used[group.epoch]))
+        self._prefill = Ranking(prefill, partial(_cost, [policy.prefill], load))
+        self._decode = Ranking(decode, partial(_cost, [policy.decode], load))
 
     @property
     def most_tokens(self) -> tuple[int, int]:
@@ -51,9 +52,7 @@ class _Colocated:
     """As _Family, of groups that pair with themselves only."""
 
     def __init__(self, groups: Sequence[ReadyGroup], policy: Policy, load: Load) -> None:
-        self._groups = Ranking(
-            groups, lambda group: (policy.prefill(group, load), policy.decode(group, load), load.last_used[group.epoch])
-        )
+        self._groups = Ranking(groups, partial(_cost, [policy.prefill, policy.decode], load))
         self.moved = self._groups.moved
 
     @property
@@ -163,6 +162,11 @@ class Dispatcher:
         for counts in (self.load.prompt_tokens, self.load.reserved_tokens, self.load.last_used):
             for epoch in [epoch for epoch in counts if epoch not in epochs]:
                 del counts[epoch]
+
+
+def _cost(costs: Sequence[Cost], load: Load, group: ReadyGroup) -> tuple[float, ...]:
+    """Equal costs take turns."""
+    return *(cost(group, load) for cost in costs), load.last_used[group.epoch]
 
 
 def incompatibility(prefill: ReadyGroup, decode: ReadyGroup) -> str | None:
