@@ -12,6 +12,8 @@ from protocol.codec import MAX_MESSAGE_BYTES
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 2000
 HANDSHAKE_MS = 2000
+BACKLOG = 4096
+"""Of those who connect at once, more than so many try again a second later; ZMQ's own number is 100."""
 
 SocketT = TypeVar("SocketT", bound="zmq.Socket[bytes]")
 
@@ -32,5 +34,6 @@ def prepare(socket: SocketT, max_bytes: int = MAX_MESSAGE_BYTES, queue: int = 10
 
 def bind(socket: "zmq.Socket[bytes]", host: str) -> str:
     """Bind to a free port of host and return the address, "tcp://host:port"."""
+    socket.setsockopt(zmq.BACKLOG, BACKLOG)
     port = socket.bind_to_random_port(f"tcp://{host}")
     return f"tcp://{host}:{port}"

@@ -63,7 +63,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._await_header()
-        self.scope["state"]["abort_connection"] = self._abort
+        self.scope["state"] |= {"abort_connection": self._abort, "flow": self.flow}
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._is_in_header:  # what follows a body is no header of the request

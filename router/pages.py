@@ -1,9 +1,11 @@
 """The GET endpoints: models, health, readiness, the cluster's state, metrics."""
 
+import asyncio
 from typing import Any, get_args
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.core import Metric
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -89,7 +91,19 @@ async def status(http: Request) -> Response:
 
 
 async def metrics(http: Request) -> Response:
-    return Response(generate_latest(http.app.state.registry), media_type=CONTENT_TYPE_LATEST)
+    """Read where it changes, and written by a thread: the text of a thousand groups takes a tenth of a second."""
+    collected = _Collected(list(http.app.state.registry.collect()))
+    return Response(await asyncio.to_thread(generate_latest, collected), media_type=CONTENT_TYPE_LATEST)
+
+
+class _Collected:
+    """What a registry held at one moment."""
+
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        return self._metrics
 
 
 def _serving(http: Request) -> Serving:
