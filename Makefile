@@ -10,7 +10,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/stamp-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: help setup serve test check format bench bench-transfer bench-fetch bench-engine gpu gpu-transfer gpu-faults sweep lock clean
+.PHONY: help setup serve test check format bench bench-transfer bench-fetch bench-engine bench-router gpu gpu-transfer gpu-faults sweep lock clean
 
 help:                  ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -55,6 +55,9 @@ bench-fetch: setup     ## measure conversations with and without fetching from d
 
 bench-engine: setup    ## measure the engine's steps and kernels beside the device's limits (a GPU: Llama 3.1 8B's shape)
 	$(BIN)/python -m benchmarks.engine
+
+bench-router: setup    ## measure what the router costs, per stream and with hundreds of groups
+	$(BIN)/python -m benchmarks.router
 
 gpu:                   ## on a machine with an NVIDIA GPU: its tests, then bench-engine, all within ten minutes
 	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) tools/gpu.sh

@@ -16,9 +16,9 @@ import zmq
 from torch.distributed.distributed_c10d import Store
 
 from engine.rank import Rank
-from engine.tensor_parallel import GroupError, TensorParallel
+from engine.tensor_parallel import TensorParallel
 from kernels.process_group import open_group, open_store
-from protocol.errors import WireError
+from protocol.errors import GroupError, WireError
 from protocol.orders import (
     AnyOrder,
     AnyReport,

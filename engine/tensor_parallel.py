@@ -4,17 +4,14 @@ Used by the weights (what to read), the model (where to add up) and the KV cache
 torch.distributed process group object, never on the global one, so that several ranks may live in one process.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from protocol.errors import TandemError
-
-
-class GroupError(TandemError):
-    """The group cannot be assembled, or lost a rank. Nothing can be mended: the process ends."""
+from protocol.errors import GroupError
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +30,7 @@ class Range:
 
 
 class TensorParallel:
-    """Rank `rank` of `size`. process_group is None exactly when size is 1; then every call here does nothing.
-
-    Calls that need other ranks raise GroupError when one of these is gone, or does not come within the group's timeout.
-    """
+    """Rank `rank` of `size`. process_group is None exactly when size is 1; then every call here does nothing."""
 
     def __init__(self, rank: int, size: int, process_group: dist.ProcessGroup | None = None) -> None:
         assert 0 <= rank < size
@@ -66,16 +60,18 @@ class TensorParallel:
         """Return the number of token ids in every shard but the last."""
         return -(-total // self.size)
 
+    # --- all ranks together; each raises GroupError when one of them is lost ------------------------------------------
+
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Add up tensor over all ranks, in place, and return it."""
         if self._group is not None:
-            _await(self._group.allreduce([tensor]))
+            _carry_out(self._group.allreduce, [tensor])
         return tensor
 
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Give every rank what rank 0 has in tensor, in place, and return it."""
         if self._group is not None:
-            _await(self._group.broadcast([tensor]))
+            _carry_out(self._group.broadcast, [tensor])
         return tensor
 
     def least(self, number: int, device: torch.device) -> int:
@@ -85,7 +81,7 @@ class TensorParallel:
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp(dist.ReduceOp.MIN)
         tensor = torch.tensor([number], device=device)
-        _await(self._group.allreduce([tensor], options))
+        _carry_out(self._group.allreduce, [tensor], options)
         return int(tensor)
 
     def gather_to_leader(self, tensor: Tensor, dim: int = -1) -> Tensor | None:
@@ -97,12 +93,13 @@ class TensorParallel:
         parts = [torch.empty_like(tensor) for _ in range(self.size)] if is_leader else []
         options = dist.GatherOptions()
         options.rootRank = 0
-        _await(self._group.gather([parts] if is_leader else [], [tensor], options))
+        _carry_out(self._group.gather, [parts] if is_leader else [], [tensor], options)
         return torch.cat(parts, dim=dim) if is_leader else None
 
 
-def _await(work: dist.Work) -> None:
+def _carry_out(collective: Callable[..., dist.Work], *arguments: object) -> None:
+    """Take part in a collective, and wait for its end."""
     try:
-        work.wait()
+        collective(*arguments).wait()
     except RuntimeError as error:
-        raise GroupError(f"a collective failed; another rank of this group may be gone: {error}") from error
+        raise GroupError(f"a rank of this group was lost in the middle of a step: {error}") from error

@@ -6,7 +6,7 @@
      ├─ WireError          a message or frame that does not parse or does not verify; dropped and counted
      │   ├─ VersionError   a message of another version of the control protocol
      │   └─ FrameError     the same of a KV frame, with a reason from a closed set (kv_transfer/frames.py)
-     ├─ GroupError         a group that cannot assemble or lost a rank; the process ends (engine/tensor_parallel.py)
+     ├─ GroupError         a group that cannot assemble or lost a rank; the process ends
      └─ Fenced, Stopped    the router ended this life, or all of them (cluster/control_link.py)
 
 ValueError stays for a client's bad parameter, assert for a programmer's mistake (never on what a peer sent).
@@ -36,6 +36,10 @@ class TandemError(Exception):
 
 class ConfigError(TandemError):
     """A topology or a model directory that cannot be served; the message says what is wrong and what would be right."""
+
+
+class GroupError(TandemError):
+    """A rank's group cannot be assembled, or lost a rank. Nothing can be mended: the process ends."""
 
 
 class WireError(TandemError):

@@ -37,6 +37,10 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
     def __str__(self) -> str:
         return f"{self.request_id}#{self.number}"
 
+    def epoch_opposite(self, epoch: Epoch) -> Epoch:
+        """Return the other group's: who sends to this one, for KV may go either way."""
+        return self.decode_epoch if epoch == self.prefill_epoch else self.prefill_epoch
+
 
 def new_attempt(request_id: str, number: int, prefill_epoch: Epoch, decode_epoch: Epoch) -> Attempt:
     """Return a fresh attempt with a transfer id that no other attempt shares."""

@@ -15,6 +15,8 @@ HANDSHAKE_MS = 2000
 CONNECT_MS = 2000
 """Then whoever connects begins anew. By itself TCP asks again after ever longer pauses, up to a minute, and so
 learns that late that the network is back."""
+BACKLOG = 4096
+"""Of those who connect at once, more than so many try again a second later; ZMQ's own number is 100."""
 
 SocketT = TypeVar("SocketT", bound="zmq.Socket[bytes]")
 
@@ -38,6 +40,7 @@ def bind(socket: "zmq.Socket[bytes]", host: str) -> str:
     """Bind to a free port of host and return the address, "tcp://host:port", with brackets around an IPv6 host."""
     address = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
     _suit(socket, address)
+    socket.setsockopt(zmq.BACKLOG, BACKLOG)
     return f"{address}:{socket.bind_to_random_port(address)}"
 
 

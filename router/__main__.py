@@ -6,6 +6,7 @@ Exit status 0 after a drain, 2 when what it was told cannot work. TANDEM_LOG_LEV
 import gc
 import logging
 import os
+import resource
 import sys
 
 import uvloop
@@ -14,17 +15,27 @@ from protocol.errors import ConfigError
 from router.launch import read_launch
 from router.process import serve
 
+MAX_OPEN_FILES = 1 << 17
+
 
 def main() -> int:
     """Run the router; return the process's exit status."""
     gc.freeze()  # what was imported stays; to look at all of it takes some milliseconds in which no stream moves
     try:
+        _allow_connections()
         _begin_to_log(os.environ.get("TANDEM_LOG_LEVEL", "INFO").upper())
         uvloop.run(serve(read_launch(sys.stdin.fileno()), sys.stdin.fileno()))
     except ConfigError as error:
         print(f"router: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _allow_connections() -> None:
+    """Every rank and every client is an open file, of which a process may have 1,024 on most machines until it asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
 
 
 def _begin_to_log(level: str) -> None:

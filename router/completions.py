@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from router.body import read_body
 from router.choice import Choice, Delta
-from router.errors import ApiError
+from router.errors import ApiError, no_such_model
 from router.logprobs import completion_logprobs
 from router.prompts import Prompt, completion_prompts
 from router.responder import Call, answer
@@ -37,8 +37,7 @@ async def completions(http: Request) -> Response:
 def check_model(name: str | None, serving: Serving) -> None:
     """Raise ApiError 404 for a model that is not the one served; leaving it out is fine."""
     if name not in (None, serving.model_name):
-        message = f"the model {name!r} does not exist here; served is {serving.model_name!r}"
-        raise ApiError(404, message, param="model", code="model_not_found")
+        raise no_such_model(name, serving.model_name)
 
 
 class CompletionForm:

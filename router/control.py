@@ -8,12 +8,13 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import zmq
 
 from protocol import sockets
 from protocol.errors import ConfigError
+from protocol.identity import Epoch
 from protocol.messages import TokenUpdate
 from protocol.request import Request
 from router.controller import Controller, Effect, Transmit
@@ -23,6 +24,7 @@ TICK_S = 0.2
 MAX_QUEUED = 20_000
 """Messages that one rank may leave unread before its connection counts as gone."""
 MAX_RECEIVED_AT_ONCE = 256
+MAX_PERFORMED_AT_ONCE = 256
 
 Client = Callable[[TokenUpdate | Outcome], None]
 
@@ -82,7 +84,7 @@ class ControlPlane:
         while True:
             await asyncio.sleep(TICK_S)
             try:
-                self._perform(self.controller.tick(time.monotonic()))
+                await self._perform_in_parts(self.controller.tick(time.monotonic()))
             except Exception:
                 self._count_bug()
 
@@ -115,32 +117,46 @@ class ControlPlane:
         if not self._socket.closed:
             self._receive()
 
+    async def _perform_in_parts(self, effects: Sequence[Effect]) -> None:
+        """Eight thousand pings at once would keep every stream waiting for as long as they take."""
+        for start in range(0, len(effects), MAX_PERFORMED_AT_ONCE):
+            self._perform(effects[start : start + MAX_PERFORMED_AT_ONCE])
+            await asyncio.sleep(0)
+
     def _perform(self, effects: Iterable[Effect]) -> None:
+        """Whoever could not be reached is lost when all the rest is done: all of them at once."""
         waiting = deque(effects)
-        while waiting:
+        unreachable: dict[Epoch, str] = {}
+        while waiting or unreachable:
+            if not waiting:
+                waiting.extend(self.controller.unreachable(unreachable))
+                unreachable = {}
+                continue
             match waiting.popleft():
                 case Transmit() as transmit:
-                    waiting.extend(self._transmit(transmit))
+                    if reason := self._transmit(transmit):
+                        unreachable[transmit.receiver] = reason
                 case Deliver(update):
                     self._clients[update.attempt.request_id](update)
                 case End(attempt, outcome):
                     self._clients.pop(attempt.request_id)(outcome)
 
-    def _transmit(self, transmit: Transmit) -> list[Effect]:
+    def _transmit(self, transmit: Transmit) -> str:
+        """Return why that could not be; "" when it could."""
         try:
             self._socket.send_multipart((transmit.identity, transmit.data), zmq.NOBLOCK)
         except zmq.ZMQError as error:
             return self._undeliverable(transmit, error)
         finally:
             self._come_back()  # sending may have swallowed the edge that announces something to receive
-        return []
+        return ""
 
-    def _undeliverable(self, transmit: Transmit, error: zmq.ZMQError) -> list[Effect]:
+    def _undeliverable(self, transmit: Transmit, error: zmq.ZMQError) -> str:
         is_full = error.errno == zmq.EAGAIN
         reason = f"it left {MAX_QUEUED} messages unread" if is_full else "its connection is gone"
         if self.controller.membership.is_alive(transmit.receiver):
             logger.warning("%s: %s", transmit.identity.decode("latin-1"), reason)
-        return self.controller.unreachable(transmit.receiver, reason)
+        return reason
 
     def _count_bug(self) -> None:
         self.controller.drops["router_bug"] += 1

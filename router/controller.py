@@ -6,7 +6,7 @@ reads a clock.
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -79,9 +79,9 @@ class Controller:
             return []
         return self._resolve(self._route(identity, envelope), identity, envelope.sender_epoch)
 
-    def unreachable(self, epoch: Epoch, reason: str) -> list[Effect]:
-        """A message for this rank could not be handed to its connection: the connection is gone."""
-        return self._resolve(self.membership.lose(epoch, reason))
+    def unreachable(self, reasons: Mapping[Epoch, str]) -> list[Effect]:
+        """Nothing could be sent to the ranks of these epochs any more, which may be over already."""
+        return self._resolve(self.membership.lose_all(reasons))
 
     def start(self, request: Request, deadline_s: float) -> list[Effect]:
         """Begin a request. Raise NoPair or PromptTooLong when nobody can take it."""
@@ -151,12 +151,13 @@ class Controller:
         A rejection names the life that it is meant for, like everything else: the next one is not to hear it.
         """
         effects: list[Effect] = []
+        is_any_lost = False
         waiting = deque(actions)
         while waiting:
             match waiting.popleft():
                 case GroupLost(epoch):
                     waiting.extend(self.attempts.lose(epoch))
-                    self._pair_up()
+                    is_any_lost = True
                 case Drop(reason):
                     self.drops[reason] += 1
                 case Send(receiver, message):
@@ -165,6 +166,8 @@ class Controller:
                     effects.append(Transmit(identity, 0, codec.encode(Fence(reason), self._epoch, sender)))
                 case Deliver() | End() as effect:
                     effects.append(effect)
+        if is_any_lost:
+            self._pair_up()
         return effects
 
     def _address(self, receiver: Epoch, message: AnyMessage) -> list[Effect]:

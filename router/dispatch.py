@@ -5,12 +5,12 @@ router/policies.py's.
 """
 
 from collections.abc import Hashable, Sequence
+from functools import partial
 
-import msgspec
-
-from protocol.identity import Attempt
+from protocol.identity import Attempt, Epoch
 from protocol.request import Request
 from router.policies import Cost, Load, Pair, Policy, ReadyGroup
+from router.ranking import Ranking
 
 
 class NoPair(Exception):
@@ -25,11 +25,43 @@ class PromptTooLong(Exception):
         self.num_tokens = num_tokens
 
 
-class _Family(msgspec.Struct, frozen=True):
-    """Groups that fit together: any of prefill may hand over to any of decode."""
+class _Family:
+    """Groups that fit together: any of prefill may hand over to any of decode, so the best two are the best pair."""
 
-    prefill: tuple[ReadyGroup, ...]
-    decode: tuple[ReadyGroup, ...]
+    def __init__(self, prefill: Sequence[ReadyGroup], decode: Sequence[ReadyGroup], policy: Policy, load: Load) -> None:
+        self._prefill = Ranking(prefill, partial(_cost, [policy.prefill], load))
+        self._decode = Ranking(decode, partial(_cost, [policy.decode], load))
+
+    @property
+    def most_tokens(self) -> tuple[int, int]:
+        """What one request may hold at most, on either side."""
+        return self._prefill.most_tokens, self._decode.most_tokens
+
+    def best(self, num_prompt_tokens: int, num_tokens: int) -> Pair | None:
+        """Return the best pair with room; None where one side has none."""
+        prefill, decode = self._prefill.best(num_prompt_tokens), self._decode.best(num_tokens)
+        return Pair(prefill, decode) if prefill and decode else None
+
+    def moved(self, epoch: Epoch) -> None:
+        """What this group is charged with has changed."""
+        self._prefill.moved(epoch)
+        self._decode.moved(epoch)
+
+
+class _Colocated:
+    """As _Family, of groups that pair with themselves only."""
+
+    def __init__(self, groups: Sequence[ReadyGroup], policy: Policy, load: Load) -> None:
+        self._groups = Ranking(groups, partial(_cost, [policy.prefill, policy.decode], load))
+        self.moved = self._groups.moved
+
+    @property
+    def most_tokens(self) -> tuple[int, int]:
+        return self._groups.most_tokens, self._groups.most_tokens
+
+    def best(self, num_prompt_tokens: int, num_tokens: int) -> Pair | None:
+        group = self._groups.best(num_tokens)
+        return Pair(group, group) if group else None
 
 
 class Dispatcher:
@@ -37,7 +69,7 @@ class Dispatcher:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._families: tuple[_Family, ...] = ()
+        self._families: tuple[_Family | _Colocated, ...] = ()
         self._why_none = "no worker is ready yet"
         self._num_dispatched = 0
         self._prefilling: dict[Attempt, int] = {}
@@ -52,7 +84,9 @@ class Dispatcher:
     def pair_up(self, prefill: Sequence[ReadyGroup], decode: Sequence[ReadyGroup]) -> None:
         """Find out anew who fits together; called when a group became ready or was lost."""
         senders, receivers = _by_kind(prefill), _by_kind(decode)
-        self._families = tuple(_Family(tuple(senders[k]), tuple(receivers[k])) for k in senders if k in receivers)
+        self._families = tuple(
+            _Family(senders[kind], receivers[kind], self._policy, self.load) for kind in senders if kind in receivers
+        )
         self._why_none = _missing_roles(prefill, decode)
         if prefill and decode and not self._families:
             self._why_none = f"prefill and decode do not fit together: {incompatibility(prefill[0], decode[0])}"
@@ -60,7 +94,7 @@ class Dispatcher:
 
     def colocate(self, groups: Sequence[ReadyGroup]) -> None:
         """As pair_up, for groups that play both roles and pair with themselves only."""
-        self._families = tuple(_Family((group,), (group,)) for group in groups)
+        self._families = (_Colocated(groups, self._policy, self.load),) if groups else ()
         self._why_none = "no colocated worker is ready"
         self._forget_lost(groups, groups)
 
@@ -68,7 +102,7 @@ class Dispatcher:
         """Return the most tokens, prompt included, that some pair can hold for such a prompt. Raises as choose does."""
         if not self._families:
             raise NoPair(self._why_none)
-        most = [(_most_tokens(family.prefill), _most_tokens(family.decode)) for family in self._families]
+        most = [family.most_tokens for family in self._families]
         best = max((decode for prefill, decode in most if prefill >= num_prompt_tokens), default=0)
         if best <= num_prompt_tokens:
             raise PromptTooLong(max(min(both) for both in most))
@@ -77,22 +111,11 @@ class Dispatcher:
     def choose(self, request: Request) -> Pair:
         """Return the pair for request. Raise NoPair or PromptTooLong when there is none."""
         num_prompt_tokens = len(request.prompt_token_ids)
-        pairs = [self._best_pair(family, num_prompt_tokens, request.max_num_tokens) for family in self._families]
+        pairs = [family.best(num_prompt_tokens, request.max_num_tokens) for family in self._families]
         found = [pair for pair in pairs if pair is not None]
         if not found:
             raise PromptTooLong(self.capacity(num_prompt_tokens))
-        return min(found, key=self._order)
-
-    def _best_pair(self, family: _Family, num_prompt_tokens: int, num_tokens: int) -> Pair | None:
-        """Return the best of those with room, on each side by itself; None where one side has none."""
-        prefill = self._best(self._policy.prefill, family.prefill, num_prompt_tokens)
-        decode = self._best(self._policy.decode, family.decode, num_tokens)
-        return Pair(prefill, decode) if prefill and decode else None
-
-    def _best(self, cost: Cost, groups: Sequence[ReadyGroup], num_tokens: int) -> ReadyGroup | None:
-        load = self.load
-        roomy = (group for group in groups if num_tokens <= group.num_tokens)
-        return min(roomy, key=lambda group: (cost(group, load), load.last_used[group.epoch]), default=None)
+        return found[0] if len(found) == 1 else min(found, key=self._order)
 
     def _order(self, pair: Pair) -> tuple[float, ...]:
         """Costs first, then turns, prefill's before decode's."""
@@ -113,15 +136,25 @@ class Dispatcher:
         self._num_dispatched += 1
         for epoch in (attempt.prefill_epoch, attempt.decode_epoch):
             self.load.last_used[epoch] = self._num_dispatched
+        self._moved(attempt)
 
     def prefilled(self, attempt: Attempt) -> None:
         """Prefill has nothing left to compute for attempt. Saying so twice does nothing."""
-        self.load.prompt_tokens[attempt.prefill_epoch] -= self._prefilling.pop(attempt, 0)
+        if num_tokens := self._prefilling.pop(attempt, 0):
+            self.load.prompt_tokens[attempt.prefill_epoch] -= num_tokens
+            self._moved(attempt)
 
     def ended(self, attempt: Attempt) -> None:
         """Neither side has anything left to do for attempt. Saying so twice does nothing."""
         self.prefilled(attempt)
-        self.load.reserved_tokens[attempt.decode_epoch] -= self._reserved.pop(attempt, 0)
+        if num_tokens := self._reserved.pop(attempt, 0):
+            self.load.reserved_tokens[attempt.decode_epoch] -= num_tokens
+            self._moved(attempt)
+
+    def _moved(self, attempt: Attempt) -> None:
+        for family in self._families:
+            for epoch in {attempt.prefill_epoch, attempt.decode_epoch}:
+                family.moved(epoch)
 
     def _forget_lost(self, *ready: Sequence[ReadyGroup]) -> None:
         """Counts of epochs that are gone would pile up over years of restarts."""
@@ -129,6 +162,11 @@ class Dispatcher:
         for counts in (self.load.prompt_tokens, self.load.reserved_tokens, self.load.last_used):
             for epoch in [epoch for epoch in counts if epoch not in epochs]:
                 del counts[epoch]
+
+
+def _cost(costs: Sequence[Cost], load: Load, group: ReadyGroup) -> tuple[float, ...]:
+    """Equal costs take turns."""
+    return *(cost(group, load) for cost in costs), load.last_used[group.epoch]
 
 
 def incompatibility(prefill: ReadyGroup, decode: ReadyGroup) -> str | None:
@@ -146,10 +184,6 @@ def _by_kind(groups: Sequence[ReadyGroup]) -> dict[Hashable, list[ReadyGroup]]:
         kind = (group.endpoint.transport, *group.endpoint.layout.common.values())
         kinds.setdefault(kind, []).append(group)
     return kinds
-
-
-def _most_tokens(groups: Sequence[ReadyGroup]) -> int:
-    return max(group.num_tokens for group in groups)
 
 
 def _missing_roles(prefill: Sequence[ReadyGroup], decode: Sequence[ReadyGroup]) -> str:

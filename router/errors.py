@@ -69,6 +69,11 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
+def no_such_model(name: str, served: str) -> ApiError:
+    message = f"the model {name[:200]!r} does not exist here; served is {served!r}"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
 def unavailable(reason: str, code: str = "no_worker") -> ApiError:
     """Nobody can serve this now, but somebody may soon."""
     return ApiError(503, reason, code=code, retry_after_s=RETRY_AFTER_S, should_retry=True)

@@ -7,7 +7,7 @@ import asyncio
 from typing import Protocol
 
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from router.choice import Delta
 from router.errors import ApiError
@@ -44,6 +44,7 @@ class EventStream(Response):
         self._is_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._flow = scope["state"]["flow"]
         async with self._generation:
             try:
                 await self._stream(send)
@@ -65,8 +66,15 @@ class EventStream(Response):
             await self._write(send, self._writer.end(), more=False)
 
     async def _write(self, send: Send, body: bytes, more: bool = True) -> None:
-        async with asyncio.timeout(STALL_S):
-            if not self._is_begun:
-                self._is_begun = True
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": body, "more_body": more})
+        if not self._is_begun:
+            self._is_begun = True
+            await self._pass_on(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await self._pass_on(send, {"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _pass_on(self, send: Send, message: Message) -> None:
+        """send waits only while the client's socket is full, and every deadline costs some microseconds."""
+        if self._flow.write_paused:
+            async with asyncio.timeout(STALL_S):
+                await send(message)
+        else:
+            await send(message)

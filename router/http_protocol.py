@@ -1,11 +1,13 @@
-"""uvicorn's HTTP/1.1 connection with what it lacks: a deadline and a size for headers, errors in JSON, and word to
-every request of a connection, not to the last one only, that the client has gone.
+"""uvicorn's HTTP/1.1 connection with what it lacks: a deadline and a size for headers, errors in JSON, an ear for what
+follows an offer of another protocol, and word to every request of a connection, not to the last one only, that the
+client has gone.
 
 Given to uvicorn by router/process.py. Limits on bodies are router/body.py's.
 """
 
 import asyncio
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
@@ -40,7 +42,11 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         self._has_body_come = False
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except (HttpParserError, HttpParserUpgrade):  # the latter when it is not for us to pass over: CONNECT
+            self.send_400_response("Invalid HTTP request received.")
         if self.transport.is_closing():
             return
         if self._is_in_header:
@@ -57,7 +63,7 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._await_header()
-        self.scope["state"]["abort_connection"] = self._abort
+        self.scope["state"] |= {"abort_connection": self._abort, "flow": self.flow}
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._is_in_header:  # what follows a body is no header of the request
@@ -68,12 +74,18 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # _parse has it begin again
         self._stop_timer()
         self._num_header_bytes, self._has_body_come = 0, True  # what came with them is no more than they were
         if self.cycle is None or self.cycle.response_complete:
             self._requests = []
         super().on_headers_complete()
         self._requests.append(self.cycle)
+
+    def on_message_complete(self) -> None:
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         self._stop_timer()
@@ -86,6 +98,28 @@ class GuardedProtocol(HttpToolsProtocol):
         )
         self.transport.write(b"".join(lines))
         self.transport.close()
+
+    def _parse(self, data: bytes) -> None:
+        """Pass over offers of other protocols: a server may (RFC 9110, 7.8), and Java's clients offer HTTP/2 at first.
+
+        The parser takes all that follows such headers, the body included, for the other protocol.
+        """
+        rest = memoryview(data)
+        while rest:
+            try:
+                self.parser.feed_data(rest)
+                return
+            except HttpParserUpgrade as offer:
+                rest = rest[offer.args[0] :]
+            self._begin_again()
+
+    def _begin_again(self) -> None:
+        """Let a new parser see the request's headers without the offer."""
+        first_line = self.parser.get_method(), self.url, b"HTTP/" + self.parser.get_http_version().encode()
+        headers = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        self.parser.feed_data(b"\r\n".join([b" ".join(first_line), *headers, b"", b""]))
 
     def _count_around_body(self, num_bytes: int) -> None:
         """Chunks may bear words of their own, and headers may follow the last: the parser would keep them all."""

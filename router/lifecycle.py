@@ -199,6 +199,8 @@ class Lifecycle:
     def _handed_off(self, message: Handoff) -> list[Action]:
         if self._is_handed_off or not self._is_granted or self.stage.is_end:
             return self._violation("a handoff without a grant, or a second one")
+        if not self._is_token(message.first_token_id):
+            return self._violation(f"a handoff with token id {message.first_token_id}, which is outside the vocabulary")
         if self._first_token_id not in (None, message.first_token_id):
             return self._violation("a handoff whose first token is not the one that the client got")
         self._is_handed_off = True
@@ -233,12 +235,19 @@ class Lifecycle:
             return f"token {update.index} where token {self.num_tokens} was due"
         if update.index >= self.request.sampling.max_tokens:
             return f"more than the {self.request.sampling.max_tokens} tokens that were asked for"
-        if not 0 <= update.token_id < self._vocab_size:
+        if not self._is_token(update.token_id):
             return f"token id {update.token_id}, which is outside the vocabulary"
+        if update.logprobs is not None and not all(map(self._is_token, update.logprobs.top_token_ids)):
+            return "log probabilities of what is outside the vocabulary"
+        if not 0 <= update.num_cached_tokens <= (0 if update.index else len(self.request.prompt_token_ids)):
+            return f"token {update.index} with {update.num_cached_tokens} cached tokens"
         if update.index == 0:
             is_same = self._first_token_id in (None, update.token_id)
             return None if is_same else "a first token that is not the one in the handoff"
         return None if self._is_handed_off else "a token from decode before the handoff"
+
+    def _is_token(self, token_id: int) -> bool:
+        return 0 <= token_id < self._vocab_size
 
     def _failed(self, sender: Epoch, message: Failed) -> list[Action]:
         self.holders.discard(Side.PREFILL if sender == self.attempt.prefill_epoch else Side.DECODE)

@@ -6,7 +6,7 @@ router/controller.py; what becomes of the requests of a lost group is router/att
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
@@ -185,6 +185,13 @@ class Membership:
 
     def lose(self, epoch: Epoch, reason: str, is_reachable: bool = False) -> list[MemberAction]:
         """A rank's life is over, and with it its group's. is_reachable: it must be told too."""
+        return self._tell_leaders(self._end(epoch, reason, is_reachable))
+
+    def lose_all(self, reasons: Mapping[Epoch, str]) -> list[MemberAction]:
+        """As lose, of several at once: nobody of them is told of the others."""
+        return self._tell_leaders([action for epoch, reason in reasons.items() for action in self._end(epoch, reason)])
+
+    def _end(self, epoch: Epoch, reason: str, is_reachable: bool = False) -> list[MemberAction]:
         if epoch not in self._living:
             return []
         group, lost = self._living[epoch]
@@ -195,9 +202,7 @@ class Membership:
         for rank in group.living:
             self._bury(rank, reason if rank is lost else name)
         group.ready = None
-        if leader is None:
-            return actions
-        return [*actions, *self._tell_leaders(leader.info.epoch), GroupLost(leader.info.epoch)]
+        return [*actions, GroupLost(leader.info.epoch)] if leader is not None else actions
 
     def _bury(self, rank: Rank, reason: str) -> None:
         rank.state, rank.doing = "dead", reason
@@ -207,9 +212,12 @@ class Membership:
         while len(self._past) > MAX_REMEMBERED:
             self._past.popitem(last=False)
 
-    def _tell_leaders(self, lost: Epoch) -> list[MemberAction]:
-        leaders = (group.leader for group in self.groups.values())
-        return [Send(leader.info.epoch, PeerLost(lost)) for leader in leaders if leader is not None]
+    def _tell_leaders(self, actions: list[MemberAction]) -> list[MemberAction]:
+        """Let every leader that is left hear of the groups that these actions say are lost."""
+        lost = [action for action in actions if isinstance(action, GroupLost)]
+        leaders = [group.leader.info.epoch for group in self.groups.values() if group.leader] if lost else []
+        told = [Send(leader, PeerLost(group.epoch)) for group in lost for leader in leaders]
+        return [*(action for action in actions if not isinstance(action, GroupLost)), *told, *lost]
 
     def drain(self) -> None:
         """Show every living rank as draining; what is running goes on."""

@@ -140,7 +140,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "guided_json": (),
     "guided_regex": (),
     "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
+    "length_penalty": (1, 1.0),
     "logits_processors": ([],),
     "modalities": (["text"],),
     "prompt_embeds": (),

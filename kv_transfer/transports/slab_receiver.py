@@ -159,7 +159,7 @@ class SlabReceiver:
     def _receive(self, connection: _Connection) -> None:
         if connection.slab is None:
             data, fds, _, _ = socket.recv_fds(connection.socket, slab_wire.MAX_PACKET_BYTES, 4)
-            if not data:
+            if not data and not fds:
                 raise ConnectionResetError
             connection.greet(data, fds, self._layout, self._open_slab)
             return

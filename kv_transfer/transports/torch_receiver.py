@@ -110,6 +110,7 @@ class TorchReceiver:
     def _open(self, peer: bytes, announcement: Announcement) -> None:
         origin = announcement.source_epoch, announcement.source_rank
         self._close_pairs(lambda earlier: (earlier.source_epoch, earlier.source_rank) == origin)
+        self._give_up(peer)  # one connection is one pair's
         with self._lock:
             self._pairs[peer] = _Pair(announcement, partial(self._run_pair, peer), self._intake)
 

@@ -96,7 +96,8 @@ class _Pair:
 
     def __init__(self, frame: OutgoingFrame, backend: Backend, site: Site, settled: Mailbox[Settled]) -> None:
         self._address = offered(frame.destination.address, backend.name)
-        self._source = frame.header.attempt.prefill_epoch, frame.header.source_rank
+        header = frame.header
+        self._source = header.attempt.epoch_opposite(frame.destination.epoch), header.source_rank
         self._backend = backend
         self._site = site
         self._settled = settled

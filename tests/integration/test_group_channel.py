@@ -7,6 +7,7 @@ from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
+import torch
 import zmq
 
 from cluster import worker
@@ -15,13 +16,15 @@ from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
 from cluster.worker import run_worker
 from engine import group
 from engine.group import Follower, Leader, Place
-from engine.tensor_parallel import GroupError
+from engine.tensor_parallel import TensorParallel
 from protocol.codec import decode, encode
+from protocol.errors import GroupError
 from protocol.messages import Fence, Join, Welcome
 from protocol.orders import Counted, Enlist
 from protocol.orders import encode as encode_report
 from protocol.sockets import bind, prepare
 from protocol.topology import KVTransferSection, PrefillSection
+from tests.ranks import run_ranks
 
 HOST = "127.0.0.1"
 LEADER, FOLLOWER = Place(0, 2, HOST, "cpu"), Place(1, 2, HOST, "cpu")
@@ -118,6 +121,26 @@ def test_ranks_that_never_enlist_are_named(monkeypatch: pytest.MonkeyPatch) -> N
         leader._addresses[2] = "as if rank 2 had enlisted"
         with pytest.raises(GroupError, match=r"ranks \[1\] of this group did not load their weights within 0.1 s"):
             leader.await_followers(lambda: None)
+
+
+COLLECTIVES: dict[str, Callable[[TensorParallel], object]] = {
+    "all_reduce": lambda group: group.all_reduce(torch.ones(3)),
+    "broadcast": lambda group: group.broadcast(torch.ones(3)),
+    "least": lambda group: group.least(1, torch.device("cpu")),
+    "gather_to_leader": lambda group: group.gather_to_leader(torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("name", COLLECTIVES)
+def test_a_rank_that_dies_in_the_middle_of_a_step_ends_the_others_in_a_sentence_and_not_as_a_fault(name: str) -> None:
+    survivor = 1 if name == "broadcast" else 0  # who waits for somebody
+
+    def step(group: TensorParallel) -> None:
+        if group.rank == survivor:
+            with pytest.raises(GroupError, match="a rank of this group was lost in the middle of a step"):
+                COLLECTIVES[name](group)
+
+    run_ranks(2, step)
 
 
 def test_a_follower_whose_leader_takes_no_reports_ends_instead_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:

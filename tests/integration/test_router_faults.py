@@ -1,7 +1,9 @@
 """The real router process when things go wrong: clients that leave, workers that die, garbage, and shutting down."""
 
+import contextlib
 import json
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -371,3 +373,16 @@ def test_a_launch_that_cannot_work_is_a_clear_message_and_exit_status_2(folder: 
     ):
         code, said = run_router(line)
         assert (code, complaint in said, "Traceback" in said) == (2, True, False), said
+
+
+def test_more_clients_and_ranks_may_connect_than_a_process_may_have_files_by_default(folder: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))  # inherited
+    try:
+        router = RouterUnderTest(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with router, contextlib.ExitStack() as clients:
+        for _ in range(200):
+            clients.enter_context(connect(router, LONG))
+        assert router.client.get("/health").status_code == 200

@@ -269,6 +269,13 @@ def test_the_officials_clients_exceptions_are_the_right_ones(client: openai.Open
     assert client.models.retrieve("tiny").id == "tiny"
 
 
+def test_an_error_is_short_however_long_what_it_names(router: RouterUnderTest) -> None:
+    posted = router.client.post("/v1/completions", json={"prompt": "x", "model": "m" * 100_000})
+    asked = router.client.get("/v1/models/" + "m" * 20_000)
+    assert (posted.status_code, asked.status_code) == (404, 404)
+    assert max(len(posted.content), len(asked.content)) < 1000
+
+
 def exchange(router: RouterUnderTest, *pieces: bytes) -> bytes:
     """Send raw bytes and return everything that comes until the router closes."""
     host, port = router.url.removeprefix("http://").split(":")
@@ -300,6 +307,7 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: close\r\n"
         ((b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n",), b"400"),
         ((b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\nConnection: close\r\n\r\n",), b"400"),
         ((b"\x00\xff garbage\r\n\r\n",), b"400"),
+        ((b"CONNECT /health HTTP/1.1\r\nHost: a\r\n\r\n",), b"400"),
         ((b"GET /health HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 40_000,), b"400"),
         ((b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\nX: " + b"y" * 40_000 + b"\r\n\r\n",), b"400"),
         ((b"GET /health?" + b"y" * 40_000 + b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n",), b"400"),
@@ -361,6 +369,29 @@ def test_the_state_pages_tell_what_is_there(router: RouterUnderTest) -> None:
     document = router.client.get("/openapi.json").json()
     assert document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert "prompt" in document["components"]["schemas"]["CompletionBody"]["required"]
+
+
+OFFER = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+PLAIN_BODY = b'{"prompt": "one two three", "max_tokens": 2}'
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [OFFER + b"Content-Length: %d\r\n\r\n" % len(PLAIN_BODY) + PLAIN_BODY],
+        [OFFER + b"Content-Length: %d\r\n\r\n" % len(PLAIN_BODY), PLAIN_BODY[:9], PLAIN_BODY[9:]],
+        [OFFER + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % len(PLAIN_BODY), PLAIN_BODY + b"\r\n0\r\n\r\n"],
+    ],
+    ids=["whole", "in pieces", "chunked"],
+)
+def test_an_offer_of_another_protocol_is_passed_over(router: RouterUnderTest, pieces: list[bytes]) -> None:
+    """Java's HttpClient offers HTTP/2 with its first request of a connection, and sends the next one behind it."""
+    answer = exchange(
+        router, *pieces, pieces[0], *pieces[1:], b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    )
+    assert answer.count(b"HTTP/1.1 200") == 3, answer
+    assert answer.count(b'"text":"one two"') == 2
+    assert answer.endswith(b'{"status":"ok"}')
 
 
 def test_without_a_tokenizer_only_token_ids_are_served(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every transport, held to the same rules: KV arrives byte for byte, or nothing of it is ever used."""
 
 import select
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from kv_transfer.sender import KVSender
 from kv_transfer.transports.host_identity import host_identity
 from kv_transfer.transports.intake import as_payload
 from kv_transfer.transports.opening import open_receiver, open_sender
-from protocol.identity import new_attempt
+from protocol.identity import new_attempt, new_request_id
 from protocol.layout import Endpoint, KVLayout
 from protocol.orders import Broken, ExpectBlocks, Received, SendBlocks
 from protocol.sockets import bind
@@ -184,6 +185,33 @@ def test_one_poll_copies_no_more_than_its_budget(name):
             reports = receiver.poll(max_bytes=1)
             polls += 1
         assert polls >= manifest_of(source.layout, sink.layout, 0, 64, SMALL_FRAME_BYTES).num_frames > 3
+
+
+@transports
+def test_two_decode_groups_that_one_prefill_group_fetches_from_have_a_connection_each(name):
+    with connected(name) as (first, prefill), connected(name) as (second, _):
+        for decode in (first, second, first, second):
+            attempt, kv = new_attempt(new_request_id(), 0, prefill.epoch, decode.epoch), random_tokens(2, 40)
+            decode.fill([1, 2, 3], kv)
+            prefill.note([4, 5, 6], 0, kv)
+            prefill.receivers[0].expect(expect_order(decode, attempt, [4, 5, 6], 40))
+            decode.senders[0].send(send_order(prefill, attempt, [1, 2, 3], 40))
+            assert poll_until([*decode.senders, *prefill.receivers], 1) == [Received(0, attempt)]
+            assert prefill.is_as_expected()
+        opened = [decode.senders[0].counters for decode in (first, second)]
+        assert [sum(n for key, n in each.items() if key.startswith("connections_")) for each in opened] == [1, 1]
+
+
+def test_a_decode_group_that_is_gone_leaves_no_thread_with_the_prefill_group_that_fetched_from_it():
+    with connected("gloo") as (decode, prefill):
+        attempt = new_attempt(new_request_id(), 0, prefill.epoch, decode.epoch)
+        prefill.receivers[0].expect(expect_order(decode, attempt, [1, 2], 20))
+        decode.senders[0].send(send_order(prefill, attempt, [1, 2], 20))
+        assert poll_until([*decode.senders, *prefill.receivers], 1) == [Received(0, attempt)]
+        [served] = [each for each in threading.enumerate() if each.name == "kv-pair-receiver"]
+        prefill.receivers[0].close_peer(decode.epoch)
+        served.join(5)
+        assert not served.is_alive()
 
 
 def test_auto_takes_shared_memory_on_one_host_and_zmq_where_it_does_not_reach():

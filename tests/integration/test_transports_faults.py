@@ -6,6 +6,7 @@ import select
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -30,6 +31,7 @@ from kv_transfer.transports.slab_wire import (
     encode_hello,
     new_socket,
 )
+from kv_transfer.transports.torch_pair import Announcement, encode_announcement
 from kv_transfer.transports.transport import OutgoingFrame, SendingTransport, Settled
 from protocol.identity import Attempt
 from protocol.layout import Endpoint
@@ -51,6 +53,7 @@ from tests.integration.kv_groups import (
     site_of,
     transfer,
 )
+from tests.integration.router_process import wait_until
 
 torch.set_num_threads(1)
 transports = pytest.mark.parametrize("name", TRANSPORTS)
@@ -396,3 +399,35 @@ def test_a_payload_larger_than_any_frame_costs_its_sender_the_connection_only():
         transport.send(frames[0]._replace(payload=huge))
         assert poll_for([*sink.receivers], 0.3) == []
         assert type(transfer(source, sink, 60, blocks=([0, 1, 2, 3], [0, 1, 3, 5]))[0]) is Received
+
+
+def num_open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_descriptors_that_come_with_nothing_are_not_kept():
+    with connected("shm") as (source, sink):
+        assert type(transfer(source, sink, 40)[0]) is Received
+        before = num_open_files()
+        for _ in range(5):
+            with new_socket() as peer, Path(os.devnull).open() as file:
+                peer.connect(host_reach().name_at(sink.receivers[0].address))
+                socket.send_fds(peer, [b""], [file.fileno()] * 3)
+                peer.settimeout(5)
+                assert peer.recv(10) == b"", "the connection was closed"
+        assert num_open_files() == before
+
+
+def test_a_sender_that_opens_a_second_pair_over_its_connection_loses_the_first():
+    with connected("gloo") as (_, sink), socket.create_server((HOST, 0)) as mute_store:
+        transport = sink.receivers[0]._transport
+        first, second = (
+            Announcement(5, rank, HOST, mute_store.getsockname()[1], greeting(sink.layout)) for rank in range(2)
+        )
+        with talking_to("gloo", transport.address) as send:
+            send([b"open", encode_announcement(first)])
+            wait_until(lambda: transport._pairs)
+            [pair] = transport._pairs.values()
+            send([b"open", encode_announcement(second)])
+            wait_until(lambda: pair not in transport._pairs.values())
+        assert not pair.add(None), "it takes nothing any more, and its thread ends"

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from protocol.identity import Epoch
 from protocol.messages import TokenUpdate
 from protocol.request import Request
 from protocol.stages import Stage
@@ -131,10 +132,16 @@ class SimulatedCluster:
 
     def _perform(self, effects: Iterable[Effect]) -> None:
         waiting = deque(effects)
-        while waiting:
+        unreachable: dict[Epoch, str] = {}
+        while waiting or unreachable:
+            if not waiting:
+                waiting.extend(self.controller.unreachable(unreachable))
+                unreachable = {}
+                continue
             match waiting.popleft():
                 case Transmit() as transmit:
-                    waiting.extend(self._transmit(transmit))
+                    if not self._transmit(transmit):
+                        unreachable[transmit.receiver] = "its connection is gone"
                 case Deliver(update):
                     self.world.tell(lambda u=update: f"client: token {u.index} of {u.attempt.request_id}")
                     self.clients[update.attempt.request_id].take(update)
@@ -147,13 +154,14 @@ class SimulatedCluster:
         self._open.discard(client.request.request_id)
         self.on_end(client)
 
-    def _transmit(self, transmit: Transmit) -> list[Effect]:
+    def _transmit(self, transmit: Transmit) -> bool:
+        """Return whether anybody is there."""
         wire = self.world.wires.get(transmit.identity)
         if wire is None or wire.is_unreachable:
-            return self.controller.unreachable(transmit.receiver, "its connection is gone")
+            return False
         if len(transmit.data) > _LONGEST_PING or b"Ping" not in transmit.data:  # a ping says nothing: save the time
             wire.down.send(transmit.data)
-        return []
+        return True
 
 
 def is_late(client: Client) -> bool:

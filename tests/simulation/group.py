@@ -25,11 +25,11 @@ from engine.rank import Mover, Rank, Stationary
 from engine.role import Role
 from engine.sampler import SamplingRow
 from engine.step_loop import StepLoop
-from engine.tensor_parallel import GroupError
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from prefill_worker.mover import SendingMover
 from prefill_worker.role import PrefillRole
+from protocol.errors import GroupError
 from protocol.identity import new_epoch
 from protocol.layout import Endpoint, KVLayout
 from protocol.messages import Join, Ready, Welcome, WorkerInfo

@@ -1,12 +1,21 @@
 """docs/metrics.md explains everything that is counted: what appears in /metrics has a name that can be looked up."""
 
+import asyncio
 import re
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 from prometheus_client import CollectorRegistry
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.samples import Sample
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 from kv_transfer.receiver import COUNTERS
 from protocol.topology import RouterSection
+from router import pages
 from router.controller import Controller
 from router.launch import RouterLaunch
 from router.metrics import ClusterMetrics, RequestMetrics
@@ -40,3 +49,38 @@ def test_every_reason_to_drop_a_message_is_explained() -> None:
     reasons = {reason for source in sources for reason in re.findall(r'(?:Drop\(|drops\[)"(\w+)"', source)}
     assert len(reasons) > 5
     assert reasons <= PAGE
+
+
+class PatientSamples(list[Sample]):
+    """Cannot be written before others have had a turn."""
+
+    def __init__(self) -> None:
+        super().__init__([Sample("patient", {}, 1.0)])
+        self.has_had_turn = threading.Event()
+
+    def __iter__(self) -> Iterator[Sample]:
+        assert self.has_had_turn.wait(10), "nobody else had a turn"
+        return super().__iter__()
+
+
+def test_streams_go_on_while_the_page_is_written() -> None:
+    """That of a thousand groups takes a tenth of a second."""
+    metric, samples = GaugeMetricFamily("patient", "Waits."), PatientSamples()
+    metric.samples = samples
+
+    class Collector:
+        def collect(self) -> Iterator[Metric]:
+            yield metric
+
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(Collector())
+    app = Starlette(routes=[Route("/metrics", pages.metrics)])
+    app.state.registry = registry
+
+    async def scenario() -> str:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router") as client:
+            asking = asyncio.create_task(client.get("/metrics"))
+            asyncio.get_running_loop().call_later(0.01, samples.has_had_turn.set)
+            return (await asking).text
+
+    assert "patient 1.0" in asyncio.run(scenario())

@@ -3,6 +3,7 @@
 import random
 import zlib
 from collections import Counter, defaultdict, deque
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,7 @@ from protocol.messages import (
     Manifest,
     Prefill,
     Reserve,
+    TokenLogprobs,
     TokenUpdate,
     Unfetched,
 )
@@ -423,3 +425,37 @@ def test_a_gap_in_the_tokens_ends_the_request_with_an_error_and_frees_both_sides
     assert {Send(P, Abort(attempt)), Send(D, Abort(attempt))} <= set(actions)
     assert isinstance(actions[-1], End)
     assert actions[-1].outcome.code == "internal_error"
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        {"num_cached_tokens": -1},
+        {"num_cached_tokens": 8},  # of a prompt of seven
+        {"logprobs": TokenLogprobs(-0.5, (1, 1 << 62), (-0.5, -0.6))},
+        {"logprobs": TokenLogprobs(-0.5, (-1,), (-0.5,))},
+    ],
+)
+def test_a_token_with_something_beside_it_that_cannot_be_ends_the_request(update: dict[str, Any]) -> None:
+    """Counters that cannot count it and tokenizers that do not know it would raise where the client is answered."""
+    life, attempt, _ = started()
+    dropped, *_, end = life.step(FromWorker(P, TokenUpdate(attempt, 0, 1, **update)))
+    assert dropped == Drop("out_of_order")
+    assert isinstance(end, End)
+    assert end.outcome.code == "internal_error"
+
+
+def test_only_a_first_token_was_cached() -> None:
+    life, attempt, _ = started()
+    life.step(FromWorker(D, Grant(attempt, 0)))
+    life.step(FromWorker(P, TokenUpdate(attempt, 0, 1, num_cached_tokens=7)))
+    life.step(FromWorker(P, Handoff(attempt, 1, Manifest(0, 1, 1, 1))))
+    assert life.step(FromWorker(D, TokenUpdate(attempt, 1, 1, num_cached_tokens=7)))[0] == Drop("out_of_order")
+
+
+def test_a_handoff_with_a_token_that_is_none_never_reaches_decode() -> None:
+    life, attempt, _ = started()
+    life.step(FromWorker(D, Grant(attempt, 0)))
+    actions = life.step(FromWorker(P, Handoff(attempt, 1 << 40, Manifest(0, 1, 1, 1))))
+    assert actions[0] == Drop("out_of_order")
+    assert {Send(P, Abort(attempt)), Send(D, Abort(attempt))} <= set(actions)

@@ -145,3 +145,23 @@ def test_colocated_groups_pair_with_themselves_only() -> None:
     pairs = [dispatch(dispatcher, request(), number) for number in range(10)]
     assert all(pair.prefill is pair.decode for pair in pairs)
     assert len({pair.prefill.epoch for pair in pairs}) == 2
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_choice_of_a_colocated_group_is_the_least_of_all_with_room(name: str) -> None:
+    rng, policy = random.Random(5), POLICIES[name]
+    for _ in range(20):
+        groups = [group(epoch, num_tokens=rng.choice([30, 60, 1000])) for epoch in range(1, rng.randint(3, 8))]
+        dispatcher, under_way = Dispatcher(policy), []
+        dispatcher.colocate(groups)
+        for number in range(200):
+            asked, load = request(rng.randint(1, 20), rng.randint(1, 40)), dispatcher.load
+            roomy = [g for g in groups if asked.max_num_tokens <= g.num_tokens]
+            if roomy:
+                costs = [(policy.prefill(g, load), policy.decode(g, load), load.last_used[g.epoch]) for g in roomy]
+                pair = dispatcher.choose(asked)
+                assert pair.prefill is pair.decode is roomy[costs.index(min(costs))]
+                under_way.append(new_attempt(f"r{number}", 0, pair.prefill.epoch, pair.decode.epoch))
+                dispatcher.started(under_way[-1], asked)
+            if under_way and rng.random() < 0.5:
+                rng.choice([dispatcher.prefilled, dispatcher.ended])(under_way.pop(rng.randrange(len(under_way))))

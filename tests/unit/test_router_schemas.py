@@ -128,6 +128,7 @@ def test_defaults_nulls_and_what_asks_for_nothing_are_fine() -> None:
     names = [name for name in ChatBody.__struct_fields__ if name != "messages"]
     parse_body(json.dumps({"messages": USER, **dict.fromkeys(names)}).encode(), ChatBody)
     harmless = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "n": 1, "unheard_of": {"a": 1}}
+    harmless |= {"length_penalty": 1.0}
     body = parse_body(json.dumps({"messages": USER, **harmless}).encode(), ChatBody)
     params = sampling_params(body, 16, None, (3,), VOCAB_SIZE)
     assert (params.temperature, params.top_k, params.top_p, params.eos_token_ids) == (1.0, 0, 1.0, (3,))

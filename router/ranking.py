@@ -1,0 +1,55 @@
+"""The best of many groups without a look at each of them. Used by router/dispatch.py.
+
+A heap with an entry for every place that a group has had since it was built: those that are out of date are passed over
+when they come up. Pure.
+"""
+
+from collections.abc import Callable, Sequence
+from heapq import heapify, heappop, heappush
+
+from protocol.identity import Epoch
+from router.policies import ReadyGroup
+
+Cost = Callable[[ReadyGroup], tuple[float, ...]]
+
+
+class Ranking:
+    """groups, at least one, by cost: the least is best, and of equals the first. Who changes a cost says so: moved."""
+
+    def __init__(self, groups: Sequence[ReadyGroup], cost: Cost) -> None:
+        self._groups = tuple(groups)
+        self._cost = cost
+        self._places = {group.epoch: place for place, group in enumerate(self._groups)}
+        self._heap: list[tuple[tuple[float, ...], int]] = []  # built when it is asked for the first time
+        self.most_tokens = max(group.num_tokens for group in self._groups)
+
+    def moved(self, epoch: Epoch) -> None:
+        """This group's cost has changed; groups that are not here are fine."""
+        place = self._places.get(epoch)
+        if place is None or not self._heap:
+            return
+        heappush(self._heap, (self._cost(self._groups[place]), place))
+        if len(self._heap) > 4 * len(self._groups) + 64:
+            self._heap.clear()
+
+    def best(self, num_tokens: int) -> ReadyGroup | None:
+        """Return the best of those that can hold so many tokens; None when there is none."""
+        if num_tokens > self.most_tokens:
+            return None
+        if not self._heap:
+            self._heap = [(self._cost(group), place) for place, group in enumerate(self._groups)]
+            heapify(self._heap)
+        too_small = []
+        while (group := self._first()).num_tokens < num_tokens:
+            too_small.append(heappop(self._heap))
+        for entry in too_small:
+            heappush(self._heap, entry)
+        return group
+
+    def _first(self) -> ReadyGroup:
+        """Every group has an entry that is true, or was set aside, so there is always a first."""
+        while True:
+            cost, place = self._heap[0]
+            if cost == self._cost(self._groups[place]):
+                return self._groups[place]
+            heappop(self._heap)
