@@ -14,7 +14,7 @@ from protocol.codec import decode, encode
 from protocol.errors import ConfigError, TandemError, VersionError, WireError
 from protocol.identity import Epoch
 from protocol.messages import AnyMessage, Fence, Stop, Tokens, TokenUpdate, Welcome, WorkerInfo
-from protocol.sockets import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, prepare
+from protocol.sockets import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, connect, prepare
 
 WELCOME_TIMEOUT_S = 60.0
 RECONNECT_MS = HEARTBEAT_TIMEOUT_MS + 2 * HEARTBEAT_MS
@@ -57,7 +57,7 @@ class ControlSocket:
         identity = f"{worker.role}-{worker.group}-{worker.rank}-{worker.epoch:x}"
         self.pollable.setsockopt(zmq.IDENTITY, identity.encode())
         self.pollable.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        self.pollable.connect(address)
+        connect(self.pollable, address)
 
     def send(self, data: bytes) -> None:
         try:

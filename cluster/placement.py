@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.state  # what Ray says of one actor has a public name only where its dashboard runs
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -35,6 +36,11 @@ class Rank:
     @property
     def name(self) -> str:
         return self.launch.name
+
+    def is_process(self, pid: int) -> bool:
+        """Whether this life is still that process, as far as Ray knows."""
+        actor = ray._private.state.actors(self.actor._actor_id.hex())
+        return bool(actor.get("State") == "ALIVE" and actor.get("Pid") == pid)
 
     def kill(self) -> None:
         """Kill this life; Ray starts the next, and calls a run that has not ended again."""
@@ -78,7 +84,7 @@ def _launch(
         role=role,
         group=group,
         rank=rank,
-        model=ModelLaunch(absolute_path(model.path), model.dtype, max_context),
+        model=ModelLaunch(path_for_workers(model.path), model.dtype, max_context),
         role_section=section,
         kv_cache=CacheLaunch(
             None if share else parse_memory(cache.memory), share or 0.0, cache.block_size, cache.prefix_caching
@@ -90,10 +96,17 @@ def _launch(
     )
 
 
-def absolute_path(path: str) -> str:
-    """Return a folder's absolute path, for workers have another working directory; a hub id stays as it is."""
+def path_for_workers(path: str) -> str:
+    """Return a model's folder as workers find it; a hub id stays as it is.
+
+    Ray ships a job's working directory, and workers start in their machine's copy, wherever Ray keeps it there. Without
+    one they start anywhere.
+    """
     folder = Path(path).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else path
+    if not folder.is_dir():
+        return path
+    is_shipped = bool(ray.get_runtime_context().runtime_env.get("working_dir"))
+    return f"./{folder}" if is_shipped and not folder.is_absolute() else str(folder.resolve())
 
 
 def _start_group(launches: list[WorkerLaunch], cpus: float, gpus: float) -> list[Rank]:
@@ -122,3 +135,10 @@ def _start_rank(mine: WorkerLaunch, cpus: float, gpus: float, together: Any) -> 
         .remote()
     )
     return Rank(mine, actor, actor.run.options(name=mine.name).remote(launch.encode(mine)))
+
+
+def lost_machines() -> list[str]:
+    """Return the addresses of machines that Ray has given up and that have not come back."""
+    machines = ray.nodes()
+    here = {machine["NodeManagerAddress"] for machine in machines if machine["Alive"]}
+    return sorted({machine["NodeManagerAddress"] for machine in machines} - here)

@@ -4,10 +4,8 @@ Only the keys that are shown or waited for are named here; whatever else the rou
 """
 
 import http.client
-import socket
 import urllib.error
 import urllib.request
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import msgspec
@@ -38,11 +36,6 @@ class WorkerStatus(msgspec.Struct, frozen=True):
     @property
     def name(self) -> str:
         return f"{self.role} {self.group}" + (f" rank {self.rank}" if self.rank else "")
-
-    @property
-    def may_be_alive(self) -> bool:
-        """False only when it ran on this machine and has ended; of other machines nothing is known."""
-        return self.node != socket.gethostname() or Path(f"/proc/{self.pid}").exists()
 
 
 class ClusterStatus(msgspec.Struct, frozen=True):

@@ -12,7 +12,8 @@ from typing import Any
 
 import ray
 
-from cluster.placement import Rank
+from cluster.absence import Absence
+from cluster.placement import Rank, lost_machines
 from cluster.progress import Progress
 from cluster.restarts import Restarts
 from cluster.router_process import RouterProcess
@@ -23,7 +24,7 @@ from protocol.errors import ConfigError, TandemError
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray paints tracebacks
 _LOOK_EVERY_S = 0.25
-_DEAD_FOR_S = 5.0  # a killed worker's next life has mostly joined by then
+_DEAD_FOR_S = 5.0  # long enough for a worker that was fenced to hear of it and to end
 _PATIENCE_S = 5.0  # beyond the router's own grace, for whatever is then still there
 
 
@@ -53,6 +54,7 @@ class Supervisor:
         self._phase = Phase.STARTING
         self._restarts = Restarts(clock)
         self._dead_since_s: dict[str, float] = {}
+        self._absence = Absence(lost_machines, clock)
 
     def wait_until_ready(self, stop: StopSignal) -> ClusterStatus | None:
         """Return the first status with all ranks ready, None when asked to stop. Raise TandemError when none can be."""
@@ -73,6 +75,7 @@ class Supervisor:
             status = self._show_status()
             if status is not None:
                 self._end_stuck(status)
+                self._tell_who_stays_away(status)
 
     def drain(self, grace_s: float) -> None:
         """Let the router finish what runs and stop the workers; whoever is then still there is killed."""
@@ -125,22 +128,24 @@ class Supervisor:
         return status
 
     def _end_stuck(self, status: ClusterStatus) -> None:
-        """Kill whom the router has given up but who has not ended: stopped, or hung where nothing can be told to it.
-
-        Once per epoch: should it be the next life, slow to start, that is hit, then the one after that is left alone.
-        """
+        """Kill whom the router has given up but who has not ended: stopped, or hung where nothing can be told to it."""
         now_s = self._clock()
-        stuck = [worker for worker in status.workers if self._may_be_stuck(worker)]
-        self._dead_since_s = {worker.epoch: self._dead_since_s.get(worker.epoch, now_s) for worker in stuck}
-        for worker in stuck:
+        dead = [worker for worker in status.workers if worker.state == "dead"]
+        self._dead_since_s = {worker.epoch: self._dead_since_s.get(worker.epoch, now_s) for worker in dead}
+        for worker in dead:
             if now_s - self._dead_since_s[worker.epoch] > _DEAD_FOR_S:
                 self._dead_since_s[worker.epoch] = float("inf")
-                self._progress.say(f"{worker.name} does not end; killing it")
-                self._rank_of(worker).kill()
+                self._end_if_there(self._rank_of(worker), worker)
 
-    def _may_be_stuck(self, worker: WorkerStatus) -> bool:
-        is_dead = worker.state == "dead" and worker.may_be_alive
-        return is_dead and not self._restarts.is_waiting(self._rank_of(worker).name)
+    def _end_if_there(self, rank: Rank, worker: WorkerStatus) -> None:
+        if not self._restarts.is_waiting(rank.name) and rank.is_process(worker.pid):
+            self._progress.say(f"{worker.name} does not end; killing it")
+            rank.kill()
+
+    def _tell_who_stays_away(self, status: ClusterStatus) -> None:
+        complaint = self._absence.complaint(status.workers)
+        if complaint is not None:
+            self._progress.say(complaint)
 
     def _rank_of(self, worker: WorkerStatus) -> Rank:
         who = (worker.role, worker.group, worker.rank)
@@ -167,5 +172,14 @@ def _complaint(running: Any) -> str:
         cause = error.cause
         return str(cause) if isinstance(cause, ConfigError) else _COLOUR.sub("", str(error))
     except ray.exceptions.RayError as error:
-        return str(error).strip().splitlines()[0]
+        return _in_short(str(error))
     return "it returned before anyone told it to stop"
+
+
+def _in_short(death: str) -> str:
+    """Return what matters of Ray's words about a dead actor: the first line, or the last where its class is missing."""
+    lines = death.strip().splitlines()
+    first, last = lines[0], lines[-1]
+    if "creation task" not in first:
+        return first
+    return f"{last}. Its machine lacks code: `ray job submit --working-dir .` ships ours, dependencies must be there"

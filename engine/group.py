@@ -31,7 +31,7 @@ from protocol.orders import (
     decode_report,
     encode,
 )
-from protocol.sockets import bind, prepare
+from protocol.sockets import bind, connect, prepare
 
 ASSEMBLY_TIMEOUT_S = 60.0
 LOADING_TIMEOUT_S = 600.0
@@ -154,7 +154,7 @@ class Follower:
         self._context = zmq.Context()
         self._socket = prepare(self._context.socket(zmq.DEALER), queue=_MAX_ORDERS)
         self._socket.setsockopt(zmq.IDENTITY, _identity_of(place.rank))
-        self._socket.connect(orders_address)
+        connect(self._socket, orders_address)
 
     @property
     def rank(self) -> int:

@@ -35,6 +35,7 @@ from kv_transfer.transports.torch_pair import (
 )
 from kv_transfer.transports.transport import DROPPED, Destination, OutgoingFrame, Settled, Site
 from protocol.identity import Attempt, Epoch
+from protocol.sockets import connect
 
 _CLOSE_S = 1.0
 _MAX_ANSWER_BYTES = 1024
@@ -164,7 +165,7 @@ class _Pair:
         socket = prepare_for_kv(resources.enter_context(context.socket(zmq.DEALER)), _MAX_ANSWER_BYTES, _QUEUED_HEADERS)
         socket.setsockopt(zmq.IMMEDIATE, 1)
         socket.setsockopt(zmq.SNDTIMEO, int(site.timeout_s * 1000))
-        socket.connect(self._address)
+        connect(socket, self._address)
         announcement = Announcement(*self._source, site.host, store.port, greeting(site.layout))
         socket.send_multipart([OPEN, encode_announcement(announcement)])
         verdict = store.get(VERDICT_KEY).decode(errors="replace")

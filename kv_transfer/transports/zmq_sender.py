@@ -20,6 +20,7 @@ from kv_transfer.transports.peer_loop import PeerLoop
 from kv_transfer.transports.peers import fault_in
 from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled, Site
 from kv_transfer.transports.zmq_receiver import GREETING
+from protocol.sockets import connect
 
 QUEUED_FRAMES = 8
 """Frames per destination that ZMQ may hold after the thread has let go of them; they can no longer be dropped."""
@@ -42,7 +43,7 @@ class ZmqPeer:
         self.pollable = prepare_for_kv(self._context.socket(zmq.DEALER), _MAX_ANSWER_BYTES, QUEUED_FRAMES)
         self.pollable.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for an address where nobody listens
         try:
-            self.pollable.connect(offered(destination.address, "zmq"))
+            connect(self.pollable, offered(destination.address, "zmq"))
         except zmq.ZMQError:
             self.close()
             raise

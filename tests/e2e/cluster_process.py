@@ -4,6 +4,7 @@ import json
 import signal
 import sys
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ Worker = dict[str, Any]
 
 
 class ClusterProcess:
-    """Started and ready."""
+    """Started and ready. environment: what the command has otherwise than this process."""
 
-    def __init__(self, config: str, model: Path, *overrides: str) -> None:
+    def __init__(self, config: str, model: Path, *overrides: str, environment: Mapping[str, str] | None = None) -> None:
         overrides = (f"model.path={model}", "router.port=0", "router.grace_s=20", *overrides)
         sets = [word for override in overrides for word in ("--set", override)]
         command = [sys.executable, "-m", "cluster", "up", f"configs/{config}", *sets]
-        self.processes = MarkedProcess(command, ROOT)
+        self.processes = MarkedProcess(command, ROOT, environment)
         self.model = str(model)
         self._clients: list[openai.OpenAI] = []
         try:

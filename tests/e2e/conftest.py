@@ -1,6 +1,13 @@
-"""The model that is served, and what transformers makes of it: the truth that every cluster is held to."""
+"""The model that is served, what transformers makes of it (the truth that every cluster is held to), and a token for
+Ray clusters.
+"""
 
-from collections.abc import Callable
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -48,3 +55,20 @@ def truth(model: Path) -> Truth:
         return [int(token) for token in made[0, len(prompt) :]]
 
     return generate
+
+
+@pytest.fixture(scope="module")
+def ray_environment() -> Iterator[dict[str, str]]:
+    """What nodes and clients of a Ray cluster share: a token of their own, and nothing of the user's other clusters."""
+    home = Path(tempfile.mkdtemp(prefix="tandem-", dir="/tmp"))  # short, for Ray puts sockets below it
+    token = home / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    yield {
+        "HOME": str(home),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    shutil.rmtree(home)

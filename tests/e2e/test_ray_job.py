@@ -1,12 +1,9 @@
 """The cluster as a Ray job, submitted to a head that asks for a token; its code is the working directory alone."""
 
 import os
-import secrets
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,30 +22,13 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def environment() -> Iterator[dict[str, str]]:
-    """What head and client share: a token of their own, and nothing of the user's other clusters."""
-    home = Path(tempfile.mkdtemp(prefix="tandem-", dir="/tmp"))  # short, for Ray puts sockets below it
-    token = home / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    yield {
-        "HOME": str(home),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
-    shutil.rmtree(home)
-
-
-@pytest.fixture(scope="module")
-def head(environment: dict[str, str]) -> Iterator[str]:
+def head(ray_environment: dict[str, str]) -> Iterator[str]:
     """Yield the address of the head's dashboard."""
     port = free_port()
     command = [RAY, "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0", "--disable-usage-stats"]
     command += ["--node-ip-address=127.0.0.1", f"--port={free_port()}", f"--dashboard-port={port}"]
-    command += [f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={environment['HOME']}/ray"]
-    running = MarkedProcess(command, Path(environment["HOME"]), environment)
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={ray_environment['HOME']}/ray"]
+    running = MarkedProcess(command, Path(ray_environment["HOME"]), ray_environment)
     try:
         running.wait_for_text("This command will now block", 60)
         yield f"http://127.0.0.1:{port}"
@@ -59,14 +39,14 @@ def head(environment: dict[str, str]) -> Iterator[str]:
         running.destroy()
 
 
-def job(environment: dict[str, str], head: str, *arguments: str) -> MarkedProcess:
+def job(ray_environment: dict[str, str], head: str, *arguments: str) -> MarkedProcess:
     action, *rest = arguments
-    return MarkedProcess([RAY, "job", action, f"--address={head}", *rest], ROOT, environment)
+    return MarkedProcess([RAY, "job", action, f"--address={head}", *rest], ROOT, ray_environment)
 
 
 @pytest.mark.slow
-def test_a_client_without_the_token_is_turned_away(environment: dict[str, str], head: str):
-    stranger = {name: value for name, value in environment.items() if not name.startswith("RAY_AUTH")}
+def test_a_client_without_the_token_is_turned_away(ray_environment: dict[str, str], head: str):
+    stranger = {name: value for name, value in ray_environment.items() if not name.startswith("RAY_AUTH")}
     refused = subprocess.run(
         [RAY, "job", "list", f"--address={head}"],
         env={**os.environ, **stranger, "RAY_AUTH_MODE": "disabled"},
@@ -80,17 +60,17 @@ def test_a_client_without_the_token_is_turned_away(environment: dict[str, str], 
 
 
 @pytest.mark.slow
-def test_a_submitted_job_serves_and_ends_when_it_is_stopped(environment: dict[str, str], head: str, model: Path):
+def test_a_submitted_job_serves_and_ends_when_it_is_stopped(ray_environment: dict[str, str], head: str, model: Path):
     up = ["python", "-m", "cluster", "up", "configs/cpu_1p1d.yaml"]
     up += ["--set", f"model.path={model}", "--set", "router.port=0"]
-    submitted = job(environment, head, "submit", "--submission-id=serve", "--working-dir=.", "--", *up)
+    submitted = job(ray_environment, head, "submit", "--submission-id=serve", "--working-dir=.", "--", *up)
     try:
         url = submitted.wait_for_text("ready: ", 120)
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60) as client:
             answer = client.completions.create(model=str(model), prompt="Once upon a time", max_tokens=8)
         assert answer.usage is not None
         assert answer.usage.completion_tokens > 0
-        stopping = job(environment, head, "stop", "serve")
+        stopping = job(ray_environment, head, "stop", "serve")
         assert stopping.wait(60) == 0, stopping.output
         stopping.destroy()
         submitted.wait(60)

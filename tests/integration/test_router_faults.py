@@ -100,6 +100,7 @@ def test_a_client_that_leaves_with_several_requests_on_one_connection_frees_what
     wait_until(lambda: len(prefill.messages(Committed)) == 1)
     raw.close()
     wait_until(lambda: router.status()["requests"] == 0, 1)
+    wait_until(lambda: len(decode.messages(Abort)) > 0)
     assert len(decode.messages(Reserve)) == len(decode.messages(Abort)) == 1
     assert counted(router, "tandem_requests", "outcome") == {"client_gone": 1}
     assert "Traceback" not in router.log.read_text()

@@ -30,6 +30,7 @@ class FakeRank:
     name: str
     ends_in_s: float | None = None
     num_kills: int = 0
+    pid: int = 7
 
     def __post_init__(self) -> None:
         role, group, rank = self.name.split("-")
@@ -40,6 +41,9 @@ class FakeRank:
     def run_again(self) -> None:
         self.runs_s.append(self.clock.now_s)
         self.running = Run()
+
+    def is_process(self, pid: int) -> bool:
+        return pid == self.pid
 
     def kill(self) -> None:
         self.num_kills += 1
@@ -76,11 +80,13 @@ class Cluster:
         patch.setattr(module, "time", SimpleNamespace(sleep=self._sleep))
         patch.setattr(module, "fetch_status", self._fetch_status)
         patch.setattr(module, "_complaint", lambda running: "oh")
+        patch.setattr(module, "lost_machines", lambda: ["10.0.0.7"])
         self.is_given_up = False
         patch.setattr(module, "_is_given_up", lambda running: self.is_given_up, raising=False)
         router: Any = FakeRouter()
         ranks: Any = self.ranks
-        self.supervisor = Supervisor(router, ranks, Progress(2, io.StringIO()), "/logs", self.clock.read)
+        self.said = io.StringIO()
+        self.supervisor = Supervisor(router, ranks, Progress(2, self.said), "/logs", self.clock.read)
         assert self.supervisor.wait_until_ready(self)  # type: ignore[arg-type]
 
     @property
@@ -111,9 +117,9 @@ class Cluster:
         self.clock.now_s += max(seconds, 0.001)
 
 
-def worker_of(rank: FakeRank, state: Any = "ready", epoch: str = "a", node: str = "elsewhere") -> WorkerStatus:
+def worker_of(rank: FakeRank, state: Any = "ready", epoch: str = "a") -> WorkerStatus:
     launch = rank.launch
-    return WorkerStatus(launch.role, launch.group, launch.rank, pid=7, node=node, state=state, epoch=epoch)
+    return WorkerStatus(launch.role, launch.group, launch.rank, rank.pid, node="elsewhere", state=state, epoch=epoch)
 
 
 @pytest.fixture
@@ -163,6 +169,38 @@ def test_whoever_does_not_end_is_killed_once_and_lives_that_are_over_are_forgott
         cluster.serve(20)
         assert stuck.num_kills == life + 1
     assert len(cluster.supervisor._dead_since_s) == 1
+
+
+def test_while_a_worker_has_no_machine_to_come_back_to_the_cluster_says_so_and_goes_on(cluster: Cluster):
+    cluster.workers = (worker_of(cluster.ranks[0]), worker_of(cluster.ranks[1], "dead"))
+    cluster.serve(300)
+    assert cluster.said.getvalue().count("decode 0. Ray has lost 10.0.0.7: start Ray there again") == 1
+
+
+@pytest.mark.parametrize("pid_now", [None, 8])
+def test_whoever_has_ended_is_not_killed_once_more_while_the_next_life_takes_its_time(
+    cluster: Cluster, pid_now: int | None
+):
+    """It was lost on another machine, where a process that has ended cannot be told from one that hangs by looking."""
+    lost = cluster.ranks[0]
+    cluster.workers = (worker_of(lost, "dead"), worker_of(cluster.ranks[1]))
+    lost.pid = pid_now  # type: ignore[assignment]
+    cluster.serve(100)
+    assert lost.num_kills == 0
+
+
+def test_a_machine_without_our_code_is_told_from_a_worker_that_died():
+    missing = (
+        "The actor died because of an error raised in its creation task, ray::WorkerActor.__init__() (pid=7, ip=far)\n"
+        "RuntimeError: The actor with name WorkerActor failed to import on the worker.\n"
+        "           ^^^^^^^^\nModuleNotFoundError: No module named 'cluster'\n"
+    )
+    assert module._in_short(missing).startswith(
+        "ModuleNotFoundError: No module named 'cluster'. Its machine lacks code"
+    )
+    assert (
+        module._in_short("The actor died unexpectedly.\n\tclass_name: WorkerActor\n") == "The actor died unexpectedly."
+    )
 
 
 def test_a_router_that_is_busy_right_after_the_start_does_not_end_the_cluster(
