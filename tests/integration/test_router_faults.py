@@ -169,6 +169,7 @@ def test_the_official_client_raises_on_an_error_in_the_middle_of_a_stream(router
     with openai.OpenAI(base_url=f"{router.url}/v1", api_key="none", max_retries=0) as client:
         stream = client.completions.create(model="tiny", prompt="one two", max_tokens=400, stream=True)
         next(stream)
+        wait_until(lambda: decode.messages(Reserve))
         decode.say(Failed(decode.messages(Reserve)[0].attempt, "transfer_failed", "broken frame"))
         with pytest.raises(openai.APIError, match="broken frame"):
             list(stream)
