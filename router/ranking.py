@@ -1,11 +1,10 @@
 """The best of many groups without a look at each of them. Used by router/dispatch.py.
 
-A heap with an entry for every place that a group has had since it was built: those that are out of date are passed over
-when they come up. Pure.
+A heap in which a group may stand several times: what is out of date is put right when it comes up. Pure.
 """
 
 from collections.abc import Callable, Sequence
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 
 from protocol.identity import Epoch
 from router.policies import ReadyGroup
@@ -14,7 +13,10 @@ Cost = Callable[[ReadyGroup], tuple[float, ...]]
 
 
 class Ranking:
-    """groups, at least one, by cost: the least is best, and of equals the first. Who changes a cost says so: moved."""
+    """groups, at least one, by cost: the least is best, and of equals the first.
+
+    Whoever changes a cost says so (moved), or a group that got better is overlooked until it comes up.
+    """
 
     def __init__(self, groups: Sequence[ReadyGroup], cost: Cost) -> None:
         self._groups = tuple(groups)
@@ -47,9 +49,9 @@ class Ranking:
         return group
 
     def _first(self) -> ReadyGroup:
-        """Every group has an entry that is true, or was set aside, so there is always a first."""
         while True:
             cost, place = self._heap[0]
-            if cost == self._cost(self._groups[place]):
+            cost_now = self._cost(self._groups[place])
+            if cost == cost_now:
                 return self._groups[place]
-            heappop(self._heap)
+            heapreplace(self._heap, (cost_now, place))

@@ -12,7 +12,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from unittest import mock
 
 from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
 from cluster.worker import run_worker
@@ -37,7 +36,6 @@ from router.controller import Controller, Effect, Transmit
 from router.launch import GroupSpec, RouterLaunch
 from router.lifecycle import Outcome
 from router.membership import Group, Rank
-from router.policies import POLICIES, Policy
 
 HOST = "127.0.0.1"
 GONE = Outcome(Stage.CANCELLED, "client_gone")
@@ -97,7 +95,6 @@ class WorkerCluster:
         batch_tokens: int = 256,
         decode_memory_bytes: int | None = None,
         growth_tokens: int | None = None,
-        policy: Policy = POLICIES["round_robin"],
         timeout_s: float = 10,
         min_fetch_tokens: int = 0,
         device: Device = "cpu",
@@ -111,7 +108,6 @@ class WorkerCluster:
         self._batch_requests = batch_requests
         self._decode_memory_bytes = decode_memory_bytes or memory_bytes
         self._growth_tokens = growth_tokens
-        self._policy = policy
         self._kv_transfer = KVTransferSection(
             transport=transport, timeout_s=timeout_s, min_fetch_tokens=min_fetch_tokens
         )
@@ -281,8 +277,7 @@ class WorkerCluster:
             groups=self._groups,
             is_fetching=self._kv_transfer.min_fetch_tokens > 0,
         )
-        with mock.patch.dict(POLICIES, {launch.section.policy: self._policy}):
-            self.controller = WatchedController(launch, self._watch)
+        self.controller = WatchedController(launch, self._watch)
         self._control = ControlPlane(self.controller, HOST)
         self._control.start()
 

@@ -13,23 +13,13 @@ from cluster.launch import WorkerLaunch, decode, encode
 from cluster.worker import run_worker
 from protocol.errors import TandemError
 from protocol.messages import RoleName
+from protocol.request import Request
 from router.membership import Rank
-from router.policies import Policy
+from router.policies import Pair
 from tests.worker_cluster import WorkerCluster
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["cluster.worker"])
-
-
-class Route:
-    """A routing policy in the test's hands: the next request goes to these two groups."""
-
-    def __init__(self) -> None:
-        self.prefill = self.decode = 0
-        self.policy = Policy(
-            prefill=lambda group, load: group.group != self.prefill,
-            decode=lambda group, load: group.group != self.decode,
-        )
 
 
 class ProcessCluster(WorkerCluster):
@@ -54,6 +44,17 @@ class ProcessCluster(WorkerCluster):
         pid = self._processes[f"{role}-{group}-rank0"].pid
         assert pid is not None
         return pid
+
+    def route_to(self, prefill: int, decode: int) -> None:
+        """From now on requests go to these two groups, whatever the router would choose."""
+
+        def choose(request: Request) -> Pair:
+            ready = self.controller.membership.ready_groups
+            [sender] = [group for group in ready("prefill") if group.group == prefill]
+            [receiver] = [group for group in ready("decode") if group.group == decode]
+            return Pair(sender, receiver)
+
+        self.controller.dispatcher.choose = choose  # type: ignore[method-assign]
 
     def leader(self, role: RoleName, group: int) -> Rank:
         """Return what the router knows of this group's leader, dead or alive."""

@@ -18,7 +18,7 @@ import pytest
 from protocol.identity import Attempt, Epoch, new_request_id
 from protocol.messages import AnyMessage, Committed, Handoff
 from protocol.request import SamplingParams
-from tests.integration.process_cluster import ProcessCluster, Route
+from tests.integration.process_cluster import ProcessCluster
 from tests.models import make_model
 from tests.worker_cluster import Answer
 
@@ -45,15 +45,14 @@ SHORT_PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 class Scene:
     """A cluster and what its groups answer while all is well."""
 
-    def __init__(self, cluster: ProcessCluster, route: Route) -> None:
+    def __init__(self, cluster: ProcessCluster) -> None:
         self.cluster = cluster
-        self.route = route
         self.short_answer = self.ask(0, 0, SHORT_PROMPT).result(20).token_ids
         self.long_answer = self.ask(1, 1, LONG_PROMPT).result(20).token_ids
 
     def ask(self, prefill: int, decode: int, prompt: list[int]) -> "Future[Answer]":
         """Ask this pair. The salt is another one each time, so that no prefix cache has a part in the answer."""
-        self.route.prefill, self.route.decode = prefill, decode
+        self.cluster.route_to(prefill, decode)
         return self.cluster.submit(prompt, GREEDY, salt=new_request_id())
 
     def serve_short(self, prefill: int, decode: int) -> float:
@@ -82,19 +81,17 @@ CASES = [
 @pytest.fixture(scope="module", params=CASES)
 def scene(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     transport, device = request.param
-    route = Route()
     with ProcessCluster(
         make_model("llama", tmp_path_factory.mktemp(device), hidden_size=32, **KV_SIZES[device]),
         [("prefill", 2, 1), ("decode", 2, 1)],
         transport,
         memory_bytes=MEMORY_BYTES[device],
         batch_tokens=2048,
-        policy=route.policy,
         timeout_s=TIMEOUT_S,
         device=device,
         batch_requests=8,
     ) as cluster:
-        yield Scene(cluster, route)
+        yield Scene(cluster)
 
 
 class Traps:
