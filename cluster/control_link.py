@@ -18,7 +18,7 @@ from protocol.sockets import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, connect, prepar
 
 WELCOME_TIMEOUT_S = 60.0
 RECONNECT_MS = HEARTBEAT_TIMEOUT_MS + 2 * HEARTBEAT_MS
-"""The router needs at most a heartbeat's timeout and one of its ticks to find out that a connection is gone."""
+"""The router needs at most a heartbeat's timeout and a few of its ticks to find out that a connection is gone."""
 
 _MAX_MESSAGES = 100_000
 

@@ -20,7 +20,8 @@ from protocol.request import Request
 from router.controller import Controller, Effect, Transmit
 from router.lifecycle import Deliver, End, Outcome
 
-TICK_S = 0.2
+TICK_S = 0.15
+"""Two of these are longer than the time between two words of a rank that is well: nobody has to ask after that one."""
 MAX_QUEUED = 20_000
 """Messages that one rank may leave unread before its connection counts as gone."""
 MAX_RECEIVED_AT_ONCE = 256
@@ -118,7 +119,7 @@ class ControlPlane:
             self._receive()
 
     async def _perform_in_parts(self, effects: Sequence[Effect]) -> None:
-        """Eight thousand pings at once would keep every stream waiting for as long as they take."""
+        """Thousands of messages at once would keep every stream waiting for as long as they take."""
         for start in range(0, len(effects), MAX_PERFORMED_AT_ONCE):
             self._perform(effects[start : start + MAX_PERFORMED_AT_ONCE])
             await asyncio.sleep(0)

@@ -99,8 +99,8 @@ class Controller:
         return self._resolve(self.membership.stop())
 
     def tick(self, now_s: float) -> list[Effect]:
-        """Called a few times a second: see that every connection is still there, and that no deadline has passed."""
-        pings = [Send(epoch, Ping()) for epoch in self.membership.living_epochs()]
+        """Called a few times a second: see that no deadline has passed, and that whoever is silent is still there."""
+        pings = [Send(epoch, Ping()) for epoch in self.membership.silent()]
         return self._resolve([*self.attempts.expire(now_s), *pings])
 
     # --- inside -------------------------------------------------------------------------------------------------------
@@ -122,6 +122,7 @@ class Controller:
             return [Drop("dead_epoch"), Reject("this life is over, or was never known here")]
         if identity != self.membership.identity(sender):
             return [Drop("wrong_identity")]
+        self.membership.hear(sender)
         if isinstance(message, Progress):
             return self.membership.progress(sender, message)
         if not self.membership.leads(sender):

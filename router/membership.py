@@ -100,6 +100,8 @@ class Membership:
         self.groups: dict[GroupKey, Group] = {(spec.role, spec.group): Group(spec) for spec in specs}
         self._living: dict[Epoch, tuple[Group, Rank]] = {}
         self._past: OrderedDict[Epoch, bytes] = OrderedDict()
+        self._heard: set[Epoch] = set()
+        self._heard_before: set[Epoch] = set()
 
     def is_alive(self, epoch: Epoch) -> bool:
         return epoch in self._living
@@ -123,8 +125,15 @@ class Membership:
         groups = (group for key, group in sorted(self.groups.items()) if key[0] == role)
         return [group.ready for group in groups if group.ready is not None]
 
-    def living_epochs(self) -> list[Epoch]:
-        return list(self._living)
+    def hear(self, epoch: Epoch) -> None:
+        """A living rank has said something."""
+        self._heard.add(epoch)
+
+    def silent(self) -> list[Epoch]:
+        """Return the living ranks that have said nothing since the call before the last one."""
+        silent = self._living.keys() - self._heard - self._heard_before
+        self._heard_before, self._heard = self._heard, set()
+        return list(silent)
 
     # --- what ranks say -----------------------------------------------------------------------------------------------
 

@@ -102,6 +102,32 @@ def test_a_lost_group_comes_back_under_new_epochs_and_its_old_follower_is_not_we
     assert Reject("this life is over") in members.join(Join(info(rank=1, epoch=2)))
 
 
+def test_only_whoever_has_been_silent_is_asked_after_and_then_again_and_again(controller: Controller) -> None:
+    """Eight thousand ranks that all speak four times a second need not be spoken to five times a second as well."""
+
+    def pinged() -> list[int]:
+        return sorted(effect.receiver for effect in controller.tick(0.0) if isinstance(effect, Transmit))
+
+    def speak(epoch: int) -> None:
+        controller.receive(b"colocated-0-0-5", encode(Heartbeat(BlockCounts(), 0, 0, 0), epoch))
+
+    pinged(), pinged()
+    assert pinged() == pinged() == [5]
+    speak(5)
+    assert [pinged(), pinged(), pinged(), pinged()] == [[], [], [5], [5]]
+    speak(5)
+    pinged()
+    speak(5)
+    assert [pinged(), pinged()] == [[], []]
+
+
+def test_what_a_stranger_says_in_a_ranks_name_is_no_sign_of_life(controller: Controller) -> None:
+    for _ in range(3):
+        controller.receive(b"somebody", encode(Heartbeat(BlockCounts(), 0, 0, 0), 5))
+        effects = controller.tick(0.0)
+    assert [effect.receiver for effect in effects if isinstance(effect, Transmit)] == [5]
+
+
 def test_a_new_life_of_a_rank_ends_the_old_one_even_if_its_connection_still_stood(members: Membership) -> None:
     actions = members.join(Join(info(rank=1, epoch=20)))
     assert GroupLost(1) in actions
