@@ -32,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     stop = StopSignal()
     with ray_session.connected(topology) as session:
         stop.listen()
-        _serve(topology, model, session, progress, stop)
+        if not stop.is_asked:
+            _serve(topology, model, session, progress, stop)
     progress.say("stopped")
     return 0
 
@@ -52,8 +53,8 @@ def _serve(topology: Topology, model: ModelConfig, session: RaySession, progress
                 progress.tell_capacity(status, longest_context(topology, model))
                 progress.say(_invitation(router.addresses.http, _model_name(topology), session.logs))
                 supervisor.watch(stop)
-            progress.say("stopping")
-            supervisor.drain(topology.router.grace_s)
+                progress.say("stopping")
+                supervisor.drain(topology.router.grace_s)
         finally:
             supervisor.kill()
     finally:

@@ -6,6 +6,7 @@ The tests share one cluster and run in the order of this file; the last one stop
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,8 +17,8 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.cluster_process import ClusterProcess, Worker
-from tests.e2e.processes import wait_for
+from tests.e2e.cluster_process import ROOT, ClusterProcess, Worker
+from tests.e2e.processes import MarkedProcess, wait_for
 
 LONG = 400
 WHOLE_CONTEXT = 1000  # takes longer than LEFT_S
@@ -154,6 +155,22 @@ def test_sigterm_lets_a_stream_finish_and_leaves_nothing_behind(cluster: Cluster
 def ours(cluster: ClusterProcess) -> list[str]:
     """Return the living processes that are our own program, as against Ray's."""
     return [name for name in cluster.processes.descendants() if "-m router" in name or "-rank0" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("said", ["starting", "workers ready 0 of 1"])
+def test_a_start_that_is_no_longer_wanted_ends_and_leaves_nothing_behind(model: Path, said: str):
+    command = [sys.executable, "-m", "cluster", "up", "configs/cpu_colocated.yaml"]
+    starting = MarkedProcess([*command, "--set", f"model.path={model}", "--set", "router.port=0"], ROOT)
+    try:
+        starting.wait_for_text(said, 60)
+        starting.process.send_signal(signal.SIGINT)
+        assert starting.wait(BACK_S) == 0, starting.output
+        assert "ready: " not in starting.output
+        assert starting.output.endswith("stopped\n")
+        starting.assert_nothing_left()
+    finally:
+        starting.destroy()
 
 
 @pytest.mark.slow
