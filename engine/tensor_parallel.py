@@ -101,5 +101,7 @@ def _carry_out(collective: Callable[..., dist.Work], *arguments: object) -> None
     """Take part in a collective, and wait for its end."""
     try:
         collective(*arguments).wait()
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
-        raise GroupError(f"a rank of this group was lost in the middle of a step: {error}") from error
+        raise GroupError(f"this group's ranks cannot go on together; one of them may be lost: {error}") from error
