@@ -7,14 +7,12 @@ must not wait, because the order of what is sent is the controller's order. Star
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 import zmq
 
 from protocol import sockets
 from protocol.errors import ConfigError
-from protocol.identity import Epoch
 from protocol.messages import TokenUpdate
 from protocol.request import Request
 from router.controller import Controller, Effect, Transmit
@@ -125,22 +123,14 @@ class ControlPlane:
             await asyncio.sleep(0)
 
     def _perform(self, effects: Iterable[Effect]) -> None:
-        """Whoever could not be reached is lost when all the rest is done: all of them at once."""
-        waiting = deque(effects)
-        unreachable: dict[Epoch, str] = {}
-        while waiting or unreachable:
-            if not waiting:
-                waiting.extend(self.controller.unreachable(unreachable))
-                unreachable = {}
-                continue
-            match waiting.popleft():
-                case Transmit() as transmit:
-                    if reason := self._transmit(transmit):
-                        unreachable[transmit.receiver] = reason
-                case Deliver(update):
-                    self._clients[update.attempt.request_id](update)
-                case End(attempt, outcome):
-                    self._clients.pop(attempt.request_id)(outcome)
+        self.controller.carry_out(effects, self._transmit, self._answer)
+
+    def _answer(self, effect: Deliver | End) -> None:
+        match effect:
+            case Deliver(update):
+                self._clients[update.attempt.request_id](update)
+            case End(attempt, outcome):
+                self._clients.pop(attempt.request_id)(outcome)
 
     def _transmit(self, transmit: Transmit) -> str:
         """Return why that could not be; "" when it could."""

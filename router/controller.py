@@ -6,7 +6,7 @@ reads a clock.
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
@@ -82,6 +82,26 @@ class Controller:
     def unreachable(self, reasons: Mapping[Epoch, str]) -> list[Effect]:
         """Nothing could be sent to the ranks of these epochs any more, which may be over already."""
         return self._resolve(self.membership.lose_all(reasons))
+
+    def carry_out(
+        self, effects: Iterable[Effect], transmit: Callable[[Transmit], str], answer: Callable[[Deliver | End], None]
+    ) -> None:
+        """Have effects done, and what follows from them. transmit returns why it could not be, "" when it could.
+
+        Whoever could not be reached is lost when all the rest is done: all of them at once.
+        """
+        waiting = deque(effects)
+        unreachable: dict[Epoch, str] = {}
+        while waiting or unreachable:
+            if not waiting:
+                waiting.extend(self.unreachable(unreachable))
+                unreachable = {}
+                continue
+            effect = waiting.popleft()
+            if not isinstance(effect, Transmit):
+                answer(effect)
+            elif reason := transmit(effect):
+                unreachable[effect.receiver] = reason
 
     def start(self, request: Request, deadline_s: float) -> list[Effect]:
         """Begin a request. Raise NoPair or PromptTooLong when nobody can take it."""

@@ -1,10 +1,8 @@
 """The router's mind, its clients and all groups: a cluster whose sockets, threads and models alone are simulated."""
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from protocol.identity import Epoch
 from protocol.messages import TokenUpdate
 from protocol.request import Request
 from protocol.stages import Stage
@@ -131,37 +129,29 @@ class SimulatedCluster:
         self.world.clock.after(TICK_S, self._tick)
 
     def _perform(self, effects: Iterable[Effect]) -> None:
-        waiting = deque(effects)
-        unreachable: dict[Epoch, str] = {}
-        while waiting or unreachable:
-            if not waiting:
-                waiting.extend(self.controller.unreachable(unreachable))
-                unreachable = {}
-                continue
-            match waiting.popleft():
-                case Transmit() as transmit:
-                    if not self._transmit(transmit):
-                        unreachable[transmit.receiver] = "its connection is gone"
-                case Deliver(update):
-                    self.world.tell(lambda u=update: f"client: token {u.index} of {u.attempt.request_id}")
-                    self.clients[update.attempt.request_id].take(update)
-                case End(attempt, outcome):
-                    self.world.tell(lambda a=attempt, o=outcome: f"client: {a.request_id} ends: {o.code} {o.message}")
-                    self._end(self.clients[attempt.request_id], outcome)
+        self.controller.carry_out(effects, self._transmit, self._answer)
+
+    def _answer(self, effect: Deliver | End) -> None:
+        match effect:
+            case Deliver(update):
+                self.world.tell(lambda u=update: f"client: token {u.index} of {u.attempt.request_id}")
+                self.clients[update.attempt.request_id].take(update)
+            case End(attempt, outcome):
+                self.world.tell(lambda a=attempt, o=outcome: f"client: {a.request_id} ends: {o.code} {o.message}")
+                self._end(self.clients[attempt.request_id], outcome)
 
     def _end(self, client: Client, outcome: Outcome) -> None:
         client.end(outcome)
         self._open.discard(client.request.request_id)
         self.on_end(client)
 
-    def _transmit(self, transmit: Transmit) -> bool:
-        """Return whether anybody is there."""
+    def _transmit(self, transmit: Transmit) -> str:
         wire = self.world.wires.get(transmit.identity)
         if wire is None or wire.is_unreachable:
-            return False
+            return "its connection is gone"
         if len(transmit.data) > _LONGEST_PING or b"Ping" not in transmit.data:  # a ping says nothing: save the time
             wire.down.send(transmit.data)
-        return True
+        return ""
 
 
 def is_late(client: Client) -> bool:
