@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cluster.assembly import ASSEMBLIES, LeaderParts
 from engine.block_pool import BlockPool
 from engine.engine import Engine
 from engine.kv_cache import bytes_per_block
@@ -28,6 +27,7 @@ from protocol.messages import Abort, AnyMessage, Failed, Prefill, Reserve, Token
 from protocol.model_config import ModelConfig
 from protocol.orders import AnyOrder
 from protocol.request import Request, SamplingParams
+from worker.assembly import ASSEMBLIES, LeaderParts
 
 EPOCH = 1
 BLOCK_SIZE = 16

@@ -29,9 +29,9 @@ from protocol.identity import new_attempt
 from protocol.layout import Endpoint, KVLayout
 from protocol.request import Request, SamplingParams
 from protocol.topology import RouterSection
-from router.dispatch import Dispatcher
+from router.control.dispatch import Dispatcher
+from router.control.policies import POLICIES, ReadyGroup
 from router.launch import Addresses, GroupSpec, RouterLaunch
-from router.policies import POLICIES, ReadyGroup
 
 MODEL = Path("configs/demo_model")
 VOCAB_SIZE = 2048

@@ -19,9 +19,9 @@ from kernels.process_group import open_group, open_store
 from kv_transfer.digests import unit_digests
 from kv_transfer.frames import DigestKind
 from kv_transfer.plan import FRAME_BYTES, frames_of, plan_transfer
-from kv_transfer.transports.communicator import RECEIVER, SENDER
 from kv_transfer.transports.listener import QUEUED_MESSAGES
-from kv_transfer.transports.zmq_sender import QUEUED_FRAMES
+from kv_transfer.transports.torch.communicator import RECEIVER, SENDER
+from kv_transfer.transports.zmq.sender import QUEUED_FRAMES
 from protocol.layout import KVLayout
 
 HOST = "127.0.0.1"

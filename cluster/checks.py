@@ -11,9 +11,9 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from cluster.kv_memory import block_bytes
-from cluster.memory_size import format_memory, parse_memory, parse_share
 from cluster.ports import check_port
 from protocol.errors import ConfigError
+from protocol.memory_size import format_memory, parse_memory, parse_share
 from protocol.messages import RoleName
 from protocol.model_config import ModelConfig, load_model_config
 from protocol.model_files import TOKENIZER_FILES, find_model

@@ -13,14 +13,14 @@ import ray._private.state  # what Ray says of one actor has a public name only w
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster import launch
-from cluster.actor import WorkerActor
 from cluster.checks import gpu_share, roles
-from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
-from cluster.memory_size import parse_memory, parse_share
 from protocol.errors import TandemError
+from protocol.memory_size import parse_memory, parse_share
 from protocol.messages import RoleName
 from protocol.topology import AnyRoleSection, Topology
+from worker import launch
+from worker.actor import WorkerActor
+from worker.launch import CacheLaunch, ModelLaunch, WorkerLaunch
 
 _PLACE_WITHIN_S = 120  # long enough for an autoscaler to bring a machine
 

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from cluster.control_link import WELCOME_TIMEOUT_S
-from cluster.launch import WorkerLaunch
 from cluster.status_client import ClusterStatus, WorkerStatus
 from protocol.errors import TandemError
 from protocol.messages import RoleName
+from worker.control_link import WELCOME_TIMEOUT_S
+from worker.launch import WorkerLaunch
 
 JOIN_WITHIN_S = 3 * WELCOME_TIMEOUT_S
 """Less than it takes the followers of a leader that is not there to die MAX_LIVES times, for they are not to blame."""

@@ -15,8 +15,8 @@ import msgspec
 import yaml
 
 from cluster.checks import roles
-from cluster.memory_size import parse_memory, parse_share
 from protocol.errors import ConfigError
+from protocol.memory_size import parse_memory, parse_share
 from protocol.topology import DecodeSection, Topology
 
 Places = dict[str, str]

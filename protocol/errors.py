@@ -7,7 +7,7 @@
      │   ├─ VersionError   a message of another version of the control protocol
      │   └─ FrameError     the same of a KV frame, with a reason from a closed set (kv_transfer/frames.py)
      ├─ GroupError         a group that cannot assemble or lost a rank; the process ends
-     └─ Fenced, Stopped    the router ended this life, or all of them (cluster/control_link.py)
+     └─ Fenced, Stopped    the router ended this life, or all of them (worker/control_link.py)
 
 ValueError stays for a client's bad parameter, assert for a programmer's mistake (never on what a peer sent).
 """

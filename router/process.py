@@ -26,15 +26,15 @@ from protocol.errors import ConfigError
 from protocol.model_config import load_model_config
 from protocol.stages import Stage
 from protocol.topology import RouterSection
-from router.app import build_app
-from router.control import ControlPlane
-from router.controller import Controller
-from router.http_protocol import GuardedProtocol
+from router.control.controller import Controller
+from router.control.lifecycle import Outcome
+from router.control.plane import ControlPlane
+from router.front.app import build_app
+from router.front.http_protocol import GuardedProtocol
+from router.front.metrics import ClusterMetrics, RequestMetrics
+from router.front.serving import Serving
+from router.front.text import load_text
 from router.launch import Addresses, RouterLaunch
-from router.lifecycle import Outcome
-from router.metrics import ClusterMetrics, RequestMetrics
-from router.serving import Serving
-from router.text import load_text
 
 BACKLOG = 2048
 USER_TIMEOUT_MS = 30_000

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
-from cluster.worker import run_worker
 from protocol.codec import decode
 from protocol.identity import new_request_id
 from protocol.messages import AnyMessage, RoleName, TokenUpdate
@@ -31,11 +29,13 @@ from protocol.topology import (
     RouterSection,
     Transport,
 )
-from router.control import ControlPlane
-from router.controller import Controller, Effect, Transmit
+from router.control.controller import Controller, Effect, Transmit
+from router.control.lifecycle import Outcome
+from router.control.membership import Group, Rank
+from router.control.plane import ControlPlane
 from router.launch import GroupSpec, RouterLaunch
-from router.lifecycle import Outcome
-from router.membership import Group, Rank
+from worker.launch import CacheLaunch, ModelLaunch, WorkerLaunch
+from worker.life import run_worker
 
 HOST = "127.0.0.1"
 GONE = Outcome(Stage.CANCELLED, "client_gone")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports.automatic import AutomaticReceiver, AutomaticSender
 from kv_transfer.transports.host_identity import host_identity
-from kv_transfer.transports.slab_transports import (
+from kv_transfer.transports.slab.factories import (
     device_reach,
     host_reach,
     open_cuda_ipc_receiver,
@@ -13,15 +13,15 @@ from kv_transfer.transports.slab_transports import (
     open_shm_receiver,
     open_shm_sender,
 )
-from kv_transfer.transports.torch_transports import (
+from kv_transfer.transports.torch.factories import (
     open_gloo_receiver,
     open_gloo_sender,
     open_nccl_receiver,
     open_nccl_sender,
 )
 from kv_transfer.transports.transport import INBOX_BYTES, Arrival, ReceivingTransport, SendingTransport, Settled, Site
-from kv_transfer.transports.zmq_receiver import ZmqReceiver
-from kv_transfer.transports.zmq_sender import ZmqSender
+from kv_transfer.transports.zmq.receiver import ZmqReceiver
+from kv_transfer.transports.zmq.sender import ZmqSender
 from protocol.topology import Transport
 
 _ON_ONE_HOST: tuple[Transport, ...] = ("cuda_ipc", "shm")

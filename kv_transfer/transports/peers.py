@@ -2,7 +2,7 @@
 
 A Peer is one destination's connection. It is opened for the first frame, and closed for good when the destination's
 epoch ends, its connection fails, or nothing was answered for timeout_s. Every frame is settled exactly once. How bytes
-travel is the Peer's business alone: see zmq_sender.py and slab_sender.py. Here are no threads: peer_loop.py calls this
+travel is the Peer's business alone: see zmq/sender.py and slab/sender.py. Here are no threads: peer_loop.py calls this
 on one at a time, and a simulator under a clock of its own.
 """
 

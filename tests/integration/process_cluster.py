@@ -9,17 +9,17 @@ import os
 from types import TracebackType
 from typing import Any
 
-from cluster.launch import WorkerLaunch, decode, encode
-from cluster.worker import run_worker
 from protocol.errors import TandemError
 from protocol.messages import RoleName
 from protocol.request import Request
-from router.membership import Rank
-from router.policies import Pair
+from router.control.membership import Rank
+from router.control.policies import Pair
 from tests.worker_cluster import WorkerCluster
+from worker.launch import WorkerLaunch, decode, encode
+from worker.life import run_worker
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["cluster.worker"])
+_context.set_forkserver_preload(["worker.life"])
 
 
 class ProcessCluster(WorkerCluster):

@@ -20,7 +20,7 @@ from prefill_worker.role import PrefillRole
 from protocol.identity import Attempt
 from protocol.messages import Abort, AnyMessage, Committed, Grant, Handoff, RoleName
 from protocol.request import SamplingParams
-from router.attempts import Attempts
+from router.control.attempts import Attempts
 from tests.models import make_model
 from tests.worker_cluster import Answer, Leave, WorkerCluster
 

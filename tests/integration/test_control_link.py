@@ -14,13 +14,13 @@ import msgspec
 import pytest
 import zmq
 
-from cluster.control_link import RECONNECT_MS, ControlLink, ControlSocket, Stopped
 from protocol.codec import encode
 from protocol.errors import ConfigError
 from protocol.identity import new_attempt, new_epoch
 from protocol.messages import PROTOCOL_VERSION, Abort, Join, Progress, Stop, WorkerInfo
 from protocol.sockets import bind, prepare
-from router.membership import identity_of
+from router.control.membership import identity_of
+from worker.control_link import RECONNECT_MS, ControlLink, ControlSocket, Stopped
 
 HOST = "127.0.0.1"
 

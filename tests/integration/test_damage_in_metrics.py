@@ -17,11 +17,13 @@ import kv_transfer.plan
 from kv_transfer.frames import FrameHeader, encode_header
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
-from kv_transfer.transports import slab_sender, torch_sender, zmq_sender
 from kv_transfer.transports.opening import open_sender
+from kv_transfer.transports.slab import sender as slab_sender
+from kv_transfer.transports.torch import sender as torch_sender
 from kv_transfer.transports.transport import OutgoingFrame, Settled, Site
+from kv_transfer.transports.zmq import sender as zmq_sender
 from protocol.request import SamplingParams
-from router.metrics import ClusterMetrics
+from router.front.metrics import ClusterMetrics
 from tests.integration.test_transports_faults import GARBAGE, talking_to
 from tests.models import make_model
 from tests.worker_cluster import WorkerCluster
@@ -172,7 +174,7 @@ def scene(request: pytest.FixtureRequest, model: Path) -> Iterator["Scene"]:
         return wires[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cluster.assembly.open_sender", open_wire)
+        patch.setattr("worker.assembly.open_sender", open_wire)
         patch.setattr(kv_transfer.plan, "SEGMENT_TOKENS", 32)
         for sized in (kv_transfer.plan.frames_of, kv_transfer.plan.manifest_of, KVSender.__init__, KVReceiver.__init__):
             patch.setattr(sized, "__defaults__", (FRAME_BYTES,))

@@ -19,7 +19,7 @@ from protocol.identity import Epoch
 from protocol.orders import Batch
 from protocol.request import SamplingParams
 from protocol.topology import Transport
-from router.dispatch import Dispatcher
+from router.control.dispatch import Dispatcher
 from tests.integration.test_fetching import Conversation, Wire, counted, fetching_cluster
 from tests.integration.test_parking import BLOCK_BYTES
 from tests.worker_cluster import WorkerCluster
@@ -95,7 +95,7 @@ def wire(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[LateWire]]:
 
     monkeypatch.setattr(Rank, "forward", forward)
     monkeypatch.setattr(Dispatcher, "has_room", lambda self, decode, request: True)
-    monkeypatch.setattr("cluster.assembly.open_sender", OwnWire)
+    monkeypatch.setattr("worker.assembly.open_sender", OwnWire)
     return OwnWire
 
 

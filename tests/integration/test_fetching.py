@@ -146,7 +146,7 @@ def cluster_over_wires(conversation: Conversation, case: str) -> Iterator[tuple[
             wires.append(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cluster.assembly.open_sender", OwnWire)
+        patch.setattr("worker.assembly.open_sender", OwnWire)
         with fetching_cluster(conversation, case) as cluster:
             yield cluster, OwnWire, wires
 

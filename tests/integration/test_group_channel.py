@@ -10,10 +10,6 @@ import pytest
 import torch
 import zmq
 
-from cluster import worker
-from cluster.control_link import Fenced
-from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
-from cluster.worker import run_worker
 from engine import group
 from engine.group import Follower, Leader, Place
 from engine.tensor_parallel import TensorParallel
@@ -25,6 +21,10 @@ from protocol.orders import encode as encode_report
 from protocol.sockets import bind, prepare
 from protocol.topology import KVTransferSection, PrefillSection
 from tests.ranks import run_ranks
+from worker import life as worker
+from worker.control_link import Fenced
+from worker.launch import CacheLaunch, ModelLaunch, WorkerLaunch
+from worker.life import run_worker
 
 HOST = "127.0.0.1"
 LEADER, FOLLOWER = Place(0, 2, HOST, "cpu"), Place(1, 2, HOST, "cpu")

@@ -9,7 +9,7 @@ from kernels.process_group import open_store
 from kv_transfer.frames import FRAME_VERSION
 from protocol.orders import Counted, StopRank, encode
 from protocol.request import SamplingParams
-from router.metrics import ClusterMetrics
+from router.front.metrics import ClusterMetrics
 from tests.models import make_model
 from tests.unit.test_metrics_page import PAGE
 from tests.worker_cluster import WorkerCluster

@@ -12,7 +12,6 @@ import pytest
 import torch
 from msgspec.structs import replace
 
-from cluster.loops import FollowerLoop, LeaderLoop
 from protocol.messages import RoleName
 from protocol.request import SamplingParams
 from protocol.topology import Transport
@@ -21,6 +20,7 @@ from tests.pretend_cuda.device import PretendCuda, pretended
 from tests.pretend_cuda.links import join_gpus, join_ranks
 from tests.pretend_cuda.operations import IS_INTERPRETED, note_compilations, use_kernels
 from tests.worker_cluster import Leave, WorkerCluster
+from worker.loops import FollowerLoop, LeaderLoop
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the place of torch.cuda is taken")
 

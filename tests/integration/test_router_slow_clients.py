@@ -12,14 +12,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from protocol.topology import RouterSection
-from router import body, event_stream, http_protocol
-from router.body import read_body
-from router.choice import Delta
-from router.errors import ApiError
-from router.event_stream import EventStream
-from router.generation import CLIENT_GONE, CLIENT_STALLED
-from router.http_protocol import GuardedProtocol
-from router.lifecycle import Outcome
+from router.control.lifecycle import Outcome
+from router.front import body, event_stream, http_protocol
+from router.front.body import read_body
+from router.front.choice import Delta
+from router.front.errors import ApiError
+from router.front.event_stream import EventStream
+from router.front.generation import CLIENT_GONE, CLIENT_STALLED
+from router.front.http_protocol import GuardedProtocol
 from router.process import QuietServer, bind
 
 SHORT_S = 0.2

@@ -20,9 +20,9 @@ from kv_transfer.receiver import COUNTERS
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.offers import offered
 from kv_transfer.transports.opening import open_sender
-from kv_transfer.transports.slab import NUM_SLOTS
-from kv_transfer.transports.slab_transports import host_reach
-from kv_transfer.transports.slab_wire import (
+from kv_transfer.transports.slab.factories import host_reach
+from kv_transfer.transports.slab.host_slab import NUM_SLOTS
+from kv_transfer.transports.slab.wire import (
     GREETING,
     FramePacket,
     Hello,
@@ -31,7 +31,7 @@ from kv_transfer.transports.slab_wire import (
     encode_hello,
     new_socket,
 )
-from kv_transfer.transports.torch_pair import Announcement, encode_announcement
+from kv_transfer.transports.torch.pair import Announcement, encode_announcement
 from kv_transfer.transports.transport import OutgoingFrame, SendingTransport, Settled
 from protocol.identity import Attempt
 from protocol.layout import Endpoint

@@ -69,7 +69,7 @@ def test_a_rank_of_another_layout_is_refused_with_both_values(name, field):
 def test_a_rank_of_another_version_is_refused_with_both_versions(name, monkeypatch):
     with connected(name) as (source, sink):
         real = handshake.greeting(source.layout)
-        for module in ("zmq_sender", "slab_sender", "torch_sender"):
+        for module in ("zmq.sender", "slab.sender", "torch.sender"):
             monkeypatch.setattr(f"kv_transfer.transports.{module}.greeting", lambda shape: b"\x01" + real[1:])
         with connected(name) as (old, _):
             assert f"sender 1, receiver {real[0]}" in send_and_expect_refusal(old, sink)

@@ -11,8 +11,8 @@ import torch
 import zmq
 
 from kv_transfer.transports.listener import Listener
-from kv_transfer.transports.slab_transports import host_reach
-from kv_transfer.transports.slab_wire import new_socket
+from kv_transfer.transports.slab.factories import host_reach
+from kv_transfer.transports.slab.wire import new_socket
 from protocol.identity import new_epoch
 from protocol.layout import Endpoint
 from protocol.orders import Broken, ExpectBlocks, Received

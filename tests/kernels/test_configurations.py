@@ -197,7 +197,7 @@ def test_a_cpu_needs_no_triton_and_other_devices_are_refused():
     code = (
         "import sys, torch; from kernels.backend import operations_for; "
         "assert operations_for(torch.device('cpu')).sample.__module__ == 'kernels.plain.sample'; "
-        "import cluster.worker, router.process; sys.exit('triton' in sys.modules)"
+        "import worker.life, router.process; sys.exit('triton' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
     assert operations_for(torch.device("cuda")).sample is sample

@@ -13,8 +13,9 @@ from torch.distributed.distributed_c10d import Store
 
 import engine.group
 from kernels.process_group import open_group
-from kv_transfer.transports import device_memory, torch_transports
-from kv_transfer.transports.communicator import RECEIVER, SENDER, finish
+from kv_transfer.transports.slab import device_memory
+from kv_transfer.transports.torch import factories as torch_transports
+from kv_transfer.transports.torch.communicator import RECEIVER, SENDER, finish
 from tests.pretend_cuda.streams import Work
 from tests.pretend_cuda.tensor import PretendTensor
 

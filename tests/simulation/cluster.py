@@ -7,12 +7,12 @@ from protocol.messages import TokenUpdate
 from protocol.request import Request
 from protocol.stages import Stage
 from protocol.topology import RouterSection
-from router.attempts import TOO_LATE
-from router.control import TICK_S
-from router.controller import Controller, Effect, Transmit
-from router.dispatch import NoPair, PromptTooLong
+from router.control.attempts import TOO_LATE
+from router.control.controller import Controller, Effect, Transmit
+from router.control.dispatch import NoPair, PromptTooLong
+from router.control.lifecycle import Deliver, End, Outcome
+from router.control.plane import TICK_S
 from router.launch import GroupSpec, RouterLaunch
-from router.lifecycle import Deliver, End, Outcome
 from tests.simulation.group import GroupSize, SimulatedGroup
 from tests.simulation.oracle import VOCAB_SIZE, oracle_answer
 from tests.simulation.world import World

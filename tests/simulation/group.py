@@ -1,6 +1,6 @@
 """One group of ranks in one life after another: it joins, serves, loses a rank, is fenced, and comes back as strangers.
 
-The ranks' turns are production code (cluster/loops.py) over production roles, pools, movers and links. A rank takes a
+The ranks' turns are production code (worker/loops.py) over production roles, pools, movers and links. A rank takes a
 turn when something wakes it; turns that it takes for want of anything else must find nothing to do.
 """
 
@@ -13,10 +13,6 @@ from functools import partial
 
 import torch
 
-from cluster.assembly import ASSEMBLIES, LeaderParts
-from cluster.control_link import ControlLink, Fenced, Stopped
-from cluster.loops import FollowerLoop, LeaderLoop
-from cluster.two_way_mover import TwoWayMover
 from decode_worker.mover import ReceivingMover
 from decode_worker.running import ALL_AT_ONCE, Growth
 from engine.block_pool import BlockPool
@@ -40,6 +36,10 @@ from tests.simulation.device import LateDrawing, OracleEngine, QueuedParkedKV
 from tests.simulation.kv import SimulatedReceiver, SimulatedSender
 from tests.simulation.oracle import OracleModel, RankCache
 from tests.simulation.world import World
+from worker.assembly import ASSEMBLIES, LeaderParts
+from worker.control_link import ControlLink, Fenced, Stopped
+from worker.loops import FollowerLoop, LeaderLoop
+from worker.two_way_mover import TwoWayMover
 
 IDLE_S = 1.0
 STEP_S = 0.003

@@ -12,20 +12,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
 
-from cluster.control_link import RECONNECT_MS
 from decode_worker.role import DecodeRole
 from decode_worker.running import ALL_AT_ONCE, Growth
 from kv_transfer import sender
 from protocol import identity
 from protocol.messages import RoleName
 from protocol.request import Request, SamplingParams
-from router import held_prefixes
+from router.control import held_prefixes
 from router.launch import GroupSpec
 from tests.simulation.cluster import LONG_S, Client, SimulatedCluster
 from tests.simulation.group import GroupSize
 from tests.simulation.kv import TIMEOUT_S, KVFaults
 from tests.simulation.oracle import VOCAB_SIZE
 from tests.simulation.world import World
+from worker.control_link import RECONNECT_MS
 
 BACK_AFTER_S = RECONNECT_MS / 1000
 AT_REST_WITHIN_S = 3 * TIMEOUT_S + 2 * BACK_AFTER_S

@@ -13,10 +13,10 @@ from protocol.identity import Attempt, Epoch
 from protocol.messages import AnyMessage, PeerLost, Prefill, Reserve, Tokens, TokenUpdate
 from protocol.request import Request
 from protocol.stages import Stage
-from router.attempts import Attempts
-from router.dispatch import Dispatcher
-from router.lifecycle import Action, Deliver, End, Outcome, Send
-from router.policies import POLICIES, ReadyGroup
+from router.control.attempts import Attempts
+from router.control.dispatch import Dispatcher
+from router.control.lifecycle import Action, Deliver, End, Outcome, Send
+from router.control.policies import POLICIES, ReadyGroup
 from tests.simulation.copies import Part
 from tests.simulation.small_life import (
     KV,
@@ -101,7 +101,7 @@ class SmallWorld:
     def _hear(self, side: int) -> None:
         sender, message = self.up[side].popleft()
         if sender != self.known[side]:
-            return  # router/controller.py: dead_epoch
+            return  # router/control/controller.py: dead_epoch
         updates = message.updates if isinstance(message, Tokens) else [message]
         for update in updates:
             self._perform(self.router.item[0].receive(sender, update))
@@ -110,7 +110,7 @@ class SmallWorld:
         receiver, message = self.down[side].popleft()
         life = self.lives[side].item
         if receiver != life.epoch:
-            return  # cluster/control_link.py: stale_messages
+            return  # worker/control_link.py: stale_messages
         if isinstance(message, PeerLost):
             life.close_peer(message.epoch)
         else:
@@ -140,7 +140,7 @@ class SmallWorld:
         self.lives[side] = Part(Life(epoch, side == 0, *self.sizes), life_key)
 
     def _notice(self, side: int) -> None:
-        """The router loses the old life and meets the new one; see router/membership.py and controller.py."""
+        """The router loses the old life and meets the new one; see router/control/membership.py and controller.py."""
         lost, self.known[side] = self.known[side], self.lives[side].item.epoch
         other = 1 - side
         self.down[other].append((self.known[other], PeerLost(lost)))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from protocol.messages import WorkerInfo
-from router.membership import identity_of
+from router.control.membership import identity_of
 from tests.simulation.clock import Clock
 from tests.simulation.control import SimulatedWire
 from tests.simulation.kv import KVFaults, KVNetwork

@@ -6,7 +6,7 @@ import torch
 from kv_transfer.transports import opening
 from kv_transfer.transports.automatic import best_of
 from kv_transfer.transports.opening import automatic_names
-from kv_transfer.transports.slab_wire import Reach
+from kv_transfer.transports.slab.wire import Reach
 from kv_transfer.transports.transport import Site
 from protocol.layout import KVLayout
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import process_group
-from kv_transfer.transports.communicator import finish
+from kv_transfer.transports.torch.communicator import finish
 
 
 class FakeWork:

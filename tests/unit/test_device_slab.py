@@ -5,9 +5,9 @@ import os
 import pytest
 import torch
 
-from kv_transfer.transports import device_memory
-from kv_transfer.transports.device_slab import DeviceSlabs, open_device_slab
-from kv_transfer.transports.slab import NUM_SLOTS, Lent
+from kv_transfer.transports.slab import device_memory
+from kv_transfer.transports.slab.device_slab import DeviceSlabs, open_device_slab
+from kv_transfer.transports.slab.host_slab import NUM_SLOTS, Lent
 
 CPU = torch.device("cpu")
 

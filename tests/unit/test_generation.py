@@ -10,13 +10,13 @@ from protocol.identity import new_attempt
 from protocol.messages import TokenUpdate
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
-from router.choice import Choice, Delta
-from router.detokenizer import Detokenizer
-from router.errors import ApiError
-from router.generation import Generation
-from router.lifecycle import Outcome
-from router.mailbox import Item
-from router.metrics import RequestMetrics
+from router.control.lifecycle import Outcome
+from router.front.choice import Choice, Delta
+from router.front.detokenizer import Detokenizer
+from router.front.errors import ApiError
+from router.front.generation import Generation
+from router.front.mailbox import Item
+from router.front.metrics import RequestMetrics
 from tests.integration.router_process import tiny_tokenizer
 
 LOST = Outcome(Stage.FAILED, "worker_lost", "the decode worker of this request was lost")

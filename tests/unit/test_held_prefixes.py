@@ -2,7 +2,7 @@
 
 import random
 
-from router.held_prefixes import PIECE_TOKENS, HeldPrefixes
+from router.control.held_prefixes import PIECE_TOKENS, HeldPrefixes
 
 
 def common_prefix(ours: list[int], theirs: list[int]) -> int:

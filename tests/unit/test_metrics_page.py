@@ -15,10 +15,10 @@ from starlette.routing import Route
 
 from kv_transfer.receiver import COUNTERS
 from protocol.topology import RouterSection
-from router import pages
-from router.controller import Controller
+from router.control.controller import Controller
+from router.front import pages
+from router.front.metrics import ClusterMetrics, RequestMetrics
 from router.launch import RouterLaunch
-from router.metrics import ClusterMetrics, RequestMetrics
 from tests.unit.test_roles import decode_role, fetching_role
 
 ROOT = Path(__file__).parents[2]

@@ -26,10 +26,10 @@ from protocol.messages import (
 )
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
-from router.attempts import Attempts
-from router.dispatch import Dispatcher
-from router.held_prefixes import PIECE_TOKENS, HeldPrefixes
-from router.lifecycle import (
+from router.control.attempts import Attempts
+from router.control.dispatch import Dispatcher
+from router.control.held_prefixes import PIECE_TOKENS, HeldPrefixes
+from router.control.lifecycle import (
     Action,
     Cancel,
     Deliver,
@@ -42,7 +42,7 @@ from router.lifecycle import (
     Send,
     Side,
 )
-from router.policies import POLICIES, ReadyGroup
+from router.control.policies import POLICIES, ReadyGroup
 
 VOCAB_SIZE = 100
 GONE = Outcome(Stage.CANCELLED, "client_gone")

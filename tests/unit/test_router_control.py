@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from protocol.topology import RouterSection
-from router import control
-from router.control import ControlPlane
-from router.controller import Controller, Effect, Transmit
+from router.control import plane as control
+from router.control.controller import Controller, Effect, Transmit
+from router.control.plane import ControlPlane
 from router.launch import GroupSpec, RouterLaunch
 
 NUM_PINGS = 10_000

@@ -9,8 +9,8 @@ import pytest
 from protocol.identity import new_attempt
 from protocol.layout import Endpoint, KVLayout
 from protocol.request import Request, SamplingParams
-from router.dispatch import Dispatcher, NoPair, PromptTooLong, incompatibility
-from router.policies import POLICIES, Pair, ReadyGroup
+from router.control.dispatch import Dispatcher, NoPair, PromptTooLong, incompatibility
+from router.control.policies import POLICIES, Pair, ReadyGroup
 
 LAYOUT = KVLayout("m", 2, 4, 8, "float32", 16, 1)
 

@@ -21,10 +21,10 @@ from protocol.messages import (
     WorkerInfo,
 )
 from protocol.topology import RouterSection
-from router.controller import MAX_VERSIONS_TOLD, Controller, Transmit
+from router.control.controller import MAX_VERSIONS_TOLD, Controller, Transmit
+from router.control.lifecycle import Send
+from router.control.membership import GroupLost, Membership, Reject, identity_of
 from router.launch import GroupSpec, RouterLaunch
-from router.lifecycle import Send
-from router.membership import GroupLost, Membership, Reject, identity_of
 
 SPECS = (GroupSpec("prefill", 0, 2), GroupSpec("decode", 0, 1), GroupSpec("decode", 1, 1))
 

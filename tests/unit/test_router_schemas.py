@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from router.errors import ApiError
-from router.sampling import sampling_params
-from router.schemas import ChatBody, CompletionBody, parse_body
+from router.front.errors import ApiError
+from router.front.sampling import sampling_params
+from router.front.schemas import ChatBody, CompletionBody, parse_body
 
 VOCAB_SIZE = 100
 USER = [{"role": "user", "content": "hi"}]

@@ -3,18 +3,18 @@
 import pytest
 
 from protocol.layout import Endpoint, KVLayout
-from router import serving
-from router.dispatch import Dispatcher
-from router.errors import ApiError
-from router.policies import POLICIES, ReadyGroup
-from router.prompts import Prompt
-from router.responder import Call
-from router.schemas import SamplingBody
-from router.serving import Serving
+from router.control.dispatch import Dispatcher
+from router.control.policies import POLICIES, ReadyGroup
+from router.front import serving
+from router.front.errors import ApiError
+from router.front.prompts import Prompt
+from router.front.responder import Call
+from router.front.schemas import SamplingBody
+from router.front.serving import Serving
 
 
 class Controller:
-    """The two things of router.controller that are asked here."""
+    """The two things of router.control.controller that are asked here."""
 
     def __init__(self) -> None:
         self.dispatcher = Dispatcher(POLICIES["least_loaded"])

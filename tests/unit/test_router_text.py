@@ -12,10 +12,10 @@ from tokenizers import Tokenizer, decoders, models
 from protocol.errors import ConfigError
 from protocol.identity import new_attempt
 from protocol.messages import TokenUpdate
-from router.chat_template import ChatTemplate, load_chat_template
-from router.choice import Choice, Delta
-from router.detokenizer import MAX_HELD, Detokenizer
-from router.stop_strings import StopStrings
+from router.front.chat_template import ChatTemplate, load_chat_template
+from router.front.choice import Choice, Delta
+from router.front.detokenizer import MAX_HELD, Detokenizer
+from router.front.stop_strings import StopStrings
 from tests.integration.router_process import VOCAB_SIZE, tiny_tokenizer
 
 SPECIAL_IDS = frozenset({0, 1, 2})

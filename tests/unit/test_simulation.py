@@ -2,9 +2,9 @@
 
 import pytest
 
-from cluster.control_link import ControlLink
 from protocol.messages import AnyMessage, Fetch, Prefill, Reserve
 from tests.simulation.scenario import run_seed
+from worker.control_link import ControlLink
 
 NUM_SEEDS = 10_000
 SEEDS_PER_TEST = 500

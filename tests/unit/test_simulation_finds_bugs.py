@@ -9,7 +9,6 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from cluster.control_link import ControlLink
 from decode_worker.inbox import RemoteInbox
 from decode_worker.mover import ReceivingMover
 from decode_worker.reservation import Reservation
@@ -27,8 +26,9 @@ from prefill_worker.role import PrefillRole
 from protocol.codec import decode
 from protocol.messages import Abort, AnyMessage, Failed, Handoff
 from protocol.orders import AnyReport, SendBlocks
-from router.lifecycle import Lifecycle, Side
+from router.control.lifecycle import Lifecycle, Side
 from tests.simulation.planting import LEAK, MAX_SEEDS, STUCK, WRONG, first_failure
+from worker.control_link import ControlLink
 
 Patch = pytest.MonkeyPatch
 

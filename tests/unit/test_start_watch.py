@@ -2,13 +2,13 @@
 
 import pytest
 
-from cluster.launch import CacheLaunch, ModelLaunch, WorkerLaunch
 from cluster.start_watch import BACK_WITHIN_S, JOIN_WITHIN_S, MAX_LIVES, NO_STATUS_FOR_S, SILENT_FOR_S, StartWatch
 from cluster.status_client import ClusterStatus, WorkerStatus
 from protocol.errors import TandemError
 from protocol.messages import RoleName, WorkerState
 from protocol.topology import DecodeSection, KVTransferSection, PrefillSection
 from tests.simulation.clock import Clock
+from worker.launch import CacheLaunch, ModelLaunch, WorkerLaunch
 
 CONTROL = "tcp://10.0.0.1:4321"
 LOOK_EVERY_S = 20.0

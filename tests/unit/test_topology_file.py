@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.memory_size import format_memory, parse_memory
 from cluster.topology_file import load_topology
 from protocol.errors import ConfigError
+from protocol.memory_size import format_memory, parse_memory
 from protocol.topology import KVCacheSection
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,1 @@
+"""Transports over torch.distributed: gloo between hosts' memories, nccl between GPUs."""

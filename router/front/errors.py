@@ -1,0 +1,103 @@
+"""Errors as clients see them: OpenAI's JSON form, a status, and what a client's retry logic reads.
+
+Raised anywhere in the HTTP half of the router, rendered by app.py before the first byte of a stream and by
+event_stream.py after it.
+"""
+
+import msgspec
+
+from router.control.lifecycle import EndCode, Outcome
+
+RETRY_AFTER_S = 1
+
+
+class ErrorDetail(msgspec.Struct, frozen=True):
+    """What is inside {"error": ...}."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    error: ErrorDetail
+
+
+class ApiError(Exception):
+    """An answer other than 200. should_retry None leaves it to the client's own rules; close ends the connection."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+        should_retry: bool | None = None,
+        close: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.detail = ErrorDetail(message, _TYPES.get(status, _type_of_class(status)), param, code)
+        self.headers: dict[str, str] = {}
+        if retry_after_s is not None:
+            self.headers["retry-after"] = str(retry_after_s)
+        if should_retry is not None:
+            self.headers["x-should-retry"] = str(should_retry).lower()
+        if close:
+            self.headers["connection"] = "close"
+
+    def body(self) -> bytes:
+        return msgspec.json.encode(ErrorBody(self.detail))
+
+
+class RequestFailed(ApiError):
+    """The end of a request that was under way, which is counted by its outcome and not as a refusal."""
+
+
+_TYPES = {404: "not_found_error", 429: "rate_limit_error", 503: "service_unavailable_error", 504: "timeout_error"}
+
+
+def _type_of_class(status: int) -> str:
+    return "invalid_request_error" if status < 500 else "server_error"
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    """The client must change its request; sending it again cannot help."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def no_such_model(name: str, served: str) -> ApiError:
+    message = f"the model {name[:200]!r} does not exist here; served is {served!r}"
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def unavailable(reason: str, code: str = "no_worker") -> ApiError:
+    """Nobody can serve this now, but somebody may soon."""
+    return ApiError(503, reason, code=code, retry_after_s=RETRY_AFTER_S, should_retry=True)
+
+
+_STATUSES: dict[EndCode, tuple[int, bool]] = {  # status, and whether the same request may well succeed next time
+    "worker_lost": (503, True),
+    "transfer_failed": (503, True),
+    "shutting_down": (503, True),
+    "out_of_memory": (503, True),
+    "kv_cache_too_small": (500, False),
+    "model_output_invalid": (500, False),
+    "internal_error": (500, False),
+    "deadline_exceeded": (504, False),
+}
+
+
+def from_outcome(outcome: Outcome) -> RequestFailed:
+    """Return the error for a request that failed."""
+    status, should_retry = _STATUSES.get(outcome.code, (500, False))
+    return RequestFailed(
+        status,
+        outcome.message or "the request failed",
+        code=outcome.code,
+        retry_after_s=RETRY_AFTER_S if should_retry else None,
+        should_retry=should_retry,
+    )

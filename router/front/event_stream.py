@@ -1,0 +1,80 @@
+"""A generation as server-sent events. An error before the first byte is an HTTP status, after it a last error frame.
+
+An ASGI response, made by responder.py. A client that stops reading is cut off, so that it cannot hold blocks.
+"""
+
+import asyncio
+from typing import Protocol
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from router.front.choice import Delta
+from router.front.errors import ApiError
+from router.front.generation import CLIENT_STALLED, ClientGone, Generation
+
+STALL_S = 30.0
+"""How long a client may leave a full socket unread."""
+
+
+class Writer(Protocol):
+    """Turns what comes into bytes of frames."""
+
+    def frames(self, batch: dict[int, Delta]) -> bytes: ...
+
+    def error(self, error: ApiError) -> bytes: ...
+
+    def end(self) -> bytes: ...
+
+
+def frame(data: bytes) -> bytes:
+    return b"data: " + data + b"\n\n"
+
+
+class EventStream(Response):
+    """Runs generation while it sends; the status line waits for the first token."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, writer: Writer) -> None:
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._generation = generation
+        self._writer = writer
+        self._is_begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._flow = scope["state"]["flow"]
+        async with self._generation:
+            try:
+                await self._stream(send)
+            except ClientGone:
+                return
+            except TimeoutError:
+                self._generation.abort(CLIENT_STALLED)
+                scope["state"]["abort_connection"]()
+
+    async def _stream(self, send: Send) -> None:
+        try:
+            async for batch in self._generation.deltas():
+                await self._write(send, self._writer.frames(batch))
+        except ApiError as error:
+            if not self._is_begun:
+                raise
+            await self._write(send, self._writer.error(error), more=False)
+        else:
+            await self._write(send, self._writer.end(), more=False)
+
+    async def _write(self, send: Send, body: bytes, more: bool = True) -> None:
+        if not self._is_begun:
+            self._is_begun = True
+            await self._pass_on(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await self._pass_on(send, {"type": "http.response.body", "body": body, "more_body": more})
+
+    async def _pass_on(self, send: Send, message: Message) -> None:
+        """send waits only while the client's socket is full, and every deadline costs some microseconds."""
+        if self._flow.write_paused:
+            async with asyncio.timeout(STALL_S):
+                await send(message)
+        else:
+            await send(message)

@@ -1,0 +1,67 @@
+"""The prompts of a body as token ids within the vocabulary. Used by completions.py and chat.py."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from router.front.errors import ApiError, bad_request
+from router.front.schemas import MAX_PROMPTS, ChatBody, CompletionBody
+from router.front.text import ModelText
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """One prompt; text is None when it was given as token ids. is_chat: what follows is a text of its own."""
+
+    token_ids: tuple[int, ...]
+    text: str | None = None
+    is_chat: bool = False
+
+
+async def completion_prompts(body: CompletionBody, text: ModelText, vocab_size: int) -> list[Prompt]:
+    """Return the prompts of a completion, 1 to 16. Raise ApiError 400 for any that cannot be served."""
+    given = body.prompt
+    if not given:
+        raise bad_request("prompt must not be empty", "prompt")
+    several = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+    if len(several) > MAX_PROMPTS:
+        raise bad_request(f"at most {MAX_PROMPTS} prompts can be sent at once, not {len(several)}", "prompt")
+    if isinstance(given, list) and len({type(item) for item in given}) > 1:
+        raise bad_request("prompt must be one text, one list of token ids, or a list of one of these kinds", "prompt")
+    return [await _prompt(item, text, vocab_size) for item in several]
+
+
+async def chat_prompt(body: ChatBody, text: ModelText) -> Prompt:
+    """Return the prompt that the model's chat template makes of the messages."""
+    messages = [msgspec.to_builtins(message) for message in body.messages]
+    for message in messages:
+        if isinstance(message["content"], list):  # templates expect one text
+            message["content"] = "\n".join(part["text"] for part in message["content"])
+    used = [{k: v for k, v in message.items() if v is not None} for message in messages]
+    return Prompt(tuple(_not_empty(await text.encode_chat(used), "messages")), is_chat=True)
+
+
+async def _prompt(given: object, text: ModelText, vocab_size: int) -> Prompt:
+    if isinstance(given, str):
+        if not given:
+            raise bad_request("prompt must not be empty", "prompt")
+        return Prompt(tuple(_not_empty(await text.encode(given, "prompt"), "prompt")), given)
+    if not isinstance(given, list) or not given:
+        raise bad_request("prompt must not be empty", "prompt")
+    if min(given) < 0 or max(given) >= vocab_size:
+        outside = next(token_id for token_id in given if not 0 <= token_id < vocab_size)
+        raise bad_request(f"prompt holds token id {outside}; the vocabulary has ids 0 to {vocab_size - 1}", "prompt")
+    return Prompt(tuple(given))
+
+
+def _not_empty(token_ids: Sequence[int], param: str) -> Sequence[int]:
+    if not token_ids:
+        raise bad_request(f"{param} has no tokens", param)
+    return token_ids
+
+
+def too_long(num_prompt_tokens: int, num_tokens: int, param: str) -> ApiError:
+    message = (
+        f"the prompt has {num_prompt_tokens} tokens; prompt and output together can have at most {num_tokens}, "
+        f"so the prompt at most {num_tokens - 1}"
+    )
+    return bad_request(message, param, "context_length_exceeded")

@@ -1,0 +1,55 @@
+"""What the HTTP endpoints stand on, built once by router/process.py and handed to each through the app's state."""
+
+from dataclasses import dataclass
+
+from router.control.dispatch import NoPair, PromptTooLong
+from router.control.plane import ControlPlane
+from router.front.errors import RETRY_AFTER_S, ApiError, unavailable
+from router.front.metrics import RequestMetrics
+from router.front.prompts import Prompt, too_long
+from router.front.text import ModelText
+
+MAX_REQUESTS = 4096
+"""Under way at once. It bounds memory, not yet waiting: that needs an estimate of when queues will be served."""
+
+
+@dataclass
+class Serving:
+    """The model as clients see it, and the way to the workers. Only is_draining ever changes."""
+
+    control: ControlPlane
+    metrics: RequestMetrics
+    text: ModelText
+    model_name: str
+    max_context: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    timeout_s: float
+    created: int
+    is_draining: bool = False
+
+    @property
+    def why_not_ready(self) -> str | None:
+        """None when a request sent now would be taken, otherwise why not."""
+        return "the server is shutting down" if self.is_draining else self.control.controller.dispatcher.why_none
+
+    def check_open(self) -> None:
+        """Raise ApiError 503 while new requests are not taken, 429 while there are too many."""
+        if self.is_draining:
+            raise unavailable("the server is shutting down", "shutting_down")
+        if len(self.control.controller.attempts) >= MAX_REQUESTS:
+            message = f"{MAX_REQUESTS} requests are under way already"
+            raise ApiError(429, message, code="overloaded", retry_after_s=RETRY_AFTER_S, should_retry=True)
+
+    def room_for(self, prompt: Prompt, param: str) -> int:
+        """Return how many tokens may follow prompt: at least one. Raise ApiError 400 or 503."""
+        num_prompt_tokens = len(prompt.token_ids)
+        if num_prompt_tokens + 1 > self.max_context:
+            raise too_long(num_prompt_tokens, self.max_context, param)
+        try:
+            capacity = self.control.controller.dispatcher.capacity(num_prompt_tokens)
+        except NoPair as error:
+            raise unavailable(str(error)) from None
+        except PromptTooLong as error:
+            raise too_long(num_prompt_tokens, error.num_tokens, param) from None
+        return min(self.max_context, capacity) - num_prompt_tokens

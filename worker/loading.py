@@ -1,0 +1,63 @@
+"""A rank gets its model, its KV cache and the part that moves its blocks. Called once in a worker's life."""
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.engine import Engine
+from engine.limits import KVMemory, Limits, ShareOfFree
+from engine.parked_kv import ParkedKV
+from engine.rank import Rank
+from engine.tensor_parallel import TensorParallel
+from protocol.layout import KVLayout
+from protocol.model_config import ModelConfig, load_model_config
+from protocol.model_files import find_model, model_hash
+from protocol.progress import Tell
+from worker.assembly import ASSEMBLIES, Cache
+from worker.launch import CacheLaunch, WorkerLaunch
+
+
+@dataclass(frozen=True)
+class LoadedRank:
+    """A rank that is ready to carry out orders, and how its group lays out KV."""
+
+    engine: Engine
+    rank: Rank
+    layout: KVLayout
+
+
+def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: Tell) -> LoadedRank:
+    """Load this rank's slices of the weights and open its mover. Raise ConfigError for a model that is not served."""
+    folder = find_model(launch.model.path, progress=progress)
+    config = load_model_config(folder)
+    dtype = config.dtype if launch.model.dtype == "auto" else launch.model.dtype
+    engine = Engine(
+        config,
+        folder,
+        getattr(torch, dtype),
+        torch.device(launch.device),
+        tensor_parallel,
+        launch.kv_cache.block_size,
+        _kv_memory(launch.kv_cache),
+        Limits(launch.role_section.batch_tokens, launch.role_section.batch_requests, launch.model.max_context),
+        progress,
+    )
+    layout = _layout(config, model_hash(folder), dtype, launch)
+    mover = ASSEMBLIES[launch.role].mover(launch, Cache(engine.kv_cache.blocks, layout, launch.rank))
+    return LoadedRank(engine, Rank(engine, ParkedKV(engine.kv_cache.blocks), mover), layout)
+
+
+def _kv_memory(launch: CacheLaunch) -> KVMemory:
+    return ShareOfFree(launch.share_of_free) if launch.memory_bytes is None else launch.memory_bytes
+
+
+def _layout(config: ModelConfig, fingerprint: str, dtype: str, launch: WorkerLaunch) -> KVLayout:
+    return KVLayout(
+        model_hash=fingerprint,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=dtype,
+        block_size=launch.kv_cache.block_size,
+        tensor_parallel=launch.role_section.tensor_parallel,
+    )
