@@ -45,11 +45,11 @@ class RemoteInbox:
         return self._ranks.size
 
     def expect(self, reserve: Reserve, hold: Hold, first_position: int) -> None:
-        num_tokens = len(reserve.request.prompt_token_ids) - first_position
+        num_tokens = reserve.request.num_known_tokens - first_position
         self._ranks.order(ExpectBlocks(reserve.attempt, reserve.source, hold.block_ids, first_position, num_tokens))
 
     def manifest(self, reserve: Reserve, first_position: int) -> Manifest:
-        num_tokens = len(reserve.request.prompt_token_ids) - first_position
+        num_tokens = reserve.request.num_known_tokens - first_position
         return manifest_of(reserve.source.layout, self._layout, first_position, num_tokens)
 
     def drop(self, attempt: Attempt) -> None:
@@ -68,7 +68,7 @@ class LoopbackInbox:
         self._loopback.offer(reserve.attempt, hold)
 
     def manifest(self, reserve: Reserve, first_position: int) -> Manifest:
-        num_tokens = len(reserve.request.prompt_token_ids) - first_position
+        num_tokens = reserve.request.num_known_tokens - first_position
         return Manifest(first_position, num_tokens, num_frames=0, num_bytes=0)
 
     def drop(self, attempt: Attempt) -> None:

@@ -32,8 +32,8 @@ class Reservation:
         return self.reserve.attempt
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.reserve.request.prompt_token_ids)
+    def num_known_tokens(self) -> int:
+        return self.reserve.request.num_known_tokens
 
     @property
     def placed(self) -> tuple[Sequence, Hold]:

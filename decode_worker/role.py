@@ -161,8 +161,8 @@ class DecodeRole:
             self._grant_when_ready(self._waiting.popleft())
 
     def _start(self, reservation: Reservation) -> bool:
-        prompt = reservation.reserve.request.prompt_token_ids
-        names = reservation.chain.of(prompt, len(prompt) - 1)
+        known = reservation.reserve.request.known_token_ids
+        names = reservation.chain.of(known, len(known) - 1)
         reservation.hold = self._pool.acquire(names, self._running.num_first_blocks(reservation))
         if reservation.hold is None:
             return False
@@ -200,7 +200,7 @@ class DecodeRole:
             reserve.request,
             reservation.hold,
             reservation.chain,
-            num_computed=len(reserve.request.prompt_token_ids),
+            num_computed=reserve.request.num_known_tokens,
             token_ids=[handoff.first_token_id],
         )
         self._pool.name_blocks(sequence.hold, sequence.block_names)

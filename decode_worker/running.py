@@ -54,7 +54,7 @@ class Running:
         """Return how many blocks it begins with: room for growth_tokens if it can be parked, otherwise for all."""
         most = self._pool.blocks_for(reservation.max_num_computed)
         can_park = sum(self._booked.values()) + most <= self._growth.max_parked_blocks
-        return self._room_for(reservation, reservation.num_prompt_tokens) if can_park else most
+        return self._room_for(reservation, reservation.num_known_tokens) if can_park else most
 
     def book(self, reservation: Reservation) -> None:
         """It has its first blocks; when they are not all it may need, keep room for it on the host until it is over."""

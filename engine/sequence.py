@@ -32,7 +32,7 @@ class Sequence:
     is_leaving: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
-        self.token_ids = [*self.request.prompt_token_ids, *self.token_ids]
+        self.token_ids = [*self.request.known_token_ids, *self.token_ids]
         self.num_launched = self.num_computed
 
     @property
@@ -42,6 +42,11 @@ class Sequence:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.request.prompt_token_ids)
+
+    @property
+    def num_known_tokens(self) -> int:
+        """How many tokens this worker was given; those behind them were drawn here or by prefill."""
+        return self.request.num_known_tokens
 
     @property
     def output_token_ids(self) -> list[int]:

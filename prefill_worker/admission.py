@@ -32,8 +32,8 @@ class Job:
     @property
     def names(self) -> list[bytes]:
         """Names of blocks that need not be computed. The last token always is: its logits are wanted."""
-        prompt = self.prefill.request.prompt_token_ids
-        return self.chain.of(prompt, len(prompt) - 1)
+        known = self.prefill.request.known_token_ids
+        return self.chain.of(known, len(known) - 1)
 
 
 class Admission:

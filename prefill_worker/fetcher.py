@@ -94,7 +94,7 @@ class RemoteFetcher:
     def granted(self, prefill: Prefill, sequence: Sequence, grant: Grant) -> None:
         attempt, first = prefill.attempt, sequence.num_launched
         self._ungranted.discard(attempt)
-        end = min(grant.num_cached_tokens, sequence.num_prompt_tokens - 1)  # the last token's logits are wanted
+        end = min(grant.num_cached_tokens, sequence.num_known_tokens - 1)  # the last token's logits are wanted
         if end - first < self._min_tokens:
             return
         ranks = range(self._ranks.size)

@@ -63,7 +63,7 @@ class RemoteOutbox:
         return self._pool.acquire(names, num_blocks)
 
     def send(self, sequence: Sequence, destination: Endpoint, first_position: int) -> None:
-        num_tokens, block_ids = sequence.num_prompt_tokens - first_position, sequence.hold.block_ids
+        num_tokens, block_ids = sequence.num_known_tokens - first_position, sequence.hold.block_ids
         sequence.is_leaving = True
         self._ranks.order(
             SendBlocks(sequence.attempt, destination, block_ids, first_position, num_tokens, sequence.num_computed)
@@ -73,7 +73,7 @@ class RemoteOutbox:
         self._ranks.order(SendMore(sequence.attempt, sequence.num_computed))
 
     def manifest(self, sequence: Sequence, destination: Endpoint, first_position: int) -> Manifest:
-        num_tokens = sequence.num_prompt_tokens - first_position
+        num_tokens = sequence.num_known_tokens - first_position
         return manifest_of(self._layout, destination.layout, first_position, num_tokens)
 
     def drop(self, attempt: Attempt) -> None:
@@ -102,7 +102,7 @@ class LoopbackOutbox:
         """It is there already."""
 
     def manifest(self, sequence: Sequence, destination: Endpoint, first_position: int) -> Manifest:
-        return Manifest(first_position, sequence.num_prompt_tokens - first_position, num_frames=0, num_bytes=0)
+        return Manifest(first_position, sequence.num_known_tokens - first_position, num_frames=0, num_bytes=0)
 
     def drop(self, attempt: Attempt) -> None:
         """Nothing is under way."""

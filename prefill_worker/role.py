@@ -98,7 +98,7 @@ class PrefillRole:
             assert sequence is not None
             if num_tokens <= 0 or len(chunks) == self._max_computing:
                 break
-            num_left = sequence.num_prompt_tokens - sequence.num_launched
+            num_left = sequence.num_known_tokens - sequence.num_launched
             if num_left and not self._fetcher.is_open(sequence.attempt):
                 chunks.append(sequence.next_chunk(min(num_tokens, num_left)))
                 num_tokens -= chunks[-1].num_tokens
@@ -113,7 +113,7 @@ class PrefillRole:
             self._fail(sequence.attempt, "model_output_invalid", "the model's output for this prompt is not finite")
             return
         self._pool.name_blocks(sequence.hold, sequence.block_names)
-        if sequence.num_computed == sequence.num_prompt_tokens:
+        if sequence.num_computed == sequence.num_known_tokens:
             self._computing.remove(job)
             job.computed_at = time.monotonic()
         if drawn is not None:
@@ -133,7 +133,7 @@ class PrefillRole:
             self._drop(attempt)
 
     def _enqueue(self, prefill: Prefill) -> None:
-        num_tokens = len(prefill.request.prompt_token_ids)
+        num_tokens = prefill.request.num_known_tokens
         if self._pool.blocks_for(num_tokens) > self._pool.num_blocks:
             text = f"a prompt of {num_tokens} tokens; this cache holds {self._pool.num_blocks * self._pool.block_size}"
             self._outlet.send(Failed(prefill.attempt, "kv_cache_too_small", text))
@@ -175,13 +175,14 @@ class PrefillRole:
         self._outlet.emit(self._first_update(sequence, drawn))
 
     def _first_update(self, sequence: Sequence, drawn: Drawn) -> TokenUpdate:
+        num_cached_tokens = sequence.hold.num_cached * self._pool.block_size
         return TokenUpdate(
             sequence.attempt,
-            index=0,
+            index=len(sequence.output_token_ids) - 1,
             token_id=drawn.token_id,
             logprobs=drawn.logprobs,
             finish_reason=sequence.finish_reason,
-            num_cached_tokens=sequence.hold.num_cached * self._pool.block_size,
+            num_cached_tokens=0 if sequence.request.generated_token_ids else num_cached_tokens,
         )
 
     def _send_computed(self, job: Job) -> None:
@@ -190,8 +191,8 @@ class PrefillRole:
         if sequence is None or grant is None or self._fetcher.is_open(sequence.attempt):
             return
         first_position = grant.num_cached_tokens
-        if not 0 <= first_position <= sequence.num_prompt_tokens:
-            text = f"decode granted from position {first_position} of {sequence.num_prompt_tokens}"
+        if not 0 <= first_position <= sequence.num_known_tokens:
+            text = f"decode granted from position {first_position} of {sequence.num_known_tokens}"
             self._fail(sequence.attempt, "transfer_failed", text)
             return
         if job.is_sending:

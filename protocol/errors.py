@@ -18,13 +18,15 @@ import msgspec
 
 FailureCode = Literal[
     "worker_lost",
+    "worker_leaving",
     "transfer_failed",
     "kv_cache_too_small",
     "out_of_memory",
     "model_output_invalid",
     "internal_error",
+    "quarantined",
 ]
-"""Why an attempt ended without its last token, as clients and metrics see it."""
+"""Why an attempt ended without its last token. Clients see what no further attempt could mend; metrics see all."""
 
 UNPARSABLE = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 """What msgspec raises for bytes that are not what was expected, nest too deep, or hold text that is no UTF-8."""

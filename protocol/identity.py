@@ -37,6 +37,11 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
     def __str__(self) -> str:
         return f"{self.request_id}#{self.number}"
 
+    @property
+    def epochs(self) -> tuple[Epoch, Epoch]:
+        """Prefill's and decode's."""
+        return self.prefill_epoch, self.decode_epoch
+
     def epoch_opposite(self, epoch: Epoch) -> Epoch:
         """Return the other group's: who sends to this one, for KV may go either way."""
         return self.decode_epoch if epoch == self.prefill_epoch else self.prefill_epoch

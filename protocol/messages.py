@@ -208,7 +208,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 class TokenUpdate(msgspec.Struct, frozen=True):
     """One new token of one attempt. index counts the request's output tokens from 0, so a gap or a double shows.
 
-    num_cached_tokens: prompt tokens that prefill found in its prefix cache; set on the first token only.
+    num_cached_tokens: prompt tokens that prefill found in its prefix cache; set on an answer's first token only, so
+    that an answer which goes on elsewhere counts them once.
     """
 
     attempt: Attempt

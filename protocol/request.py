@@ -88,6 +88,8 @@ class Request(msgspec.Struct, frozen=True):
     """What prefill and decode are asked to do. Each side builds its own Sequence from it.
 
     salt separates prefix caches: blocks are shared only between requests of equal salt.
+    generated_token_ids: what earlier attempts have drawn of the answer. Prefill computes it like a prompt, and the
+    answer goes on behind it: draws, penalties, min_tokens and max_tokens count from the end of the client's prompt.
     Its deadline is not here: the router alone keeps it, and tells workers with an Abort that it has passed.
     """
 
@@ -95,6 +97,16 @@ class Request(msgspec.Struct, frozen=True):
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     salt: str = ""
+    generated_token_ids: tuple[int, ...] = ()
+
+    @property
+    def known_token_ids(self) -> tuple[int, ...]:
+        """The prompt, and what earlier attempts have drawn: all that prefill computes."""
+        return self.prompt_token_ids + self.generated_token_ids
+
+    @property
+    def num_known_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.generated_token_ids)
 
     @property
     def max_num_tokens(self) -> int:

@@ -66,6 +66,7 @@ class Controller:
         held = HeldPrefixes() if launch.is_fetching else None
         self.attempts = Attempts(self.dispatcher, launch.vocab_size, held)
         self.drops: Counter[str] = Counter()
+        self._is_pairing_due = False
         self._is_colocated = any(spec.role == "colocated" for spec in launch.groups)
 
     def receive(self, identity: bytes, data: bytes) -> list[Effect]:
@@ -104,7 +105,7 @@ class Controller:
                 unreachable[effect.receiver] = reason
 
     def start(self, request: Request, deadline_s: float) -> list[Effect]:
-        """Begin a request. Raise NoPair or PromptTooLong when nobody can take it."""
+        """Begin a request. Raise NoPair, PromptTooLong or Quarantined when nobody takes it."""
         return self._resolve(self.attempts.start(request, deadline_s))
 
     def cancel(self, request_id: str, outcome: Outcome) -> list[Effect]:
@@ -158,9 +159,8 @@ class Controller:
             case Heartbeat():
                 return self.membership.heartbeat(sender, message)
             case Ready():
-                actions = self.membership.ready(sender, message)
-                self._pair_up()
-                return actions
+                self._is_pairing_due = True
+                return self.membership.ready(sender, message)
             case _:
                 return [Drop("not_for_a_router")]
 
@@ -172,13 +172,12 @@ class Controller:
         A rejection names the life that it is meant for, like everything else: the next one is not to hear it.
         """
         effects: list[Effect] = []
-        is_any_lost = False
         waiting = deque(actions)
-        while waiting:
+        while waiting or (waiting := deque(self._follow_up())):
             match waiting.popleft():
                 case GroupLost(epoch):
                     waiting.extend(self.attempts.lose(epoch))
-                    is_any_lost = True
+                    self._is_pairing_due = True
                 case Drop(reason):
                     self.drops[reason] += 1
                 case Send(receiver, message):
@@ -187,9 +186,14 @@ class Controller:
                     effects.append(Transmit(identity, 0, codec.encode(Fence(reason), self._epoch, sender)))
                 case Deliver() | End() as effect:
                     effects.append(effect)
-        if is_any_lost:
-            self._pair_up()
         return effects
+
+    def _follow_up(self) -> list[Action]:
+        """When all else is done: pair up who is left, and let requests that have lost their pair go on."""
+        if self._is_pairing_due:
+            self._is_pairing_due = False
+            self._pair_up()
+        return self.attempts.resume()
 
     def _address(self, receiver: Epoch, message: AnyMessage) -> list[Effect]:
         identity = self.membership.address(receiver)

@@ -5,7 +5,9 @@ policies.py's.
 """
 
 from collections.abc import Hashable, Sequence
+from collections.abc import Set as AbstractSet
 from functools import partial
+from typing import NamedTuple
 
 from protocol.identity import Attempt, Epoch
 from protocol.request import Request
@@ -25,6 +27,19 @@ class PromptTooLong(Exception):
         self.num_tokens = num_tokens
 
 
+class Need(NamedTuple):
+    """What one request asks of a pair. See Dispatcher.choose."""
+
+    num_known_tokens: int
+    num_tokens: int
+    avoided: AbstractSet[tuple[Epoch, Epoch]]
+    near: Epoch | None
+
+    def avoided_with(self, prefill: Epoch) -> list[Epoch]:
+        """Return the decode groups that this prefill group should not send to."""
+        return [decode for sender, decode in self.avoided if sender == prefill]
+
+
 class _Family:
     """Groups that fit together: any of prefill may hand over to any of decode, so the best two are the best pair."""
 
@@ -37,10 +52,17 @@ class _Family:
         """What one request may hold at most, on either side."""
         return self._prefill.most_tokens, self._decode.most_tokens
 
-    def best(self, num_prompt_tokens: int, num_tokens: int) -> Pair | None:
-        """Return the best pair with room; None where one side has none."""
-        prefill, decode = self._prefill.best(num_prompt_tokens), self._decode.best(num_tokens)
-        return Pair(prefill, decode) if prefill and decode else None
+    def best(self, need: "Need") -> Pair | None:
+        """Return the best pair with room that is not avoided; None when there is none."""
+        tried: set[Epoch] = set()
+        prefill = self._prefill.find(need.near, need.num_known_tokens)
+        while prefill := prefill or self._prefill.best(need.num_known_tokens, tried):
+            decode = self._decode.best(need.num_tokens, need.avoided_with(prefill.epoch))
+            if decode:
+                return Pair(prefill, decode)
+            tried.add(prefill.epoch)
+            prefill = None
+        return None
 
     def moved(self, epoch: Epoch) -> None:
         """What this group is charged with has changed."""
@@ -59,8 +81,8 @@ class _Colocated:
     def most_tokens(self) -> tuple[int, int]:
         return self._groups.most_tokens, self._groups.most_tokens
 
-    def best(self, num_prompt_tokens: int, num_tokens: int) -> Pair | None:
-        group = self._groups.best(num_tokens)
+    def best(self, need: "Need") -> Pair | None:
+        group = self._groups.best(need.num_tokens)
         return Pair(group, group) if group else None
 
 
@@ -108,14 +130,24 @@ class Dispatcher:
             raise PromptTooLong(max(min(both) for both in most))
         return best
 
-    def choose(self, request: Request) -> Pair:
-        """Return the pair for request. Raise NoPair or PromptTooLong when there is none."""
-        num_prompt_tokens = len(request.prompt_token_ids)
-        pairs = [family.best(num_prompt_tokens, request.max_num_tokens) for family in self._families]
+    def choose(
+        self, request: Request, avoided: AbstractSet[tuple[Epoch, Epoch]] = frozenset(), near: Epoch | None = None
+    ) -> Pair:
+        """Return the pair for request. Raise NoPair or PromptTooLong when there is none.
+
+        avoided: pairs, by epochs of prefill and decode, that are taken only where there is no other. near: the prefill
+        group to prefer, because it has computed the request before and may still hold it.
+        """
+        need = Need(request.num_known_tokens, request.max_num_tokens, avoided, near)
+        pair = self._best(need) or (self._best(need._replace(avoided=frozenset())) if avoided else None)
+        if pair is None:
+            raise PromptTooLong(self.capacity(request.num_known_tokens))
+        return pair
+
+    def _best(self, need: "Need") -> Pair | None:
+        pairs = [family.best(need) for family in self._families]
         found = [pair for pair in pairs if pair is not None]
-        if not found:
-            raise PromptTooLong(self.capacity(num_prompt_tokens))
-        return found[0] if len(found) == 1 else min(found, key=self._order)
+        return min(found, key=self._order) if len(found) > 1 else next(iter(found), None)
 
     def _order(self, pair: Pair) -> tuple[float, ...]:
         """Costs first, then turns, prefill's before decode's."""
@@ -129,7 +161,7 @@ class Dispatcher:
 
     def started(self, attempt: Attempt, request: Request) -> None:
         """Count attempt on both of its sides."""
-        self._prefilling[attempt] = len(request.prompt_token_ids)
+        self._prefilling[attempt] = request.num_known_tokens
         self._reserved[attempt] = request.max_num_tokens
         self.load.prompt_tokens[attempt.prefill_epoch] += self._prefilling[attempt]
         self.load.reserved_tokens[attempt.decode_epoch] += self._reserved[attempt]

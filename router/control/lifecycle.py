@@ -116,14 +116,26 @@ class Lifecycle:
         self.holders: set[Side] = set()
         self.token_ids: list[int] = []
         self._vocab_size = vocab_size
+        self._first_index = len(request.generated_token_ids)
         self._first_token_id: int | None = None
         self._is_granted = False
         self._is_fetched = False
         self._is_handed_off = False
 
     @property
-    def num_tokens(self) -> int:
+    def num_drawn(self) -> int:
+        """How many tokens this attempt has brought."""
         return len(self.token_ids)
+
+    @property
+    def next_index(self) -> int:
+        """The place of the next token in the whole answer."""
+        return len(self.request.generated_token_ids) + len(self.token_ids)
+
+    @property
+    def holding_epochs(self) -> set[Epoch]:
+        """The groups that hold something for it."""
+        return {self._epoch_of(side) for side in self.holders}
 
     @property
     def is_over(self) -> bool:
@@ -173,7 +185,9 @@ class Lifecycle:
         match message:
             case Failed():
                 return prefill, decode
-            case Fetch() | Handoff() | TokenUpdate(index=0):
+            case Fetch() | Handoff():
+                return (prefill,)
+            case TokenUpdate(index=index) if index == self._first_index:
                 return (prefill,)
             case _:
                 return (decode,)
@@ -220,19 +234,19 @@ class Lifecycle:
         if problem is not None:
             return self._violation(problem)
         self.token_ids.append(update.token_id)
-        if update.index == 0:
+        if update.index == self._first_index:
             self._first_token_id = update.token_id
             self.stage = max(self.stage, Stage.TRANSFERRING)
         if update.finish_reason is None:
             return [Deliver(update)]
-        self.holders.discard(Side.PREFILL if update.index == 0 else Side.DECODE)
+        self.holders.discard(Side.PREFILL if update.index == self._first_index else Side.DECODE)
         return [Deliver(update), *self._finish(Outcome(Stage.FINISHED, update.finish_reason))]
 
     def _token_problem(self, update: TokenUpdate) -> str | None:
         if self.stage.is_end:
             return "a token after the last one"
-        if update.index != self.num_tokens:
-            return f"token {update.index} where token {self.num_tokens} was due"
+        if update.index != self.next_index:
+            return f"token {update.index} where token {self.next_index} was due"
         if update.index >= self.request.sampling.max_tokens:
             return f"more than the {self.request.sampling.max_tokens} tokens that were asked for"
         if not self._is_token(update.token_id):
@@ -241,7 +255,7 @@ class Lifecycle:
             return "log probabilities of what is outside the vocabulary"
         if not 0 <= update.num_cached_tokens <= (0 if update.index else len(self.request.prompt_token_ids)):
             return f"token {update.index} with {update.num_cached_tokens} cached tokens"
-        if update.index == 0:
+        if update.index == self._first_index:
             is_same = self._first_token_id in (None, update.token_id)
             return None if is_same else "a first token that is not the one in the handoff"
         return None if self._is_handed_off else "a token from decode before the handoff"

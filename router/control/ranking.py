@@ -3,7 +3,7 @@
 A heap in which a group may stand several times: what is out of date is put right when it comes up. Pure.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 
 from protocol.identity import Epoch
@@ -34,22 +34,30 @@ class Ranking:
         if len(self._heap) > 4 * len(self._groups) + 64:
             self._heap.clear()
 
-    def best(self, num_tokens: int) -> ReadyGroup | None:
-        """Return the best of those that can hold so many tokens; None when there is none."""
+    def find(self, epoch: Epoch | None, num_tokens: int) -> ReadyGroup | None:
+        """Return the group of this epoch if it is here and can hold so many tokens."""
+        place = self._places.get(epoch) if epoch else None
+        group = None if place is None else self._groups[place]
+        return group if group and group.num_tokens >= num_tokens else None
+
+    def best(self, num_tokens: int, without: Collection[Epoch] = ()) -> ReadyGroup | None:
+        """Return the best of those that can hold so many tokens, but for some; None when there is none."""
         if num_tokens > self.most_tokens:
             return None
         if not self._heap:
             self._heap = [(self._cost(group), place) for place, group in enumerate(self._groups)]
             heapify(self._heap)
-        too_small = []
-        while (group := self._first()).num_tokens < num_tokens:
-            too_small.append(heappop(self._heap))
-        for entry in too_small:
+        unfit = []
+        while (group := self._first()) and (group.num_tokens < num_tokens or group.epoch in without):
+            unfit.append(heappop(self._heap))
+        for entry in unfit:
             heappush(self._heap, entry)
         return group
 
-    def _first(self) -> ReadyGroup:
+    def _first(self) -> ReadyGroup | None:
         while True:
+            if not self._heap:
+                return None
             cost, place = self._heap[0]
             cost_now = self._cost(self._groups[place])
             if cost == cost_now:

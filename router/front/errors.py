@@ -79,8 +79,11 @@ def unavailable(reason: str, code: str = "no_worker") -> ApiError:
     return ApiError(503, reason, code=code, retry_after_s=RETRY_AFTER_S, should_retry=True)
 
 
-_STATUSES: dict[EndCode, tuple[int, bool]] = {  # status, and whether the same request may well succeed next time
-    "worker_lost": (503, True),
+# Status, and whether the same request may well succeed next time. What another attempt can mend was attempted already.
+_STATUSES: dict[EndCode, tuple[int, bool]] = {
+    "worker_lost": (503, False),
+    "worker_leaving": (503, False),
+    "quarantined": (500, False),
     "transfer_failed": (503, True),
     "shutting_down": (503, True),
     "out_of_memory": (503, True),

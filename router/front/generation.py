@@ -18,6 +18,7 @@ from protocol.stages import Stage
 from router.control.dispatch import NoPair, PromptTooLong
 from router.control.lifecycle import Outcome
 from router.control.plane import ControlPlane
+from router.control.quarantine import Quarantined
 from router.front.choice import Choice, Delta
 from router.front.errors import bad_request, from_outcome, unavailable
 from router.front.mailbox import Item, Mailbox
@@ -63,7 +64,7 @@ class Generation:
         for index, request in enumerate(self.requests):
             try:
                 self._submit(index, request)
-            except (NoPair, PromptTooLong) as error:
+            except (NoPair, PromptTooLong, Quarantined) as error:
                 self.abort(CLIENT_GONE)
                 raise _refusal(error) from None
         self._watcher = asyncio.create_task(self._watch_client())
@@ -143,8 +144,10 @@ class Generation:
             self._metrics.next_token(elapsed)
 
 
-def _refusal(error: NoPair | PromptTooLong) -> Exception:
-    """The cluster changed between the checks and the submission."""
+def _refusal(error: NoPair | PromptTooLong | Quarantined) -> Exception:
+    """The cluster changed between the checks and the submission, or the prompt is one that ends workers."""
     if isinstance(error, NoPair):
         return unavailable(str(error))
+    if isinstance(error, Quarantined):
+        return from_outcome(Outcome(Stage.FAILED, "quarantined", str(error)))
     return bad_request(str(error), "max_tokens", "context_length_exceeded")

@@ -76,6 +76,7 @@ class ClusterMetrics:
     def collect(self) -> Iterator[Metric]:
         yield self._drops()
         yield from self._requests()
+        yield from self._continuations()
         yield self._workers()
         yield from self._blocks()
         yield from self._worker_counters()
@@ -85,6 +86,15 @@ class ClusterMetrics:
         for reason, count in sorted(self._controller.drops.items()):
             drops.add_metric((reason,), count)
         return drops
+
+    def _continuations(self) -> Iterator[Metric]:
+        attempts = self._controller.attempts
+        text = "Attempts that followed one that had failed, by its failure."
+        continued = CounterMetricFamily("tandem_requests_continued", text, labels=("reason",))
+        for reason, count in sorted(attempts.continued.items()):
+            continued.add_metric((reason,), count)
+        yield continued
+        yield GaugeMetricFamily("tandem_prompts_quarantined", "Prompts refused now.", value=attempts.num_quarantined)
 
     def _requests(self) -> Iterator[Metric]:
         stages = self._controller.attempts.stages()

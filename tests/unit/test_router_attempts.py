@@ -5,6 +5,7 @@ import zlib
 from collections import Counter, defaultdict, deque
 from typing import Any
 
+import msgspec
 import pytest
 
 from protocol.identity import Attempt, new_attempt
@@ -26,7 +27,9 @@ from protocol.messages import (
 )
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
+from router.control import avoidance
 from router.control.attempts import Attempts
+from router.control.course import MAX_CRASHES, MAX_FAILURES, PROGRESS_TOKENS
 from router.control.dispatch import Dispatcher
 from router.control.held_prefixes import PIECE_TOKENS, HeldPrefixes
 from router.control.lifecycle import (
@@ -43,6 +46,7 @@ from router.control.lifecycle import (
     Side,
 )
 from router.control.policies import POLICIES, ReadyGroup
+from router.control.quarantine import QUARANTINE_S, Quarantined
 
 VOCAB_SIZE = 100
 GONE = Outcome(Stage.CANCELLED, "client_gone")
@@ -92,7 +96,7 @@ class HonestWorker:
                 self.hand_off(attempt)
             case Handoff(attempt) if attempt in self.reserved:
                 self.outbox.append(Committed(attempt))
-                self.decoding[attempt] = 1
+                self.decoding[attempt] = self.first_index(attempt) + 1
             case Committed(attempt):
                 self.prefilling.pop(attempt, None)
             case Abort(attempt):
@@ -102,7 +106,15 @@ class HonestWorker:
 
     def hand_off(self, attempt: Attempt) -> None:
         if attempt in self.granted and attempt in self.is_prefilled:
-            self.outbox.append(Handoff(attempt, token_at(attempt.request_id, 0), Manifest(0, 7, 1, 1)))
+            first_token_id = token_at(attempt.request_id, self.first_index(attempt))
+            self.outbox.append(Handoff(attempt, first_token_id, Manifest(0, 7, 1, 1)))
+
+    def first_index(self, attempt: Attempt) -> int:
+        asked = self.prefilling.get(attempt) or self.reserved[attempt]
+        assert asked.generated_token_ids == tuple(
+            token_at(attempt.request_id, index) for index in range(len(asked.generated_token_ids))
+        )
+        return len(asked.generated_token_ids)
 
     def step(self) -> None:
         """Compute one prompt, or one token of everything that decodes; now and then fail at something."""
@@ -116,8 +128,9 @@ class HonestWorker:
 
     def prefill(self, attempt: Attempt) -> None:
         self.is_prefilled.add(attempt)
-        is_last = self.prefilling[attempt].sampling.max_tokens == 1
-        self.emit(attempt, 0, is_last)
+        index = self.first_index(attempt)
+        is_last = self.prefilling[attempt].sampling.max_tokens == index + 1
+        self.emit(attempt, index, is_last)
         if is_last:
             del self.prefilling[attempt]
         else:
@@ -154,6 +167,7 @@ class World:
         self.is_colocated = is_colocated
         self.dispatcher = Dispatcher(POLICIES["least_loaded"])
         self.attempts = Attempts(self.dispatcher, VOCAB_SIZE)
+        self.now_s = 0.0
         self.next_epoch = 1
         self.workers: dict[int, HonestWorker] = {}
         self.roles: list[tuple[str, int]] = []
@@ -195,21 +209,27 @@ class World:
                     self.outcomes[attempt.request_id] = outcome
                 case Drop(reason):
                     self.drops[reason] += 1
+        if actions:
+            self.perform(self.attempts.resume())
 
     def submit(self) -> None:
         name = f"r{len(self.asked)}"
-        self.asked[name] = request(name, max_tokens=self.rng.randint(1, 6))
+        own_prompt = (len(self.asked), *range(6))
+        asked = request(name, max_tokens=self.rng.randint(1, 6))
+        self.asked[name] = msgspec.structs.replace(asked, prompt_token_ids=own_prompt)
         self.perform(self.attempts.start(self.asked[name], deadline_s=self.rng.uniform(50, 5000)))
 
     def crash(self) -> None:
         index = self.rng.randrange(len(self.roles))
         role, epoch = self.roles[index]
         del self.workers[epoch]
-        self.perform(self.attempts.lose(epoch))
+        actions = self.attempts.lose(epoch)
         self.roles[index] = (role, self.spawn())
         self.pair_up()
+        self.perform([*actions, *self.attempts.resume()])
 
     def turn(self, now_s: float) -> None:
+        self.now_s = now_s
         choice = self.rng.random()
         worker = self.rng.choice(list(self.workers.values()))
         if choice < 0.1:
@@ -230,6 +250,8 @@ class World:
     def settle(self) -> None:
         """Nothing new comes; everything that is under way arrives."""
         for _ in range(200):
+            self.now_s += 0.1
+            self.perform([*self.attempts.expire(self.now_s), *self.attempts.resume()])
             for worker in self.workers.values():
                 while worker.inbox:
                     worker.receive()
@@ -259,7 +281,9 @@ def test_whatever_happens_every_request_ends_once_and_no_block_stays_held(is_col
         assert not any(load.prompt_tokens.values())
         assert not any(load.reserved_tokens.values())
         assert set(world.drops) <= {"ended_attempt"}, "an honest worker was taken for a broken one"
-    assert {"length", "client_gone", "worker_lost", "transfer_failed", "deadline_exceeded"} <= set(outcomes)
+    assert {"length", "client_gone", "deadline_exceeded"} <= set(outcomes)
+    assert set(outcomes) <= {"length", "client_gone", "deadline_exceeded", "quarantined"}
+    assert outcomes["quarantined"] * 50 < outcomes["length"]
 
 
 P, D = 11, 22
@@ -324,6 +348,188 @@ def test_a_first_token_that_finishes_frees_the_reservation_on_decode() -> None:
     assert life.is_over
 
 
+class Cluster:
+    """Attempts over one prefill and several decode groups; what is sent is kept, lives are lost at will."""
+
+    def __init__(self, *decode: int, num_tokens: int = 1000) -> None:
+        self.dispatcher = Dispatcher(POLICIES["least_loaded"])
+        self.attempts = Attempts(self.dispatcher, VOCAB_SIZE)
+        self.num_tokens = num_tokens
+        self.decode = list(decode)
+        self.pair_up()
+
+    def pair_up(self) -> None:
+        decode = [msgspec.structs.replace(group(e, e), num_tokens=self.num_tokens) for e in self.decode]
+        self.dispatcher.pair_up([group(0, P)], decode)
+
+    def start(self, name: str = "r", **parts: Any) -> Attempt:
+        return attempt_in(self.attempts.start(msgspec.structs.replace(request(name, 100), **parts), 100.0))
+
+    def stream(self, attempt: Attempt, *token_ids: int, first: int = 0) -> list[Action]:
+        """Let a whole attempt go well, up to its last token here."""
+        said: list[tuple[int, Any]] = [
+            (P, TokenUpdate(attempt, first, token_ids[0])),
+            (attempt.decode_epoch, Grant(attempt, 0)),
+            (P, Handoff(attempt, token_ids[0], Manifest(0, 1, 1, 1))),
+            (attempt.decode_epoch, Committed(attempt)),
+            *((attempt.decode_epoch, TokenUpdate(attempt, first + i, t)) for i, t in enumerate(token_ids) if i),
+        ]
+        return [action for sender, message in said for action in self.attempts.receive(sender, message)]
+
+    def lose(self, epoch: int) -> list[Action]:
+        self.decode.remove(epoch)
+        actions = self.attempts.lose(epoch)
+        self.pair_up()
+        return [*actions, *self.attempts.resume()]
+
+
+def attempt_in(actions: list[Action]) -> Attempt:
+    return sent(actions, Prefill)[0].attempt
+
+
+def sent(actions: list[Action], kind: type) -> list[Any]:
+    return [send.message for send in actions if isinstance(send, Send) and isinstance(send.message, kind)]
+
+
+def test_a_stream_that_lost_its_worker_goes_on_behind_its_last_token_and_hears_nothing_of_the_old_one() -> None:
+    cluster = Cluster(D, 33)
+    first = cluster.start()
+    cluster.stream(first, 5, 6, 7)
+    actions = cluster.lose(first.decode_epoch)
+    assert not [action for action in actions if isinstance(action, End | Deliver)]
+    second = attempt_in(actions)
+    assert (second.request_id, second.number, second.decode_epoch != first.decode_epoch) == ("r", 1, True)
+    for message in (*sent(actions, Prefill), *sent(actions, Reserve)):
+        assert message.request.generated_token_ids == (5, 6, 7)
+        assert message.request.max_num_tokens == 107
+    late = TokenUpdate(first, 3, 99)
+    assert cluster.attempts.receive(first.decode_epoch, late) == [Drop("ended_attempt")]
+    delivered = [action.update for action in cluster.stream(second, 8, 9, first=3) if isinstance(action, Deliver)]
+    assert [(update.index, update.token_id) for update in delivered] == [(3, 8), (4, 9)]
+    assert cluster.attempts.continued == {"worker_lost": 1}
+
+
+def test_without_a_pair_a_stream_waits_for_one_until_its_deadline_and_can_be_cancelled_meanwhile() -> None:
+    cluster = Cluster(D)
+    cluster.stream(cluster.start("a"), 5, 6)
+    cluster.stream(cluster.start("b"), 5, 6)
+    cluster.stream(cluster.start("c"), 5, 6)
+    assert sent(cluster.lose(D), Prefill) == []
+    assert cluster.attempts.stages() == [Stage.QUEUED] * 3
+    assert [end.outcome for end in cluster.attempts.cancel("a", GONE)] == [GONE]
+    cluster.decode.append(44)
+    cluster.attempts.expire(99.0)
+    cluster.pair_up()
+    assert [message.attempt.decode_epoch for message in sent(cluster.attempts.resume(), Prefill)] == [44, 44]
+    cluster.lose(44)
+    assert [end.outcome.code for end in cluster.attempts.expire(100.0)] == ["deadline_exceeded"] * 2
+    assert len(cluster.attempts) == 0
+
+
+def test_what_a_leaving_group_holds_goes_on_elsewhere_however_often_and_it_is_told_to_let_go() -> None:
+    cluster = Cluster(D, 33)
+    attempt = cluster.start()
+    for _ in range(2 * MAX_CRASHES):
+        actions = [*cluster.attempts.leave(attempt.decode_epoch), *cluster.attempts.resume()]
+        assert {send.receiver for send in actions if isinstance(send, Send) and isinstance(send.message, Abort)} == {
+            P,
+            attempt.decode_epoch,
+        }
+        attempt = attempt_in(actions)
+    assert cluster.attempts.leave(77) == []
+
+
+def test_a_leaving_prefill_group_does_not_disturb_what_decode_has_taken_over() -> None:
+    cluster = Cluster(D)
+    cluster.stream(cluster.start(), 5, 6)
+    assert cluster.attempts.leave(P) == []
+
+
+def test_a_request_that_ends_worker_after_worker_is_quarantined_and_so_is_its_prompt_for_ten_minutes() -> None:
+    cluster = Cluster(*range(40, 40 + MAX_CRASHES + 1))
+    poison = cluster.start("poison")
+    for _ in range(MAX_CRASHES):
+        poison = attempt_in(cluster.lose(poison.decode_epoch))
+    (end,) = [action for action in cluster.lose(poison.decode_epoch) if isinstance(action, End)]
+    assert (end.outcome.code, end.outcome.stage) == ("quarantined", Stage.FAILED)
+    cluster.decode.append(99)
+    cluster.pair_up()
+    with pytest.raises(Quarantined, match="600 s"):
+        cluster.start("again")
+    cluster.start("another", prompt_token_ids=(1, 2, 3))
+    cluster.attempts.expire(QUARANTINE_S)
+    cluster.start("much later")
+    assert cluster.attempts.num_quarantined == 0
+
+
+def test_a_stream_that_gets_on_between_crashes_is_never_quarantined() -> None:
+    cluster = Cluster(*range(40, 60))
+    attempt, first = cluster.start(sampling=SamplingParams(max_tokens=500, seed=1)), 0
+    for _ in range(4 * MAX_CRASHES):
+        cluster.stream(attempt, *range(PROGRESS_TOKENS), first=first)
+        attempt, first = attempt_in(cluster.lose(attempt.decode_epoch)), first + PROGRESS_TOKENS
+
+
+def test_suspects_are_tried_one_at_a_time_so_that_a_poison_request_takes_no_other_with_it() -> None:
+    cluster = Cluster(40)
+    running = [cluster.start(name, prompt_token_ids=(index, 1)) for index, name in enumerate(["a", "poison", "c"])]
+    epoch, ended, num_crashes, num_drawn = 40, [], 0, Counter[str]()
+    while running:
+        if any(attempt.request_id == "poison" for attempt in running):
+            cluster.decode.append(epoch + 1)
+            actions, num_crashes = cluster.lose(epoch), num_crashes + 1
+            epoch, running = epoch + 1, []
+        else:
+            attempt = running.pop(0)
+            drawn = cluster.stream(attempt, *range(PROGRESS_TOKENS), first=num_drawn[attempt.request_id])
+            num_drawn[attempt.request_id] += PROGRESS_TOKENS
+            actions = [*drawn, *cluster.attempts.resume()]
+        ended += [(action.attempt.request_id, action.outcome.code) for action in actions if isinstance(action, End)]
+        running += [message.attempt for message in sent(actions, Prefill)]
+    assert ended == [("poison", "quarantined")]
+    assert num_crashes == MAX_CRASHES + 1
+
+
+def fail_transfer(cluster: Cluster, attempt: Attempt) -> list[Action]:
+    failed = Failed(attempt, "transfer_failed", "no way")
+    return [*cluster.attempts.receive(attempt.decode_epoch, failed), *cluster.attempts.resume()]
+
+
+def test_a_pair_whose_transfer_failed_is_left_alone_for_a_while_and_then_tried_again() -> None:
+    cluster = Cluster(D, 33)
+    attempt = cluster.start()
+    other = attempt_in(fail_transfer(cluster, attempt))
+    assert other.decode_epoch != attempt.decode_epoch
+    assert {cluster.start(f"r{i}").decode_epoch for i in range(6)} == {other.decode_epoch}
+    cluster.attempts.expire(avoidance.FIRST_S)
+    assert cluster.start("later").decode_epoch == attempt.decode_epoch
+
+
+def test_transfers_that_keep_failing_end_with_their_reason_after_pauses_that_grow() -> None:
+    cluster = Cluster(D)
+    attempt, now_s, pauses = cluster.start(), 0.0, []
+    for _ in range(MAX_FAILURES):
+        actions, began_s = fail_transfer(cluster, attempt), now_s
+        while not sent(actions, Prefill):
+            now_s += 0.25
+            actions = [*cluster.attempts.expire(now_s), *cluster.attempts.resume()]
+        attempt = attempt_in(actions)
+        pauses.append(now_s - began_s)
+    assert pauses == [0.0, 0.25, 0.5, 1.0, 2.0]
+    (end,) = [action for action in fail_transfer(cluster, attempt) if isinstance(action, End)]
+    assert (end.outcome.code, end.outcome.message) == ("transfer_failed", "no way")
+
+
+def test_an_answer_too_long_for_every_pair_that_is_left_ends_and_says_so() -> None:
+    cluster = Cluster(D)
+    attempt = cluster.start()
+    cluster.decode.append(33)
+    cluster.num_tokens = 100
+    (end,) = [action for action in cluster.lose(attempt.decode_epoch) if isinstance(action, End)]
+    assert end.outcome.code == "worker_lost"
+    assert "at most 100 tokens" in end.outcome.message
+
+
 def test_a_fetch_goes_to_decode_once_and_word_of_its_failure_comes_back_while_prefill_is_there() -> None:
     life, attempt, _ = started()
     fetch, unfetched = Fetch(attempt, 0, 5), Unfetched(attempt, "a frame was broken")
@@ -350,21 +556,22 @@ def test_a_fetch_where_there_can_be_none_ends_the_request(after: tuple[type, ...
 
 def test_prefill_is_told_what_decode_seems_to_hold_where_there_is_room_for_the_request() -> None:
     dispatcher, held = Dispatcher(POLICIES["least_loaded"]), HeldPrefixes()
-    attempts = Attempts(dispatcher, VOCAB_SIZE, held)
+    attempts, begun = Attempts(dispatcher, VOCAB_SIZE, held), []
     dispatcher.pair_up([group(0, P)], [group(0, D)])
 
     def told(name: str, salt: str = "") -> int:
         asked = Request(name, tuple(range(100)) * 3, SamplingParams(max_tokens=200, seed=1), salt)
-        (prefill,) = [send.message for send in attempts.start(asked, 1e9) if isinstance(send.message, Prefill)]
+        (prefill,) = sent(attempts.start(asked, 1e9), Prefill)
+        begun.append(prefill.attempt)
         return prefill.num_held_tokens
 
     assert told("first") == 0
-    (life,) = attempts._lives.values()
-    for event in (Grant(life.attempt, 0), TokenUpdate(life.attempt, 0, 1)):
+    attempt = begun[0]
+    for event in (Grant(attempt, 0), TokenUpdate(attempt, 0, 1)):
         attempts.receive(P if isinstance(event, TokenUpdate) else D, event)
-    attempts.receive(P, Handoff(life.attempt, 1, Manifest(0, 1, 1, 1)))
-    attempts.receive(D, Committed(life.attempt))
-    attempts.receive(D, TokenUpdate(life.attempt, 1, 2))
+    attempts.receive(P, Handoff(attempt, 1, Manifest(0, 1, 1, 1)))
+    attempts.receive(D, Committed(attempt))
+    attempts.receive(D, TokenUpdate(attempt, 1, 2))
     attempts.cancel("first", GONE)
     assert told("second") == 300 // PIECE_TOKENS * PIECE_TOKENS
     assert told("third", salt="another") == 0
