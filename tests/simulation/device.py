@@ -8,8 +8,13 @@ import torch
 
 from engine.parked_kv import ParkedKV
 from engine.sampler import Drawing, Drawn, Sampler, SamplingRow
+from protocol.errors import GroupError
 from protocol.orders import Batch, Discard, Park, Unpark
-from tests.simulation.oracle import VOCAB_SIZE, OracleModel
+from tests.simulation.oracle import POISON, VOCAB_SIZE, OracleModel
+
+
+class Poisoned(GroupError):
+    """A request has ended the group that computed it."""
 
 
 class OracleEngine:
@@ -21,6 +26,8 @@ class OracleEngine:
     def forward(
         self, batch: Batch, drawn: torch.Tensor | None = None, layers_done: object = None
     ) -> Callable[[], torch.Tensor] | None:
+        if POISON in batch.token_ids:
+            raise Poisoned("this rank computes a token that ends it")
         return partial(self._model.forward, batch, drawn) if self._model else None
 
 

@@ -32,7 +32,7 @@ from protocol.messages import Join, Ready, Welcome, WorkerInfo
 from protocol.orders import AnyOrder, AnyReport, Step, StopRank
 from router.launch import GroupSpec
 from tests.simulation.control import SimulatedWire
-from tests.simulation.device import LateDrawing, OracleEngine, QueuedParkedKV
+from tests.simulation.device import LateDrawing, OracleEngine, Poisoned, QueuedParkedKV
 from tests.simulation.kv import SimulatedReceiver, SimulatedSender
 from tests.simulation.oracle import OracleModel, RankCache
 from tests.simulation.world import World
@@ -142,6 +142,7 @@ class SimulatedRank:
             self._group.check_limits(self)
             return is_busy
         except (Fenced, Stopped, GroupError) as end:
+            self._group.num_poisoned += isinstance(end, Poisoned)
             self._group.close_channel(self)
             self.die(str(end))
             return False
@@ -210,6 +211,7 @@ class SimulatedGroup:
         self.reports: deque[AnyReport] = deque()
         self._past_messages: dict[int, list[bytes]] = {}
         self.pool: BlockPool | None = None
+        self.num_poisoned = 0
         self._launched: LateDrawing | None = None
         self.roles: list[Role] = []
         self.ranks: dict[int, SimulatedRank] = {}

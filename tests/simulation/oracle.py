@@ -15,8 +15,11 @@ from kv_transfer.plan import heads_of_rank
 from protocol.layout import KVLayout
 from protocol.orders import Batch
 from protocol.request import Request
+from tests.sampling import row_of, sample
 
 VOCAB_SIZE = 64
+POISON = VOCAB_SIZE
+"""A token that ends the life of whatever group computes it."""
 _KV_BITS = (1 << 24) - 1  # room above for a mark of head and plane; never the pattern of an infinity or a NaN
 
 
@@ -29,17 +32,32 @@ def _digest(kv: int, digest: int) -> int:
 
 
 def oracle_answer(request: Request) -> list[int]:
-    """Return what an undisturbed greedy run of request draws."""
+    """Return what an undisturbed run of request draws."""
     digest, output = 0, []
     sampling = request.sampling
     for token_id in request.prompt_token_ids:
         digest = _digest(_kv_of(token_id, digest), digest)
     while len(output) < sampling.max_tokens:
-        output.append(digest % VOCAB_SIZE)
+        output.append(_drawn(digest, request, output))
         if output[-1] in sampling.ending_token_ids and len(output) >= sampling.min_tokens:
             break
         digest = _digest(_kv_of(output[-1], digest), digest)
     return output
+
+
+def _drawn(digest: int, request: Request, output: SequenceOf[int]) -> int:
+    """Return the next token, alone in its batch."""
+    if request.sampling.is_greedy:
+        return digest % VOCAB_SIZE
+    row = row_of(request.sampling, request.prompt_token_ids, output)
+    return sample(torch.from_numpy(_logits([digest])), [row])[0].token_id
+
+
+def _logits(digests: SequenceOf[int]) -> np.ndarray:
+    """Return float32 [len(digests), VOCAB_SIZE]: one token is likelier than the others."""
+    logits = np.zeros((len(digests), VOCAB_SIZE), np.float32)
+    logits[range(len(digests)), [digest % VOCAB_SIZE for digest in digests]] = 3
+    return logits
 
 
 @dataclass
@@ -79,9 +97,7 @@ class OracleModel:
                 batch.query_lens, batch.context_lens, batch.block_tables, strict=True
             )
         ]
-        logits = np.zeros((len(batch.sampled), VOCAB_SIZE), np.float32)
-        logits[range(len(batch.sampled)), [digests[index] % VOCAB_SIZE for index in batch.sampled]] = 1
-        return torch.from_numpy(logits)
+        return torch.from_numpy(_logits([digests[index] for index in batch.sampled]))
 
     def _run(self, table: bytes, start: int, token_ids: list[int]) -> int:
         """Read the KV of positions [0, start), write that of token_ids, and return the digest of all of it."""

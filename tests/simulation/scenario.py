@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
 
+from msgspec.structs import replace as replace_fields
+
 from decode_worker.role import DecodeRole
 from decode_worker.running import ALL_AT_ONCE, Growth
 from kv_transfer import sender
@@ -19,11 +21,12 @@ from protocol import identity
 from protocol.messages import RoleName
 from protocol.request import Request, SamplingParams
 from router.control import held_prefixes
+from router.control.course import MAX_CRASHES
 from router.launch import GroupSpec
-from tests.simulation.cluster import LONG_S, Client, SimulatedCluster
+from tests.simulation.cluster import LONG_S, NOBODY, Client, SimulatedCluster
 from tests.simulation.group import GroupSize
 from tests.simulation.kv import TIMEOUT_S, KVFaults
-from tests.simulation.oracle import VOCAB_SIZE
+from tests.simulation.oracle import POISON, VOCAB_SIZE
 from tests.simulation.world import World
 from worker.control_link import RECONNECT_MS
 
@@ -50,7 +53,8 @@ TOPOLOGIES: list[Topology] = [
 
 @dataclass(frozen=True)
 class Faults:
-    """How often what goes wrong. explained: the codes of errors that clients may see for it.
+    """How often what goes wrong. num_poisons: of requests that end whatever group computes them. explained: the codes
+    of errors that clients may see for it.
 
     crowded: the share of seeds with many requests at once and the smallest pools that can serve them.
     """
@@ -60,16 +64,15 @@ class Faults:
     num_crashes: int = 0
     num_cuts: int = 0
     num_pauses: int = 0
+    num_poisons: int = 0
     cancels: float = 0.0
     short_deadlines: float = 0.0
     crowded: float = 0.2
 
     @property
     def explained(self) -> set[str]:
-        kv = self.kv
-        is_lossy = kv.drop or kv.flip or kv.lose_answer
-        codes = {"transfer_failed"} if is_lossy else set()
-        return codes | ({"worker_lost", "transfer_failed"} if self.num_crashes or self.num_cuts else set())
+        """What goes wrong with workers and frames costs a client time and nothing else, but for one end too many."""
+        return {"quarantined"} if self.num_crashes + self.num_cuts > MAX_CRASHES else set()
 
 
 FAULTS = [
@@ -81,11 +84,15 @@ FAULTS = [
     Faults("a crash", KVFaults(late=0.2), num_crashes=1),
     Faults("crashes and cancels", KVFaults(late=0.3, double=0.2), num_crashes=3, cancels=0.3),
     Faults("a cut connection", KVFaults(latency_s=0.05), num_cuts=1),
+    Faults("a poison request", KVFaults(late=0.2), num_poisons=1, cancels=0.1),
     Faults("deadlines and pauses", KVFaults(late=0.2), num_pauses=3, short_deadlines=0.4),
     Faults("everything", KVFaults(0.02, 0.1, 0.02, 0.2, 0.02), 2, 1, 1, cancels=0.2, short_deadlines=0.1),
 ]
 
 GROWTHS = [ALL_AT_ONCE, Growth(1, 3), Growth(1, 100), Growth(2, 100), Growth(3, 8)]
+
+_RANDOM = {"temperature": 1.0, "frequency_penalty": 1.5, "repetition_penalty": 1.3, "top_k": 40}
+"""Draws that depend on their number, and on what was drawn before."""
 
 GRANT_ORDERS = ["first come, first served", "first come, first served", "newest first", "in any order"]
 """Production's, and others: whatever it is, nothing may deadlock."""
@@ -140,6 +147,8 @@ class Scenario:
         clock.run_until(lambda: False, FAULT_TIME_S)
         has_ended = clock.run_until(lambda: cluster.has_ended and not self._num_turns_due, LONG_S + 1)
         assert has_ended, "a request never ended"
+        num_lost = sum(group.num_poisoned for group in cluster.groups)
+        assert num_lost <= self.faults.num_poisons * (MAX_CRASHES + 1), f"{num_lost} groups were lost to poison"
         for client in cluster.clients.values():
             self._check(client, self._may_end[client.request.request_id])
         assert clock.run_until(lambda: cluster.is_at_rest, AT_REST_WITHIN_S), self._unrest()
@@ -157,6 +166,10 @@ class Scenario:
             if timeout_s < LONG_S:
                 self._may_end[request.request_id].add("deadline_exceeded")
             self.world.clock.after(self.rng.random() * within_s, partial(self._submit, request, leaves, timeout_s))
+        for index in range(self.faults.num_poisons):
+            poison = Request(f"poison-{index}", (1, POISON), SamplingParams(max_tokens=3, seed=0, temperature=0.0))
+            self._may_end[poison.request_id] = {"quarantined"}
+            self.world.clock.after(self.rng.random() * within_s, partial(self._submit, poison, leaves=False))
 
     def _plan_next_turn(self, client: Client) -> None:
         """A client that was answered goes on with the conversation, as long as it fits the smallest pool."""
@@ -186,6 +199,9 @@ class Scenario:
         prompt = [*range(1, 10)][: rng.choice(shared)] + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(1, 9))]
         ends = tuple(rng.sample(range(VOCAB_SIZE), 6))
         sampling = SamplingParams(max_tokens=rng.randint(1, max_tokens), seed=0, temperature=0.0, eos_token_ids=ends)
+        if self.seed % 4 == 2:
+            min_tokens = sampling.max_tokens // 2
+            sampling = replace_fields(sampling, **_RANDOM, seed=rng.getrandbits(62), min_tokens=min_tokens)
         is_short = rng.random() < self.faults.short_deadlines
         return Request(request_id, tuple(prompt), sampling), rng.random() * 0.1 if is_short else LONG_S
 
@@ -220,7 +236,10 @@ class Scenario:
 
     def _check(self, client: Client, may_end: set[str]) -> None:
         assert client.outcome is not None
-        if not client.is_complete:
+        if client.outcome == NOBODY:
+            faults = self.faults
+            assert faults.num_crashes + faults.num_cuts + faults.num_poisons, "nobody was lost, and nobody was there"
+        elif not client.is_complete:
             code = client.outcome.code
             assert code in may_end | self.faults.explained, (
                 f"{client.request.request_id}: unexplained end {client.outcome}"

@@ -13,7 +13,9 @@ from decode_worker.inbox import RemoteInbox
 from decode_worker.mover import ReceivingMover
 from decode_worker.reservation import Reservation
 from decode_worker.role import DecodeRole
+from engine import step_loop
 from engine.block_pool import Hold
+from engine.sampler import SamplingRow
 from engine.sequence import Chunk, Sequence
 from kv_transfer import staging
 from kv_transfer.receiver import KVReceiver
@@ -24,9 +26,12 @@ from prefill_worker.fetcher import RemoteFetcher
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol.codec import decode
-from protocol.messages import Abort, AnyMessage, Failed, Handoff
+from protocol.messages import Abort, AnyMessage, Failed, Handoff, TokenUpdate
 from protocol.orders import AnyReport, SendBlocks
-from router.control.lifecycle import Lifecycle, Side
+from router.control.attempts import Attempts
+from router.control.course import Course
+from router.control.lifecycle import Lifecycle, Outcome, Side
+from tests.sampling import WrittenText
 from tests.simulation.planting import LEAK, MAX_SEEDS, STUCK, WRONG, first_failure
 from worker.control_link import ControlLink
 
@@ -253,6 +258,62 @@ def prefill_frees_blocks_that_are_fetched_into(patch: Patch) -> None:
     patch.setattr(RemoteOutbox, "drop", lambda self, attempt: None)
 
 
+def the_next_attempt_begins_with_something_else(patch: Patch) -> None:
+    original = Course.fail
+
+    def fail(self: Course, outcome: Outcome, now_s: float) -> Outcome | None:
+        asked, index = self.request, self.life.next_index
+        ended = original(self, outcome, now_s)
+        self.request = msgspec.structs.replace(asked, generated_token_ids=(0,) * index)
+        return ended
+
+    patch.setattr(Course, "fail", fail)
+
+
+def draws_are_counted_from_the_new_prompt(patch: Patch) -> None:
+    def sampling_row(chunk: Chunk) -> SamplingRow:
+        sequence = chunk.sequence
+        return SamplingRow(sequence.request.sampling, sequence, chunk.end - sequence.num_known_tokens)
+
+    patch.setattr(step_loop, "_sampling_row", sampling_row)
+
+
+def penalties_are_counted_from_the_new_prompt(patch: Patch) -> None:
+    original = step_loop._sampling_row
+
+    def sampling_row(chunk: Chunk) -> SamplingRow:
+        row, sequence = original(chunk), chunk.sequence
+        known = sequence.num_known_tokens
+        if not hasattr(sequence, "text"):
+            sequence.text = WrittenText(sequence.token_ids[:known], sequence.token_ids[known:])
+        return SamplingRow(row.params, sequence.text, row.position)
+
+    patch.setattr(step_loop, "_sampling_row", sampling_row)
+
+
+def a_late_token_of_an_old_attempt_is_delivered(patch: Patch) -> None:
+    original = Attempts.receive
+
+    def receive(self: Attempts, sender: int, message: AnyMessage):
+        course = self._courses.get(message.attempt.request_id)
+        if isinstance(message, TokenUpdate) and course and course.life:
+            attempt = course.attempt
+            is_first = message.index == len(course.request.generated_token_ids)
+            sender = attempt.prefill_epoch if is_first else attempt.decode_epoch
+            message = msgspec.structs.replace(message, attempt=attempt)
+        return original(self, sender, message)
+
+    patch.setattr(Attempts, "receive", receive)
+
+
+def a_quarantine_is_forgotten(patch: Patch) -> None:
+    patch.setattr(Course, "_crash", lambda self: None)
+
+
+def a_request_that_waits_is_forgotten(patch: Patch) -> None:
+    patch.setattr(Attempts, "resume", lambda self: [])
+
+
 PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (decode_frees_on_abort_and_lets_the_transfer_live, WRONG, "slow frames"),
     (prefill_frees_what_was_not_fetched_in_time, WRONG, ""),
@@ -276,6 +337,12 @@ PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (prefill_goes_on_expecting_a_fetch_that_it_has_given_up, LEAK, "damaged"),
     (prefill_frees_blocks_that_are_fetched_into, WRONG, "slow frames"),
     (a_token_that_is_being_drawn_is_forgotten, WRONG + "|AssertionError", ""),
+    (the_next_attempt_begins_with_something_else, WRONG, "crash"),
+    (draws_are_counted_from_the_new_prompt, WRONG, "crash"),
+    (penalties_are_counted_from_the_new_prompt, WRONG, "crash"),
+    (a_late_token_of_an_old_attempt_is_delivered, STUCK, ""),
+    (a_quarantine_is_forgotten, "lost to poison|never ended", "poison"),
+    (a_request_that_waits_is_forgotten, STUCK, "crash"),
 ]
 """plant, what the simulation must say, and the faults without which it would only take longer to find."""
 
