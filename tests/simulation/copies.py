@@ -30,7 +30,7 @@ def _named(name_of: Callable[[object], object]):
 
 class _Pickler(pickle.Pickler):
     dispatch_table = copyreg.dispatch_table.copy()
-    dispatch_table[Request] = _named(lambda request: ("request", request.request_id))
+    dispatch_table[Request] = _named(lambda request: ("request", request.request_id, request.generated_token_ids))
     dispatch_table[Endpoint] = _named(lambda endpoint: ("endpoint", endpoint.epoch, endpoint.layout.block_size))
     dispatch_table[KVLayout] = _named(lambda layout: ("layout", layout.block_size))
     dispatch_table[Attempt] = _named(

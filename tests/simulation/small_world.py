@@ -14,8 +14,9 @@ from protocol.messages import AnyMessage, PeerLost, Prefill, Reserve, Tokens, To
 from protocol.request import Request
 from protocol.stages import Stage
 from router.control.attempts import Attempts
+from router.control.course import Course
 from router.control.dispatch import Dispatcher
-from router.control.lifecycle import Action, Deliver, End, Outcome, Send
+from router.control.lifecycle import Action, Deliver, End, Lifecycle, Outcome, Send
 from router.control.policies import POLICIES, ReadyGroup
 from tests.simulation.copies import Part
 from tests.simulation.small_life import (
@@ -144,8 +145,9 @@ class SmallWorld:
         lost, self.known[side] = self.known[side], self.lives[side].item.epoch
         other = 1 - side
         self.down[other].append((self.known[other], PeerLost(lost)))
-        self._perform(self.router.item[0].lose(lost))
+        actions = self.router.item[0].lose(lost)
         self._pair_up()
+        self._perform([*actions, *self.router.item[0].resume()])
 
     def _cancel(self, index: int) -> None:
         self.cancels_left -= 1
@@ -217,9 +219,14 @@ def _message_key(item: tuple[Epoch, AnyMessage]) -> tuple:
 
 
 def _router_key(router: tuple[Attempts, Dispatcher]) -> tuple:
-    return tuple(map(_lifecycle_key, router[0]._lives.values()))
+    attempts = router[0]
+    return tuple(map(_course_key, attempts._courses.values())), tuple(attempts._waiting)
 
 
-def _lifecycle_key(life) -> tuple:
+def _course_key(course: Course) -> tuple:
+    return course.attempt, course.request.generated_token_ids, course.life and _lifecycle_key(course.life)
+
+
+def _lifecycle_key(life: Lifecycle) -> tuple:
     holders = tuple(sorted(side.value for side in life.holders))
-    return life.attempt, life.stage, holders, life.num_tokens, life._is_granted, life._is_handed_off
+    return life.stage, holders, life.num_drawn, life._is_granted, life._is_handed_off

@@ -16,8 +16,10 @@ from protocol.messages import RoleName
 from protocol.orders import AnyOrder, SendBlocks, SendMore
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
+from router.control.course import MAX_CRASHES
+from router.control.lifecycle import Outcome
 from router.launch import GroupSpec
-from tests.simulation.cluster import Client, SimulatedCluster
+from tests.simulation.cluster import NOBODY, Client, SimulatedCluster
 from tests.simulation.group import GroupSize
 from tests.simulation.kv import KVFaults
 from tests.simulation.oracle import VOCAB_SIZE
@@ -136,8 +138,17 @@ def test_a_group_that_dies_takes_what_it_has_parked_with_it(shape: str, cluster_
         assert cluster.world.clock.run_until(lambda: cluster.is_ready, 5)
         clients += overcommitted_crowd(cluster, 20, f"life-{life}")
     assert cluster.world.clock.run_until(lambda: cluster.has_ended, LONG_S / 2), "deadlock"
-    assert {client.outcome.code for client in clients} <= {"length", "worker_lost", "transfer_failed"}
+    assert num_quarantined(clients) <= 3 - MAX_CRASHES
     assert_serves(cluster)
+
+
+def num_quarantined(clients: list[Client], *may_end: Outcome) -> int:
+    """Who kills one group over and over is taken for one of its requests: at most for one that was tried alone, each
+    time beyond those that a request is given. All others are served.
+    """
+    others = [client.outcome for client in clients if not client.is_complete and client.outcome not in may_end]
+    assert all(outcome.code == "quarantined" for outcome in others)
+    return len(others)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -153,7 +164,7 @@ def test_groups_that_come_and_go_under_a_crowd_leave_nobody_waiting(shape: str, 
             ranks = [rank for group in cluster.groups for rank in group.ranks.values()]
             world.rng.choice(ranks).die("killed")
     assert world.clock.run_until(lambda: cluster.has_ended, LONG_S / 2), "deadlock"
-    assert {client.outcome.code for client in clients} <= {"length", "worker_lost", "transfer_failed"}
+    assert num_quarantined(clients, NOBODY) <= 4 - MAX_CRASHES
     assert_serves(cluster)
 
 
@@ -190,9 +201,10 @@ def _transferring(cluster: SimulatedCluster) -> list[str]:
 
 def _committed(cluster: SimulatedCluster) -> list[str]:
     """As the router sees it: decode has committed, and has not said a token yet."""
-    lives = cluster.controller.attempts._lives
-    found = [lives.get(sequence.request.request_id) for sequence in _running(cluster)]
-    return [life.request.request_id for life in found if life and life.stage is Stage.DECODING and life.num_tokens == 1]
+    courses = cluster.controller.attempts._courses
+    found = [courses.get(sequence.request.request_id) for sequence in _running(cluster)]
+    lives = [course.life for course in found if course and course.life]
+    return [life.request.request_id for life in lives if life.stage is Stage.DECODING and life.num_drawn == 1]
 
 
 def _decoding(cluster: SimulatedCluster) -> list[str]:
