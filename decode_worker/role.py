@@ -1,5 +1,6 @@
 """The decode role of a group's leader: reserves room, commits arrived prompts, and runs everything that is running.
 
+It is decode's scheduler: continuous batching, for every step's batch is made anew of the sequences that run.
 A reservation is waiting (no blocks yet), arriving (its ranks expect frames), running, or parked. Its blocks are enough
 for the prompt from the start; whether for all its growth, and what happens when they are not, is
 decode_worker/running.py's business. A prompt is used only when every rank has checked every frame and the handoff's

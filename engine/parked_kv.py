@@ -3,6 +3,7 @@
 Every rank of a group holds its own heads. How much may be parked is the leader's business, and who; nothing here ever
 leaves the rank. Copies are made where steps are, on the device's current stream: after every step that was launched
 before the order, and before all that are launched after it. The host waits for them: their memory is not pinned.
+Elsewhere this is called swapping KV out and in, when a sequence is preempted.
 """
 
 import torch

@@ -2,8 +2,8 @@
 
 Called over and over by the worker. Earlier roles have first call on the token budget (a colocated worker puts decode
 first, so that running streams do not wait for prompts). Where the device computes by itself, a step is launched before
-the last one's tokens are read: whatever ends a sequence takes effect one step later, and what that step computed for it
-is dropped.
+the last one's tokens are read (overlap or asynchronous scheduling): whatever ends a sequence takes effect one step
+later, and what that step computed for it is dropped.
 
 The blocks of a sequence that ends are free although a step under way still writes to them. That is safe: steps run one
 after another, so a later step's writes come later, and KV from elsewhere needs a grant, which the ranks' reports bring
