@@ -44,7 +44,7 @@ class GroupLost(msgspec.Struct, frozen=True):
 
 
 class Reject(msgspec.Struct, frozen=True):
-    """Tell whoever sent the message in hand that it has no place here. It is not a member: it has no epoch."""
+    """Tell the sender of the message in hand that it has no place here. No epoch is named: it is no member."""
 
     reason: str
 
@@ -197,7 +197,7 @@ class Membership:
         return self._tell_leaders(self._end(epoch, reason, is_reachable))
 
     def lose_all(self, reasons: Mapping[Epoch, str]) -> list[MemberAction]:
-        """As lose, of several at once: nobody of them is told of the others."""
+        """As lose, of several at once: none of them is told of the others."""
         return self._tell_leaders([action for epoch, reason in reasons.items() for action in self._end(epoch, reason)])
 
     def _end(self, epoch: Epoch, reason: str, is_reachable: bool = False) -> list[MemberAction]:

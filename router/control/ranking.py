@@ -15,7 +15,7 @@ Cost = Callable[[ReadyGroup], tuple[float, ...]]
 class Ranking:
     """groups, at least one, by cost: the least is best, and of equals the first.
 
-    Whoever changes a cost says so (moved), or a group that got better is overlooked until it comes up.
+    Every change of a cost must be told (moved); otherwise a group that got better is overlooked until it comes up.
     """
 
     def __init__(self, groups: Sequence[ReadyGroup], cost: Cost) -> None:
