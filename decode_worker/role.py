@@ -135,7 +135,7 @@ class DecodeRole:
     def _serve(self, fetch: Fetch, reservation: Reservation) -> None:
         if reservation.is_fetched:
             self._num_duplicates += 1
-        elif reservation.hold and not reservation.handoff:  # whoever has handed off has no use for it
+        elif reservation.hold and not reservation.handoff:  # after a handoff prefill has no use for it
             position = self._first_position(reservation)
             reservation.is_fetched = self._prefixes.serve(fetch, reservation.reserve, reservation.hold, position)
 

@@ -144,7 +144,7 @@ class PrefillRole:
         self._admission.enter(job)
 
     def _admit(self) -> None:
-        """Places among those that are computed at once are kept from prompts with a grant by their like only."""
+        """A prompt with a grant waits for a place only while others with a grant have taken all places."""
         while self._num_rivals() < self._max_computing and (admitted := self._admission.admit()):
             self._start(*admitted)
 
