@@ -99,8 +99,8 @@ def _launch(
 def path_for_workers(path: str) -> str:
     """Return a model's folder as workers find it; a hub id stays as it is.
 
-    Ray ships a job's working directory, and workers start in their machine's copy, wherever Ray keeps it there. Without
-    one they start anywhere.
+    Ray ships a job's working directory, and workers start in their machine's copy, wherever Ray keeps that. Without a
+    working directory they may start in any folder.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():

@@ -57,7 +57,7 @@ class Progress:
             self.say(line)
 
     def _write(self, text: str) -> None:
-        """Whoever read this may have gone, or the disk be full: that costs lines, never the cluster."""
+        """The reader may have gone, or the disk be full: that costs lines, never the cluster."""
         with suppress(OSError):
             self._out.write(text)
             self._out.flush()

@@ -16,9 +16,9 @@ from worker.control_link import WELCOME_TIMEOUT_S
 from worker.launch import WorkerLaunch
 
 JOIN_WITHIN_S = 3 * WELCOME_TIMEOUT_S
-"""Less than it takes the followers of a leader that is not there to die MAX_LIVES times, for they are not to blame."""
+"""Shorter than MAX_LIVES lives of followers whose leader never joins: the leader is to be named, not they."""
 BACK_WITHIN_S = 900.0
-"""Whoever is loading when its group is lost hears of it only when it has loaded; then its next life begins."""
+"""A rank that is loading when its group is lost hears of it only when it has loaded; then its next life begins."""
 SILENT_FOR_S = 3600.0
 """A worker says little while it compiles, and nothing new while another one of its machine fetches the same files."""
 NO_STATUS_FOR_S = 60.0

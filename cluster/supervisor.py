@@ -78,7 +78,7 @@ class Supervisor:
                 self._tell_who_stays_away(status)
 
     def drain(self, grace_s: float) -> None:
-        """Let the router finish what runs and stop the workers; whoever is then still there is killed."""
+        """Let the router finish what runs and stop the workers; kill those that are still there afterwards."""
         self._router.drain(grace_s + _PATIENCE_S)
         ray.wait([rank.running for rank in self._ranks], num_returns=len(self._ranks), timeout=_PATIENCE_S)
         self.kill()
@@ -89,7 +89,7 @@ class Supervisor:
             rank.end()
 
     def _look(self) -> None:
-        """Wait a moment for something to end, see to what has, and run again whoever has paused for long enough."""
+        """Wait a moment for runs to end, see to those that have, and run workers again whose pause is over."""
         ended = self._await_end()
         if self._router.exit_code is not None:
             raise TandemError(f"the router ended by itself (exit code {self._router.exit_code}); shutting down")
@@ -128,7 +128,7 @@ class Supervisor:
         return status
 
     def _end_stuck(self, status: ClusterStatus) -> None:
-        """Kill whom the router has given up but who has not ended: stopped, or hung where nothing can be told to it."""
+        """Kill workers that the router has given up but that have not ended: stopped by a signal, or hung."""
         now_s = self._clock()
         dead = [worker for worker in status.workers if worker.state == "dead"]
         self._dead_since_s = {worker.epoch: self._dead_since_s.get(worker.epoch, now_s) for worker in dead}
