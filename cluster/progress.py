@@ -13,7 +13,7 @@ from cluster.status_client import ClusterStatus, WorkerStatus
 _CLEAR_LINE = "\r\x1b[2K"
 
 
-class Progress:
+class ProgressDisplay:
     """Tells num_workers workers' way to ready, and afterwards who is lost and who is back."""
 
     def __init__(self, num_workers: int, out: TextIO = sys.stdout) -> None:

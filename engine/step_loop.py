@@ -27,7 +27,7 @@ Forward = Callable[[Batch, Any], Any]
 """Runs a batch on all ranks, given the token ids that the step before draws; returns [num_sampled, vocab_size]."""
 
 
-class Drawing(Protocol):
+class PendingTokens(Protocol):
     """The tokens of one step, perhaps not known yet."""
 
     @property
@@ -38,7 +38,7 @@ class Drawing(Protocol):
         """Wait for the tokens, one for each row."""
 
 
-Draw = Callable[[Any, SequenceOf[SamplingRow]], Drawing]
+Draw = Callable[[Any, SequenceOf[SamplingRow]], PendingTokens]
 """Draws a token from every row of what forward returned."""
 
 
@@ -48,7 +48,7 @@ class _Launched:
 
     chunks: list[Chunk]
     role_of: dict[Chunk, Role]
-    drawing: Drawing
+    drawing: PendingTokens
 
     @property
     def rows(self) -> dict[Sequence, int]:

@@ -23,7 +23,7 @@ FrameFault = Literal["bad_version", "bad_header", "wrong_size", "bad_digest"]
 
 DigestKind = Literal["xxh3", "words"]
 
-Rank = Annotated[int, msgspec.Meta(ge=0)]
+RankNumber = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class FrameError(WireError):
@@ -42,8 +42,8 @@ class FrameHeader(msgspec.Struct, frozen=True, array_like=True):
     """
 
     attempt: Attempt
-    source_rank: Rank
-    destination_rank: Rank
+    source_rank: RankNumber
+    destination_rank: RankNumber
     num_frames: Annotated[int, msgspec.Meta(ge=1)]
     piece: Piece
     digest_kind: DigestKind

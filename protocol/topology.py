@@ -19,7 +19,7 @@ Transport = Literal["auto", "cuda_ipc", "nccl", "shm", "zmq", "gloo"]
 GPU_TRANSPORTS: tuple[Transport, ...] = ("cuda_ipc", "nccl")
 """Those that need device: cuda."""
 
-Policy = Literal["round_robin", "least_loaded"]
+PolicyName = Literal["round_robin", "least_loaded"]
 Device = Literal["cpu", "cuda"]
 BlockSize = Literal[16, 32, 64, 128]
 
@@ -42,7 +42,7 @@ class RouterSection(Section, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: Port = 8000
-    policy: Policy = "least_loaded"
+    policy: PolicyName = "least_loaded"
     grace_s: Seconds = 30.0
     timeout_s: Seconds = 600.0
 

@@ -11,7 +11,7 @@ import msgspec
 
 from protocol.identity import Epoch
 from protocol.layout import Endpoint
-from protocol.topology import Policy as PolicyName
+from protocol.topology import PolicyName
 
 
 class ReadyGroup(msgspec.Struct, frozen=True):
