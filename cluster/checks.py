@@ -188,7 +188,7 @@ def _check_fetching(topology: Topology) -> None:
 def _check_parking(
     role: RoleName, section: RoleSection, topology: Topology, model: ModelConfig, max_context: int
 ) -> None:
-    """With less room than one request needs, growth_tokens would be a wish that nobody grants."""
+    """With less parked_memory than one request needs, growth_tokens would have no effect."""
     if not isinstance(section, DecodeSection) or section.growth_tokens is None:
         return
     block_size = topology.cache_of(section).block_size

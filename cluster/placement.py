@@ -1,7 +1,7 @@
 """A topology's ranks -> Ray actors: who runs with which share of which machine.
 
 Called once by `up`. The ranks of a group are placed as one unit, on one node if they fit there. Ray's handles end here:
-the rest of the command line sees a Rank with a name and the future of its run.
+the rest of the command line sees a RankActor with a name and the future of its run.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ _PLACE_WITHIN_S = 120  # long enough for an autoscaler to bring a machine
 
 
 @dataclass
-class Rank:
+class RankActor:
     """One actor, and the future of its current run."""
 
     launch: WorkerLaunch
@@ -55,7 +55,7 @@ class Rank:
         ray.kill(self.actor, no_restart=True)
 
 
-def start_ranks(topology: Topology, max_context: int, control: str, host: str) -> list[Rank]:
+def start_ranks(topology: Topology, max_context: int, control: str, host: str) -> list[RankActor]:
     """Create the actors of every group. control is the router's address for them; host their own, "" to find it out."""
     ranks = []
     for role, section in roles(topology):
@@ -99,8 +99,8 @@ def _launch(
 def path_for_workers(path: str) -> str:
     """Return a model's folder as workers find it; a hub id stays as it is.
 
-    Ray ships a job's working directory, and workers start in their machine's copy, wherever Ray keeps it there. Without
-    one they start anywhere.
+    Ray ships a job's working directory, and workers start in their machine's copy, wherever Ray keeps that. Without a
+    working directory they may start in any folder.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -109,7 +109,7 @@ def path_for_workers(path: str) -> str:
     return f"./{folder}" if is_shipped and not folder.is_absolute() else str(folder.resolve())
 
 
-def _start_group(launches: list[WorkerLaunch], cpus: float, gpus: float) -> list[Rank]:
+def _start_group(launches: list[WorkerLaunch], cpus: float, gpus: float) -> list[RankActor]:
     bundle = {"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus}
     together = placement_group([bundle] * len(launches), strategy="PACK")
     if not together.wait(_PLACE_WITHIN_S):
@@ -121,7 +121,7 @@ def _start_group(launches: list[WorkerLaunch], cpus: float, gpus: float) -> list
     return [_start_rank(each, cpus, gpus, together) for each in launches]
 
 
-def _start_rank(mine: WorkerLaunch, cpus: float, gpus: float, together: Any) -> Rank:
+def _start_rank(mine: WorkerLaunch, cpus: float, gpus: float, together: Any) -> RankActor:
     place = PlacementGroupSchedulingStrategy(together, placement_group_bundle_index=mine.rank)
     actor = (
         ray.remote(WorkerActor)
@@ -134,7 +134,7 @@ def _start_rank(mine: WorkerLaunch, cpus: float, gpus: float, together: Any) -> 
         )
         .remote()
     )
-    return Rank(mine, actor, actor.run.options(name=mine.name).remote(launch.encode(mine)))
+    return RankActor(mine, actor, actor.run.options(name=mine.name).remote(launch.encode(mine)))
 
 
 def lost_machines() -> list[str]:

@@ -13,7 +13,7 @@ from cluster.status_client import ClusterStatus, WorkerStatus
 _CLEAR_LINE = "\r\x1b[2K"
 
 
-class Progress:
+class ProgressDisplay:
     """Tells num_workers workers' way to ready, and afterwards who is lost and who is back."""
 
     def __init__(self, num_workers: int, out: TextIO = sys.stdout) -> None:
@@ -57,7 +57,7 @@ class Progress:
             self.say(line)
 
     def _write(self, text: str) -> None:
-        """Whoever read this may have gone, or the disk be full: that costs lines, never the cluster."""
+        """The reader may have gone, or the disk be full: that costs lines, never the cluster."""
         with suppress(OSError):
             self._out.write(text)
             self._out.flush()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 FIRST_DELAY_S = 1.0
 MAX_DELAY_S = 30.0
 SERVED_FOR_S = 60.0
-"""Whoever ran so long begins with the first delay again."""
+"""A worker that ran so long begins with the first delay again."""
 
 
 class Restarts:

@@ -16,15 +16,15 @@ from worker.control_link import WELCOME_TIMEOUT_S
 from worker.launch import WorkerLaunch
 
 JOIN_WITHIN_S = 3 * WELCOME_TIMEOUT_S
-"""Less than it takes the followers of a leader that is not there to die MAX_LIVES times, for they are not to blame."""
+"""Shorter than MAX_LIVES lives of followers whose leader never joins: the leader is to be named, not they."""
 BACK_WITHIN_S = 900.0
-"""Whoever is loading when its group is lost hears of it only when it has loaded; then its next life begins."""
+"""A rank that is loading when its group is lost hears of it only when it has loaded; then its next life begins."""
 SILENT_FOR_S = 3600.0
 """A worker says little while it compiles, and nothing new while another one of its machine fetches the same files."""
 NO_STATUS_FOR_S = 60.0
 MAX_LIVES = 3
 
-Place = tuple[RoleName, int, int]
+RankKey = tuple[RoleName, int, int]
 
 
 class _Heard(msgspec.Struct):
@@ -46,7 +46,7 @@ class StartWatch:
         self._logs = logs
         self._clock = clock
         self._answered_s = clock()
-        self._heard: dict[Place, _Heard] = {place: _Heard(None, self._answered_s) for place in self._launches}
+        self._heard: dict[RankKey, _Heard] = {place: _Heard(None, self._answered_s) for place in self._launches}
 
     def look(self, status: ClusterStatus | None) -> None:
         """Take the router's status, None when it did not answer. Raise TandemError when the start leads nowhere."""
@@ -60,7 +60,7 @@ class StartWatch:
         for place in self._launches:
             self._look_at(place, here.get(place), now_s)
 
-    def _look_at(self, place: Place, worker: WorkerStatus | None, now_s: float) -> None:
+    def _look_at(self, place: RankKey, worker: WorkerStatus | None, now_s: float) -> None:
         heard = self._heard[place]
         if worker is not None:
             self._note(heard, worker, now_s)

@@ -16,7 +16,7 @@ class StopSignal:
         self.listen()
 
     def listen(self) -> None:
-        """Take both signals; to be called again after whoever else has taken them (Ray's start does)."""
+        """Take both signals; to be called again after something else has taken them, as Ray's start does."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._hear)
 

@@ -13,8 +13,8 @@ from typing import Any
 import ray
 
 from cluster.absence import Absence
-from cluster.placement import Rank, lost_machines
-from cluster.progress import Progress
+from cluster.placement import RankActor, lost_machines
+from cluster.progress import ProgressDisplay
 from cluster.restarts import Restarts
 from cluster.router_process import RouterProcess
 from cluster.start_watch import StartWatch
@@ -41,8 +41,8 @@ class Supervisor:
     def __init__(
         self,
         router: RouterProcess,
-        ranks: list[Rank],
-        progress: Progress,
+        ranks: list[RankActor],
+        progress: ProgressDisplay,
         logs: str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -78,7 +78,7 @@ class Supervisor:
                 self._tell_who_stays_away(status)
 
     def drain(self, grace_s: float) -> None:
-        """Let the router finish what runs and stop the workers; whoever is then still there is killed."""
+        """Let the router finish what runs and stop the workers; kill those that are still there afterwards."""
         self._router.drain(grace_s + _PATIENCE_S)
         ray.wait([rank.running for rank in self._ranks], num_returns=len(self._ranks), timeout=_PATIENCE_S)
         self.kill()
@@ -89,7 +89,7 @@ class Supervisor:
             rank.end()
 
     def _look(self) -> None:
-        """Wait a moment for something to end, see to what has, and run again whoever has paused for long enough."""
+        """Wait a moment for runs to end, see to those that have, and run workers again whose pause is over."""
         ended = self._await_end()
         if self._router.exit_code is not None:
             raise TandemError(f"the router ended by itself (exit code {self._router.exit_code}); shutting down")
@@ -108,7 +108,7 @@ class Supervisor:
             return []
         return list(ray.wait(running, timeout=_LOOK_EVERY_S)[0])
 
-    def _see_to(self, rank: Rank) -> None:
+    def _see_to(self, rank: RankActor) -> None:
         """A run that ended was not killed (then Ray would have run it again): it returned or raised."""
         complaint = _complaint(rank.running)
         if self._phase is Phase.STARTING:
@@ -128,7 +128,7 @@ class Supervisor:
         return status
 
     def _end_stuck(self, status: ClusterStatus) -> None:
-        """Kill whom the router has given up but who has not ended: stopped, or hung where nothing can be told to it."""
+        """Kill workers that the router has given up but that have not ended: stopped by a signal, or hung."""
         now_s = self._clock()
         dead = [worker for worker in status.workers if worker.state == "dead"]
         self._dead_since_s = {worker.epoch: self._dead_since_s.get(worker.epoch, now_s) for worker in dead}
@@ -137,7 +137,7 @@ class Supervisor:
                 self._dead_since_s[worker.epoch] = float("inf")
                 self._end_if_there(self._rank_of(worker), worker)
 
-    def _end_if_there(self, rank: Rank, worker: WorkerStatus) -> None:
+    def _end_if_there(self, rank: RankActor, worker: WorkerStatus) -> None:
         if not self._restarts.is_waiting(rank.name) and rank.is_process(worker.pid):
             self._progress.say(f"{worker.name} does not end; killing it")
             rank.kill()
@@ -147,7 +147,7 @@ class Supervisor:
         if complaint is not None:
             self._progress.say(complaint)
 
-    def _rank_of(self, worker: WorkerStatus) -> Rank:
+    def _rank_of(self, worker: WorkerStatus) -> RankActor:
         who = (worker.role, worker.group, worker.rank)
         return next(rank for rank in self._ranks if (rank.launch.role, rank.launch.group, rank.launch.rank) == who)
 

@@ -1,5 +1,6 @@
 """The decode role of a group's leader: reserves room, commits arrived prompts, and runs everything that is running.
 
+It is decode's scheduler: continuous batching, for every step's batch is made anew of the sequences that run.
 A reservation is waiting (no blocks yet), arriving (its ranks expect frames), running, or parked. Its blocks are enough
 for the prompt from the start; whether for all its growth, and what happens when they are not, is
 decode_worker/running.py's business. A prompt is used only when every rank has checked every frame and the handoff's
@@ -134,7 +135,7 @@ class DecodeRole:
     def _serve(self, fetch: Fetch, reservation: Reservation) -> None:
         if reservation.is_fetched:
             self._num_duplicates += 1
-        elif reservation.hold and not reservation.handoff:  # whoever has handed off has no use for it
+        elif reservation.hold and not reservation.handoff:  # after a handoff prefill has no use for it
             position = self._first_position(reservation)
             reservation.is_fetched = self._prefixes.serve(fetch, reservation.reserve, reservation.hold, position)
 

@@ -3,7 +3,8 @@
 Called by the decode role. With growth_tokens a request begins with less room than it may come to need, provided that
 all it may come to need fits into host memory, so that it can always make way. A sequence that needs blocks may park
 those that arrived after it, and otherwise waits; parked ones come back, oldest first, before anybody new is let in. So
-the oldest never waits for a younger one (docs/decisions/0003-no-deadlock.md).
+the oldest never waits for a younger one (docs/decisions/0003-no-deadlock.md). Elsewhere parking is called
+preemption, with swapping.
 """
 
 from bisect import insort

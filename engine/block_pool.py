@@ -72,7 +72,7 @@ class BlockPool:
     def acquire(self, names: SequenceOf[bytes], num_blocks: int) -> Hold | None:
         """Hold num_blocks blocks, first those with the longest known run of names; None when too few are left.
 
-        names are those of the content that the holder wants, from position 0; at most num_blocks of them.
+        names: the content that the holder wants, block after block from position 0; at most num_blocks names.
         """
         assert len(names) <= num_blocks
         if not self.would_fit(names, num_blocks):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.batch_tensors import BatchTensors
 
-Forward = Callable[[BatchTensors], Tensor | None]
+Compute = Callable[[BatchTensors], Tensor | None]
 Work = Callable[[], None]
 Capture = Callable[[Work], Work]
 """Takes work on tensors that stay in their places; returns what repeats it."""
@@ -31,7 +31,7 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        forward: Forward,
+        forward: Compute,
         sizes: Iterable[int],
         max_blocks: int,
         scratch: "Scratch",

@@ -134,7 +134,7 @@ class Leader:
 
     def close(self) -> None:
         """Tell followers to stop, and let go of everything."""
-        with suppress(GroupError):  # whoever is gone has stopped
+        with suppress(GroupError):  # a follower that is gone needs no order to stop
             self.send(StopRank())
         self._socket.close(linger=1000)
         self._context.term()

@@ -1,8 +1,9 @@
 """KV of sequences that had to make way: one rank's copies in host memory, taken and put back by the leader's orders.
 
-Every rank of a group holds its own heads. How much may be parked is the leader's business, and who; nothing here ever
+Every rank of a group holds its own heads. The leader decides which sequences are parked, and how many; nothing ever
 leaves the rank. Copies are made where steps are, on the device's current stream: after every step that was launched
 before the order, and before all that are launched after it. The host waits for them: their memory is not pinned.
+Elsewhere this is called swapping KV out and in, when a sequence is preempted.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What a worker asks of each role it plays. A role is a scheduling policy over an engine, nothing more.
+"""What a worker asks of each role it plays. A role is a scheduling policy over an engine (a scheduler), no more.
 
 prefill_worker and decode_worker each have one; a colocated worker plays both over one block pool. The worker's loop
 talks to roles through this protocol only.

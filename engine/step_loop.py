@@ -2,8 +2,8 @@
 
 Called over and over by the worker. Earlier roles have first call on the token budget (a colocated worker puts decode
 first, so that running streams do not wait for prompts). Where the device computes by itself, a step is launched before
-the last one's tokens are read: whatever ends a sequence takes effect one step later, and what that step computed for it
-is dropped.
+the last one's tokens are read (overlap or asynchronous scheduling): whatever ends a sequence takes effect one step
+later, and what that step computed for it is dropped.
 
 The blocks of a sequence that ends are free although a step under way still writes to them. That is safe: steps run one
 after another, so a later step's writes come later, and KV from elsewhere needs a grant, which the ranks' reports bring
@@ -27,7 +27,7 @@ Forward = Callable[[Batch, Any], Any]
 """Runs a batch on all ranks, given the token ids that the step before draws; returns [num_sampled, vocab_size]."""
 
 
-class Drawing(Protocol):
+class PendingTokens(Protocol):
     """The tokens of one step, perhaps not known yet."""
 
     @property
@@ -38,7 +38,7 @@ class Drawing(Protocol):
         """Wait for the tokens, one for each row."""
 
 
-Draw = Callable[[Any, SequenceOf[SamplingRow]], Drawing]
+Draw = Callable[[Any, SequenceOf[SamplingRow]], PendingTokens]
 """Draws a token from every row of what forward returned."""
 
 
@@ -48,7 +48,7 @@ class _Launched:
 
     chunks: list[Chunk]
     role_of: dict[Chunk, Role]
-    drawing: Drawing
+    drawing: PendingTokens
 
     @property
     def rows(self) -> dict[Sequence, int]:

@@ -47,7 +47,7 @@ class TokenCounts:
         self.in_output.index_put_((rows, token_ids), ones, accumulate=True)
 
     def _take_up(self, text: Text) -> int:
-        """Whatever runs out of memory on the way leaves everything as it was."""
+        """When memory runs out on the way, everything is as it was."""
         if not self._free:
             self._grow()
         row, vocab_size = self._free[-1], self.in_output.shape[1]

@@ -2,8 +2,8 @@
 
 A unit is one layer's keys or values of one KV head for UNIT_TOKENS tokens (the last of a row may have fewer), so its
 digest is the same whatever the layouts of the two sides. "xxh3" is for payloads in the host's memory, "words" for those
-on a GPU (kernels/plain/digest_kv.py); whoever makes digests says in the header which, and every receiver can check
-both. Why, and what each finds: docs/decisions/0006-digests.md.
+on a GPU (kernels/plain/digest_kv.py); the header says of which kind its digests are, and every receiver can
+check both. Why, and what each finds: docs/decisions/0006-digests.md.
 """
 
 import torch

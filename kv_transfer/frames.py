@@ -23,7 +23,7 @@ FrameFault = Literal["bad_version", "bad_header", "wrong_size", "bad_digest"]
 
 DigestKind = Literal["xxh3", "words"]
 
-Rank = Annotated[int, msgspec.Meta(ge=0)]
+RankNumber = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class FrameError(WireError):
@@ -35,15 +35,15 @@ class FrameError(WireError):
 
 
 class FrameHeader(msgspec.Struct, frozen=True, array_like=True):
-    """Whose bytes a frame carries, and which. num_frames counts those of this pair of ranks.
+    """Which bytes of which attempt a frame carries. num_frames: the whole transfer's between these two ranks.
 
-    digest_kind, unit_digests: which digests, and they themselves; see digests.py. number: how many frames of this
-    transfer had left for this rank before, those that were sent again included.
+    digest_kind, unit_digests: the kind of the payload's digests, and the digests (digests.py). number: how many frames
+    of this transfer had left for this rank before, including those that were sent again.
     """
 
     attempt: Attempt
-    source_rank: Rank
-    destination_rank: Rank
+    source_rank: RankNumber
+    destination_rank: RankNumber
     num_frames: Annotated[int, msgspec.Meta(ge=1)]
     piece: Piece
     digest_kind: DigestKind

@@ -27,7 +27,7 @@ class Mailbox(Generic[ItemT]):
     def put(self, item: ItemT, num_bytes: int = 0) -> None:
         """Add an item, waiting while the box is full; an item larger than the box fits when it is empty.
 
-        After close, items are let go of at once.
+        After close, items are dropped at once.
         """
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._has_room(num_bytes))
@@ -70,7 +70,7 @@ class Mailbox(Generic[ItemT]):
         return self._bell
 
     def close(self) -> None:
-        """Let go of everything, and of every thread that waits in put. May be called twice."""
+        """Drop all items, and let every thread that waits in put return. May be called twice."""
         with self._changed:
             if self._closed:
                 return

@@ -63,7 +63,7 @@ class CudaStreams:
 
     @staticmethod
     def _event(stream: torch.cuda.Stream) -> torch.cuda.Event:
-        # Who waits for it sleeps: the main thread needs the core.
+        # A thread that waits for it sleeps: the main thread needs the core.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(stream)
         return event

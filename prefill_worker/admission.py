@@ -2,7 +2,7 @@
 
 Called by the prefill role. Without a grant, prompts are computed ahead of time in blocks that nothing better needs: up
 to the outbox's limit, and until a prompt with a grant wants them. So what decode has room for never waits for what it
-has no room for (docs/decisions/0003-no-deadlock.md).
+has no room for (docs/decisions/0003-no-deadlock.md). Grants and the limit are the backpressure of decode on prefill.
 """
 
 from collections import deque

@@ -1,5 +1,6 @@
 """The prefill role of a group's leader: computes prompts in chunks that fill the token budget, and hands them off.
 
+It is prefill's scheduler; computing in chunks is called chunked prefill.
 A job is waiting (no blocks yet), computing, or computed: its first token went to the client and its blocks are held
 until decode has committed to their content, or the attempt is aborted. Nothing is sent without a grant; with one, what
 is computed of a prompt leaves while the rest is being computed. Without one a job may have to give up its blocks and
@@ -143,7 +144,7 @@ class PrefillRole:
         self._admission.enter(job)
 
     def _admit(self) -> None:
-        """Places among those that are computed at once are kept from prompts with a grant by their like only."""
+        """A prompt with a grant waits for a place only while others with a grant have taken all places."""
         while self._num_rivals() < self._max_computing and (admitted := self._admission.admit()):
             self._start(*admitted)
 

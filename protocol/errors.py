@@ -1,4 +1,4 @@
-"""Every error that Tandem raises on purpose.
+"""The errors that pass from one part of Tandem to another, wherever they are defined.
 
     TandemError
      ├─ ConfigError        a topology or model that cannot work; for the person who wrote it
@@ -8,8 +8,12 @@
      │   └─ FrameError     the same of a KV frame, with a reason from a closed set (kv_transfer/frames.py)
      ├─ GroupError         a group that cannot assemble or lost a rank; the process ends
      └─ Fenced, Stopped    the router ended this life, or all of them (worker/control_link.py)
+    RuntimeError
+     └─ DeviceError        a device that does not finish a step; the process ends (engine/host_copy.py)
 
-ValueError stays for a client's bad parameter, assert for a programmer's mistake (never on what a peer sent).
+Within the router alone there are NoPair and PromptTooLong (router/control/dispatch.py) and the answers that are errors
+(router/front/errors.py). ValueError stays for a client's bad parameter, assert for a programmer's mistake (never on
+what a peer sent).
 """
 
 from typing import Literal

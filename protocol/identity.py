@@ -43,7 +43,7 @@ class Attempt(msgspec.Struct, frozen=True, array_like=True):
         return self.prefill_epoch, self.decode_epoch
 
     def epoch_opposite(self, epoch: Epoch) -> Epoch:
-        """Return the other group's: who sends to this one, for KV may go either way."""
+        """Return the epoch of the attempt's other group, where KV comes from: it may go either way."""
         return self.decode_epoch if epoch == self.prefill_epoch else self.prefill_epoch
 
 

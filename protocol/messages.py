@@ -100,7 +100,7 @@ class Heartbeat(Message, frozen=True):
 
 
 class Ping(Message, frozen=True):
-    """Router -> rank: says nothing; that it cannot be delivered says that the rank's connection is gone."""
+    """Router -> rank: carries nothing. When it cannot be delivered, the rank's connection is gone."""
 
 
 class PeerLost(Message, frozen=True):
@@ -133,8 +133,8 @@ class Reserve(Message, frozen=True):
 class Prefill(Message, frozen=True):
     """Router -> prefill: compute this prompt; send its KV to destination once a Grant has come.
 
-    num_held_tokens: how much of the prompt decode seems to hold, if the grant is likely to come at once. It is a guess
-    that says whether waiting for the grant may pay, and nothing else rests on it.
+    num_held_tokens: a guess at how much of the prompt decode holds; 0 when the grant is not likely to come at once.
+    Prefill waits for the grant where that may pay; nothing else rests on it.
     """
 
     attempt: Attempt

@@ -26,7 +26,7 @@ def block_table(block_ids: Iterable[int]) -> bytes:
 
 
 class CarriedToken(msgspec.Struct, frozen=True, array_like=True):
-    """Token index of a batch is the one that the batch before draws in its row."""
+    """The batch's token at index is not known yet: it is what the batch before draws in this row."""
 
     index: int
     row: int

@@ -1,4 +1,4 @@
-"""A request as it crosses the wire: token ids and sampling parameters, nothing else.
+"""A request as it crosses the wire: token ids and sampling parameters, never a text.
 
 Built by the router from an HTTP body, read by both roles. All checks that need no model are here; those that need the
 vocabulary or the context length are the router's.

@@ -19,7 +19,7 @@ Transport = Literal["auto", "cuda_ipc", "nccl", "shm", "zmq", "gloo"]
 GPU_TRANSPORTS: tuple[Transport, ...] = ("cuda_ipc", "nccl")
 """Those that need device: cuda."""
 
-Policy = Literal["round_robin", "least_loaded"]
+PolicyName = Literal["round_robin", "least_loaded"]
 Device = Literal["cpu", "cuda"]
 BlockSize = Literal[16, 32, 64, 128]
 
@@ -42,13 +42,13 @@ class RouterSection(Section, frozen=True, kw_only=True):
 
     host: str = "127.0.0.1"
     port: Port = 8000
-    policy: Policy = "least_loaded"
+    policy: PolicyName = "least_loaded"
     grace_s: Seconds = 30.0
     timeout_s: Seconds = 600.0
 
 
 class RoleCacheSection(Section, frozen=True, kw_only=True):
-    """What a role's KV cache has otherwise than the topology's kv_cache says; None: nothing."""
+    """Where a role's KV cache differs from the topology's kv_cache. None: it does not."""
 
     block_size: BlockSize | None = None
     memory: str | None = None
@@ -85,8 +85,8 @@ class DecodeSection(RoleSection, frozen=True, kw_only=True, tag="decode"):
     """growth_tokens: how much of an answer has its blocks from the start, and how much more it gets each time they are
     used up; None: all of it from the start, so that nothing that runs is ever set aside.
 
-    parked_memory: bytes of host memory per rank for the KV of sequences that were set aside, as 512MiB or 20GiB. Who
-    could not be parked there with all its growth is given all of it from the start.
+    parked_memory: bytes of host memory per rank for the KV of sequences that were set aside, as 512MiB or 20GiB. A
+    request for whose longest answer there is no room left there gets the blocks of all of it from the start.
     """
 
     growth_tokens: Positive | None = None
@@ -101,9 +101,9 @@ AnyRoleSection = PrefillSection | DecodeSection | ColocatedSection
 
 
 class KVCacheSection(Section, frozen=True, kw_only=True):
-    """memory: bytes per rank for KV blocks, as 512MiB or 20GiB; on a GPU also as 90% of what is free at the end.
+    """memory: bytes per rank for KV blocks, as 512MiB or 20GiB; on a GPU also 90% of what all else leaves.
 
-    A role may say otherwise for itself.
+    A role may override each of them for itself.
     """
 
     block_size: BlockSize = 16

@@ -120,7 +120,7 @@ def bind(section: RouterSection) -> socket.socket:
 
 
 def announce(addresses: Addresses) -> None:
-    """Tell whoever started us where both sockets are."""
+    """Tell the parent process, on stdout, where both sockets are."""
     sys.stdout.write(msgspec.json.encode(addresses).decode() + "\n")
     sys.stdout.flush()
 

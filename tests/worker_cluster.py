@@ -31,7 +31,7 @@ from protocol.topology import (
 )
 from router.control.controller import Controller, Effect, Transmit
 from router.control.lifecycle import Outcome
-from router.control.membership import Group, Rank
+from router.control.membership import Group, Member
 from router.control.plane import ControlPlane
 from router.launch import GroupSpec, RouterLaunch
 from worker.launch import CacheLaunch, ModelLaunch, WorkerLaunch
@@ -197,7 +197,7 @@ class WorkerCluster:
         """Return what the router knows of every group."""
         return list(self.controller.membership.groups.values())
 
-    def leaders(self) -> list[Rank]:
+    def leaders(self) -> list[Member]:
         """Return what the router knows of every group's leader."""
         return [group.ranks[0] for group in self.groups()]
 
@@ -232,7 +232,7 @@ class WorkerCluster:
         return sum(rank.state == "ready" for group in groups for rank in group.ranks.values())
 
     @staticmethod
-    def _is_idle(rank: Rank) -> bool:
+    def _is_idle(rank: Member) -> bool:
         return rank.load.blocks.held == 0 and rank.load.running == rank.load.waiting == 0
 
     def _launch(self, spec: GroupSpec, rank: int) -> WorkerLaunch:

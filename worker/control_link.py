@@ -31,7 +31,7 @@ class Stopped(TandemError):
     """The router said that nothing more will come: the process ends cleanly."""
 
 
-class Wire(Protocol):
+class ControlWire(Protocol):
     """Bytes to the router and back, in order."""
 
     def send(self, data: bytes) -> None:
@@ -45,7 +45,7 @@ class Wire(Protocol):
 
 
 class ControlSocket:
-    """The Wire of a real worker. Its identity carries the epoch: what was queued for another life stays there.
+    """The ControlWire of a real worker. Its identity carries the epoch: what was queued for another life stays there.
 
     What was under way when a connection is lost is lost with it, and nobody could say what it was. So this end waits
     with connecting again until the router has found out: by then this life is over there, and hears so.
@@ -80,7 +80,7 @@ class ControlSocket:
 class ControlLink:
     """engine.role.Outlet towards the router, and the way back."""
 
-    def __init__(self, wire: Wire, epoch: Epoch) -> None:
+    def __init__(self, wire: ControlWire, epoch: Epoch) -> None:
         self._wire = wire
         self._epoch = epoch
         self._outgoing: list[AnyMessage] = []

@@ -131,7 +131,7 @@ class FollowerLoop:
     def _speak(self) -> None:
         """Say to the router that this rank serves, and to the leader what was counted here.
 
-        Who never speaks to the router never learns that nobody there hears it any more. The leader's heartbeat speaks
+        A rank that never sent anything would not learn that the router has forgotten it. The leader's heartbeat speaks
         for the whole group, so it must know what was dropped here.
         """
         self._speak_at = self._clock() + HEARTBEAT_S

@@ -7,7 +7,7 @@ from typing import Any
 from cluster import ray_session
 from cluster.checks import longest_context, roles
 from cluster.commands.check import add_topology_arguments, describe, load_and_check
-from cluster.progress import Progress
+from cluster.progress import ProgressDisplay
 from cluster.ray_session import RaySession
 from cluster.router_process import RouterProcess
 from cluster.stop_signal import StopSignal
@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to stop. ConfigError: it cannot work; TandemError: it failed while running."""
     topology, model = load_and_check(arguments)
-    progress = Progress(sum(section.groups * section.tensor_parallel for _, section in roles(topology)))
+    progress = ProgressDisplay(sum(section.groups * section.tensor_parallel for _, section in roles(topology)))
     progress.say(f"starting {describe(topology)}")
     stop = StopSignal()
     with ray_session.connected(topology) as session:
@@ -38,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _serve(topology: Topology, model: ModelConfig, session: RaySession, progress: Progress, stop: StopSignal) -> None:
+def _serve(
+    topology: Topology, model: ModelConfig, session: RaySession, progress: ProgressDisplay, stop: StopSignal
+) -> None:
     from cluster.placement import start_ranks  # these two import Ray, which takes a second and reads its settings then
     from cluster.supervisor import Supervisor
 

@@ -44,7 +44,7 @@ class GroupLost(msgspec.Struct, frozen=True):
 
 
 class Reject(msgspec.Struct, frozen=True):
-    """Tell whoever sent the message in hand that it has no place here. It is not a member: it has no epoch."""
+    """Tell the sender of the message in hand that it has no place here. No epoch is named: it is no member."""
 
     reason: str
 
@@ -52,7 +52,7 @@ class Reject(msgspec.Struct, frozen=True):
 MemberAction = Send | Drop | GroupLost | Reject
 
 
-class Rank(msgspec.Struct):
+class Member(msgspec.Struct):
     """One rank in its present or last life."""
 
     info: WorkerInfo
@@ -71,15 +71,15 @@ class Group:
 
     def __init__(self, spec: GroupSpec) -> None:
         self.spec = spec
-        self.ranks: dict[int, Rank] = {}
+        self.ranks: dict[int, Member] = {}
         self.ready: ReadyGroup | None = None
 
     @property
-    def living(self) -> list[Rank]:
+    def living(self) -> list[Member]:
         return [rank for _, rank in sorted(self.ranks.items()) if rank.is_alive]
 
     @property
-    def leader(self) -> Rank | None:
+    def leader(self) -> Member | None:
         rank = self.ranks.get(0)
         return rank if rank is not None and rank.is_alive else None
 
@@ -98,7 +98,7 @@ class Membership:
 
     def __init__(self, specs: Iterable[GroupSpec]) -> None:
         self.groups: dict[GroupKey, Group] = {(spec.role, spec.group): Group(spec) for spec in specs}
-        self._living: dict[Epoch, tuple[Group, Rank]] = {}
+        self._living: dict[Epoch, tuple[Group, Member]] = {}
         self._past: OrderedDict[Epoch, bytes] = OrderedDict()
         self._heard: set[Epoch] = set()
         self._heard_before: set[Epoch] = set()
@@ -150,7 +150,7 @@ class Membership:
         previous = group.ranks.get(info.rank)
         if previous is not None and previous.is_alive:
             actions += self.lose(previous.info.epoch, "a new life of it has joined")
-        rank = Rank(info, message.rendezvous)
+        rank = Member(info, message.rendezvous)
         group.ranks[info.rank] = rank
         self._living[info.epoch] = (group, rank)
         return actions + _welcomes(group, rank)
@@ -197,7 +197,7 @@ class Membership:
         return self._tell_leaders(self._end(epoch, reason, is_reachable))
 
     def lose_all(self, reasons: Mapping[Epoch, str]) -> list[MemberAction]:
-        """As lose, of several at once: nobody of them is told of the others."""
+        """As lose, of several at once: none of them is told of the others."""
         return self._tell_leaders([action for epoch, reason in reasons.items() for action in self._end(epoch, reason)])
 
     def _end(self, epoch: Epoch, reason: str, is_reachable: bool = False) -> list[MemberAction]:
@@ -213,7 +213,7 @@ class Membership:
         group.ready = None
         return [*actions, GroupLost(leader.info.epoch)] if leader is not None else actions
 
-    def _bury(self, rank: Rank, reason: str) -> None:
+    def _bury(self, rank: Member, reason: str) -> None:
         rank.state, rank.doing = "dead", reason
         rank.load = Heartbeat(BlockCounts(), 0, 0, 0)
         self._past[rank.info.epoch] = identity_of(rank.info)
@@ -238,7 +238,7 @@ class Membership:
         return [Send(epoch, Stop()) for epoch in self._living]
 
 
-def _welcomes(group: Group, joined: Rank) -> list[MemberAction]:
+def _welcomes(group: Group, joined: Member) -> list[MemberAction]:
     """A leader makes everyone of its group welcome; a follower is so at once when its leader is there."""
     leader = group.leader
     if leader is None or leader.rendezvous is None:
@@ -248,7 +248,7 @@ def _welcomes(group: Group, joined: Rank) -> list[MemberAction]:
     return [Send(rank.info.epoch, welcome) for rank in ranks]
 
 
-def _ready_problem(group: Group, rank: Rank, message: Ready) -> str | None:
+def _ready_problem(group: Group, rank: Member, message: Ready) -> str | None:
     endpoint, size = message.endpoint, group.spec.tensor_parallel
     if rank.info.rank != 0:
         return "a follower cannot say that the group is ready"

@@ -19,7 +19,7 @@ from router.control.controller import Controller, Effect, Transmit
 from router.control.lifecycle import Deliver, End, Outcome
 
 TICK_S = 0.15
-"""Two of these are longer than the time between two words of a rank that is well: nobody has to ask after that one."""
+"""Two ticks are longer than a healthy rank's pause between two heartbeats, so that only silent ranks are pinged."""
 MAX_QUEUED = 20_000
 """Messages that one rank may leave unread before its connection counts as gone."""
 MAX_RECEIVED_AT_ONCE = 256
@@ -88,7 +88,7 @@ class ControlPlane:
                 self._count_bug()
 
     def _receive(self) -> None:
-        """Take what has come. ZMQ signals its descriptor by edges, so whoever is not done must come back by himself."""
+        """Take what has come. ZMQ signals its descriptor by edges: if something is left, this must be called again."""
         for _ in range(MAX_RECEIVED_AT_ONCE):
             try:
                 parts = self._socket.recv_multipart(zmq.NOBLOCK)

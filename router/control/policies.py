@@ -11,7 +11,7 @@ import msgspec
 
 from protocol.identity import Epoch
 from protocol.layout import Endpoint
-from protocol.topology import Policy as PolicyName
+from protocol.topology import PolicyName
 
 
 class ReadyGroup(msgspec.Struct, frozen=True):
@@ -45,7 +45,7 @@ Cost = Callable[[ReadyGroup, Load], float]
 
 
 class Policy(NamedTuple):
-    """What a group costs on either side, were it to get the next request: the least does, and equals take turns.
+    """What it would cost a group, on either side, to take the next request. The least cost gets it; equals take turns.
 
     It follows from the load alone, so that costs are compared anew only where the load has changed.
     """

@@ -9,16 +9,16 @@ from heapq import heapify, heappop, heappush, heapreplace
 from protocol.identity import Epoch
 from router.control.policies import ReadyGroup
 
-Cost = Callable[[ReadyGroup], tuple[float, ...]]
+SortKey = Callable[[ReadyGroup], tuple[float, ...]]
 
 
 class Ranking:
     """groups, at least one, by cost: the least is best, and of equals the first.
 
-    Whoever changes a cost says so (moved), or a group that got better is overlooked until it comes up.
+    Every change of a cost must be told (moved); otherwise a group that got better is overlooked until it comes up.
     """
 
-    def __init__(self, groups: Sequence[ReadyGroup], cost: Cost) -> None:
+    def __init__(self, groups: Sequence[ReadyGroup], cost: SortKey) -> None:
         self._groups = tuple(groups)
         self._cost = cost
         self._places = {group.epoch: place for place, group in enumerate(self._groups)}

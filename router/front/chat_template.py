@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from protocol.errors import ConfigError
 
-Message = Mapping[str, Any]
+ChatTurn = Mapping[str, Any]
 
 
 class ChatTemplate:
@@ -33,7 +33,7 @@ class ChatTemplate:
             raise ConfigError(f"the model's chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[ChatTurn]) -> str:
         """Return the prompt up to where the assistant speaks. Raise ValueError when the template refuses messages."""
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)

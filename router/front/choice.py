@@ -26,7 +26,7 @@ class Delta(msgspec.Struct):
 
 
 class Choice:
-    """Accumulates nothing but counts: whoever wants the whole text adds up the deltas."""
+    """Accumulates nothing but counts; the whole text is the sum of the deltas."""
 
     def __init__(self, detokenizer: Detokenizer | None, stops: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._detokenizer = detokenizer

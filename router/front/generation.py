@@ -21,7 +21,7 @@ from router.control.plane import ControlPlane
 from router.control.quarantine import Quarantined
 from router.front.choice import Choice, Delta
 from router.front.errors import bad_request, from_outcome, unavailable
-from router.front.mailbox import Item, Mailbox
+from router.front.mailbox import CallMailbox, Item
 from router.front.metrics import RequestMetrics
 
 CLIENT_GONE = Outcome(Stage.CANCELLED, "client_gone", "the client has gone")
@@ -48,7 +48,7 @@ class Generation:
         self.choices = choices
         self._control = control
         self._metrics = metrics
-        self._mailbox = Mailbox()
+        self._mailbox = CallMailbox()
         self._running: set[int] = set()
         self._started_s = time.monotonic()
         self._deadline_s = self._started_s + timeout_s

@@ -9,11 +9,11 @@ from router.front.text import ModelText
 LOWEST = -9999.0
 """JSON has no infinity; clients of this interface know this number for "impossible"."""
 
-Drawn = Sequence[tuple[int, TokenLogprobs]]
+DrawnTokens = Sequence[tuple[int, TokenLogprobs]]
 """Tokens that were drawn, with their log probabilities."""
 
 
-def completion_logprobs(drawn: Drawn, text: ModelText, offset: int) -> CompletionLogprobs:
+def completion_logprobs(drawn: DrawnTokens, text: ModelText, offset: int) -> CompletionLogprobs:
     """offset: characters of the choice before these tokens. The drawn token is always among the top ones."""
     tokens = [text.token_text(token_id) for token_id, _ in drawn]
     offsets = [offset + sum(map(len, tokens[:index])) for index in range(len(tokens))]
@@ -21,7 +21,7 @@ def completion_logprobs(drawn: Drawn, text: ModelText, offset: int) -> Completio
     return CompletionLogprobs(tokens, [_finite(entry.logprob) for _, entry in drawn], tops, offsets)
 
 
-def chat_logprobs(drawn: Drawn, text: ModelText) -> ChatLogprobs:
+def chat_logprobs(drawn: DrawnTokens, text: ModelText) -> ChatLogprobs:
     return ChatLogprobs([_token_logprob(token_id, entry, text) for token_id, entry in drawn])
 
 

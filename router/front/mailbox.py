@@ -12,7 +12,7 @@ from router.control.lifecycle import Outcome
 Item = TokenUpdate | Outcome
 
 
-class Mailbox:
+class CallMailbox:
     """Items of all requests of one call, each with the index of its request among them."""
 
     def __init__(self) -> None:

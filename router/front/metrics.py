@@ -12,7 +12,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from protocol.stages import Stage
 from router.control.controller import Controller
 from router.control.lifecycle import Outcome
-from router.control.membership import Group, Rank
+from router.control.membership import Group, Member
 
 _LATENCY_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 _INTER_TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5, 5, 10)
@@ -140,10 +140,10 @@ class ClusterMetrics:
         yield counters
         yield steps
 
-    def _ranks(self) -> Iterator[tuple[Group, Rank]]:
+    def _ranks(self) -> Iterator[tuple[Group, Member]]:
         for _, group in sorted(self._controller.membership.groups.items()):
             for _, rank in sorted(group.ranks.items()):
                 yield group, rank
 
-    def _leaders(self) -> Iterator[tuple[Group, Rank]]:
+    def _leaders(self) -> Iterator[tuple[Group, Member]]:
         return ((group, rank) for group, rank in self._ranks() if rank is group.leader)

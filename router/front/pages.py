@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from protocol.messages import BlockCounts
 from protocol.topology import Transport
-from router.control.membership import Group, Rank
+from router.control.membership import Group, Member
 from router.front.errors import no_such_model, unavailable
 from router.front.responses import ModelCard, ModelList
 from router.front.serving import Serving
@@ -111,7 +111,7 @@ def _serving(http: Request) -> Serving:
     return serving
 
 
-def _rank_status(group: Group, rank: Rank) -> RankStatus:
+def _rank_status(group: Group, rank: Member) -> RankStatus:
     info, load = rank.info, rank.load
     return RankStatus(
         info.role,

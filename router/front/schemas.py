@@ -91,7 +91,7 @@ class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
-    """One turn. tool_calls and their like are refused: this server knows no tools."""
+    """One turn. tool_calls and function_call are refused: this server knows no tools."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]

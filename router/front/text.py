@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from protocol.errors import ConfigError
-from router.front.chat_template import ChatTemplate, Message, load_chat_template
+from router.front.chat_template import ChatTemplate, ChatTurn, load_chat_template
 from router.front.detokenizer import Detokenizer
 from router.front.errors import bad_request
 
@@ -39,7 +39,7 @@ class ModelText:
         """Return a prompt's token ids, with the special tokens that the model expects around a text."""
         return await self._encode(text, param, add_special_tokens=True)
 
-    async def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    async def encode_chat(self, messages: Sequence[ChatTurn]) -> list[int]:
         """Return the token ids of a conversation; the template writes the special tokens itself."""
         template = self._template
         if template is None:

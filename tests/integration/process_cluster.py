@@ -12,7 +12,7 @@ from typing import Any
 from protocol.errors import TandemError
 from protocol.messages import RoleName
 from protocol.request import Request
-from router.control.membership import Rank
+from router.control.membership import Member
 from router.control.policies import Pair
 from tests.worker_cluster import WorkerCluster
 from worker.launch import WorkerLaunch, decode, encode
@@ -56,7 +56,7 @@ class ProcessCluster(WorkerCluster):
 
         self.controller.dispatcher.choose = choose  # type: ignore[method-assign]
 
-    def leader(self, role: RoleName, group: int) -> Rank:
+    def leader(self, role: RoleName, group: int) -> Member:
         """Return what the router knows of this group's leader, dead or alive."""
         return self.controller.membership.groups[role, group].ranks[0]
 

@@ -49,7 +49,7 @@ class Channel:
 
 
 class SimulatedWire:
-    """One rank's wire (worker.control_link.Wire), and the router's end of it."""
+    """One rank's wire (worker.control_link.ControlWire), and the router's end of it."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class SimulatedWire:
             self.up.send(data)
         self._unsent.clear()
 
-    # --- worker.control_link.Wire ------------------------------------------------------------------------------------
+    # --- worker.control_link.ControlWire ------------------------------------------------------------------------------
 
     def send(self, data: bytes) -> None:
         if self.is_cut:

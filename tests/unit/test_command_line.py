@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from cluster.commands.status import format_table
-from cluster.progress import Progress
+from cluster.progress import ProgressDisplay
 from cluster.ray_session import connected
 from cluster.status_client import ClusterStatus, WorkerStatus, fetch_raw, parse_status
 from cluster.topology_file import load_topology
@@ -29,13 +29,13 @@ class Terminal(io.StringIO):
         return True
 
 
-def show(progress: Progress, *workers: WorkerStatus) -> None:
+def show(progress: ProgressDisplay, *workers: WorkerStatus) -> None:
     progress.show(ClusterStatus(workers))
 
 
 def test_a_log_gets_one_line_for_every_change_and_none_for_none():
     out = io.StringIO()
-    progress = Progress(2, out)
+    progress = ProgressDisplay(2, out)
     show(progress, worker("prefill", "starting", "weights 3 of 9"))
     show(progress, worker("prefill", "starting", "weights 3 of 9"))
     show(progress, worker("prefill", "ready"), worker("decode", "ready"))
@@ -53,7 +53,7 @@ def test_a_log_gets_one_line_for_every_change_and_none_for_none():
 
 def test_a_terminal_shows_the_latest_line_only_until_one_that_stays():
     out = Terminal()
-    progress = Progress(1, out)
+    progress = ProgressDisplay(1, out)
     show(progress, worker("prefill", "ready"))
     progress.say("ready: http://127.0.0.1:8000")
     shown = [line.rpartition("\x1b[2K")[2] for line in out.getvalue().split("\n")]
@@ -70,7 +70,7 @@ class FullDisk(io.StringIO):
 
 def test_a_full_disk_or_a_reader_that_has_gone_costs_lines_and_nothing_else():
     out = FullDisk()
-    progress = Progress(2, out)
+    progress = ProgressDisplay(2, out)
     show(progress, worker("decode", "ready"))
     out.is_full = False
     show(progress, worker("decode", "dead"))
@@ -81,7 +81,7 @@ def test_a_groups_kv_cache_is_told_in_tokens_and_in_requests_of_full_length():
     out = io.StringIO()
     leader = msgspec.structs.replace(worker("decode", "ready"), blocks=BlockCounts(total=4096), block_size=16)
     follower = msgspec.structs.replace(leader, rank=1)
-    Progress(2, out).tell_capacity(ClusterStatus((leader, follower)), max_context=2048)
+    ProgressDisplay(2, out).tell_capacity(ClusterStatus((leader, follower)), max_context=2048)
     assert out.getvalue() == "decode 0: KV cache of 65,536 tokens, 32.0 requests of 2,048\n"
 
 

@@ -47,6 +47,11 @@ MAX_FILE_LINES = 300
 MAX_MEDIAN_FUNCTION_LINES = 10
 MAX_FUNCTION_LINES = 60
 
+MEANS_TWO_THINGS = {
+    "Range",  # engine/tensor_parallel.py's cuts tensors; kv_transfer/plan.py's travels in frames, so it is a bare tuple
+}
+"""Names of types that may be defined more than once, and why."""
+
 FOLDERS = sorted({room.partition(".")[0] for room in MAY_IMPORT})
 PRODUCT = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -174,6 +179,30 @@ def test_no_file_and_no_function_grows_without_bound():
 
 def long_functions(path: Path) -> list[str]:
     return [node.name for node in functions(tree_of(path)) if num_lines(node) > MAX_FUNCTION_LINES]
+
+
+def test_no_name_of_a_type_means_two_things():
+    found: dict[str, list[str]] = {}
+    for path in PRODUCT:
+        for name in types_defined_in(tree_of(path)):
+            found.setdefault(name, []).append(name_of(path))
+    twice = {name: places for name, places in found.items() if len(places) > 1}
+    assert {name: places for name, places in twice.items() if name not in MEANS_TWO_THINGS} == {}
+
+
+def types_defined_in(tree: ast.Module) -> Iterator[str]:
+    """Yield the public classes and type aliases of a module; a type variable is its module's own business."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name
+        elif isinstance(node, ast.Assign) and not ast.unparse(node.value).startswith("TypeVar("):
+            names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            yield from (name for name in names if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name))
+
+
+def test_the_search_for_types_finds_them():
+    code = "class A: ...\nclass _B: ...\nCost = float\nLIMIT = 3\nItemT = TypeVar('ItemT')\nvalue = A()"
+    assert list(types_defined_in(ast.parse(code))) == ["A", "Cost"]
 
 
 def test_the_median_function_is_short():

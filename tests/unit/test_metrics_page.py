@@ -45,7 +45,7 @@ def test_every_counter_of_a_role_is_explained() -> None:
 
 
 def test_every_reason_to_drop_a_message_is_explained() -> None:
-    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "router").glob("*.py")]
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "router").rglob("*.py")]
     reasons = {reason for source in sources for reason in re.findall(r'(?:Drop\(|drops\[)"(\w+)"', source)}
     assert len(reasons) > 5
     assert reasons <= PAGE

@@ -10,7 +10,7 @@ import pytest
 from cluster import placement
 from cluster import supervisor as module
 from cluster.commands import up
-from cluster.progress import Progress
+from cluster.progress import ProgressDisplay
 from cluster.restarts import MAX_DELAY_S, SERVED_FOR_S
 from cluster.status_client import ClusterStatus, WorkerStatus
 from cluster.supervisor import Supervisor
@@ -86,7 +86,7 @@ class Cluster:
         router: Any = FakeRouter()
         ranks: Any = self.ranks
         self.said = io.StringIO()
-        self.supervisor = Supervisor(router, ranks, Progress(2, self.said), "/logs", self.clock.read)
+        self.supervisor = Supervisor(router, ranks, ProgressDisplay(2, self.said), "/logs", self.clock.read)
         assert self.supervisor.wait_until_ready(self)  # type: ignore[arg-type]
 
     @property
@@ -216,6 +216,6 @@ def test_a_router_that_is_busy_right_after_the_start_does_not_end_the_cluster(
     out = io.StringIO()
     topology: Any = SimpleNamespace(router=SimpleNamespace(grace_s=1), model=SimpleNamespace(name="m"))
     session: Any = SimpleNamespace(host="h", is_local=True, logs="/logs")
-    up._serve(topology, None, session, Progress(2, out), cluster)  # type: ignore[arg-type]
+    up._serve(topology, None, session, ProgressDisplay(2, out), cluster)  # type: ignore[arg-type]
     assert "ready: http://x" in out.getvalue()
     assert out.getvalue().endswith("stopping\n")
