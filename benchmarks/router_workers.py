@@ -38,6 +38,7 @@ from protocol.messages import (
     Welcome,
     WorkerInfo,
 )
+from protocol.request import Request
 from protocol.sockets import prepare
 
 HEARTBEAT_S = 0.25
@@ -61,7 +62,7 @@ class FakeRank:
         self.socket = prepare(context.socket(zmq.DEALER), queue=100_000)
         self.socket.setsockopt(zmq.IDENTITY, f"{role}-{group}-{rank}-{self.info.epoch:x}".encode())
         self._beat = encode(Progress("serving") if rank else _HEARTBEAT, self.info.epoch)
-        self._wanted: dict[Attempt, int] = {}
+        self._requests: dict[Attempt, Request] = {}
         self._running: dict[Attempt, int] = {}  # the next token's index
 
     def join(self, control: str) -> None:
@@ -88,7 +89,7 @@ class FakeRank:
     def _draw(self, attempt: Attempt) -> TokenUpdate:
         index = self._running[attempt]
         self._running[attempt] = index + 1
-        is_last = index + 1 == self._wanted[attempt]
+        is_last = index + 1 == self._requests[attempt].sampling.max_tokens
         if is_last:
             self._forget(attempt)
         return TokenUpdate(attempt, index, TOKEN_ID, finish_reason="length" if is_last else None)
@@ -98,20 +99,20 @@ class FakeRank:
             case Welcome():
                 self.is_welcome = True
             case Reserve(attempt, request):
-                self._wanted[attempt] = request.sampling.max_tokens
+                self._requests[attempt] = request
                 self.say(Grant(attempt, 0))
-            case Prefill(attempt):
-                self.say(Tokens((TokenUpdate(attempt, 0, TOKEN_ID),)))
+            case Prefill(attempt, request):
+                self.say(Tokens((TokenUpdate(attempt, len(request.generated_token_ids), TOKEN_ID),)))
             case Grant(attempt):
                 self.say(Handoff(attempt, TOKEN_ID, Manifest(0, 16, 1, 1)))
             case Handoff(attempt):
                 self.say(Committed(attempt))
-                self._running[attempt] = 1
+                self._running[attempt] = len(self._requests[attempt].generated_token_ids) + 1
             case Abort(attempt):
                 self._forget(attempt)
 
     def _forget(self, attempt: Attempt) -> None:
-        self._wanted.pop(attempt, None)
+        self._requests.pop(attempt, None)
         self._running.pop(attempt, None)
 
 

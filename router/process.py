@@ -27,7 +27,7 @@ from protocol.model_config import load_model_config
 from protocol.stages import Stage
 from protocol.topology import RouterSection
 from router.control.controller import Controller
-from router.control.lifecycle import Outcome
+from router.control.events import Outcome
 from router.control.plane import ControlPlane
 from router.front.app import build_app
 from router.front.http_protocol import GuardedProtocol

@@ -30,7 +30,7 @@ from protocol.topology import (
     Transport,
 )
 from router.control.controller import Controller, Effect, Transmit
-from router.control.lifecycle import Outcome
+from router.control.events import Outcome
 from router.control.membership import Group, Member
 from router.control.plane import ControlPlane
 from router.launch import GroupSpec, RouterLaunch

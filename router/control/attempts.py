@@ -14,8 +14,9 @@ from protocol.stages import Stage
 from router.control.avoidance import Avoidance
 from router.control.course import Course
 from router.control.dispatch import Dispatcher, NoPair, PromptTooLong
+from router.control.events import Action, Cancel, Drop, End, EpochLost, Event, FromWorker, Outcome, Said
 from router.control.held_prefixes import HeldPrefixes
-from router.control.lifecycle import Action, Cancel, Drop, End, EpochLost, Event, FromWorker, Lifecycle, Outcome, Said
+from router.control.lifecycle import Lifecycle
 from router.control.policies import Pair, ReadyGroup
 from router.control.quarantine import Quarantine
 

@@ -33,8 +33,8 @@ from protocol.messages import (
 from protocol.request import Request
 from router.control.attempts import Attempts
 from router.control.dispatch import Dispatcher
+from router.control.events import Action, Deliver, Drop, End, Outcome, Send
 from router.control.held_prefixes import HeldPrefixes
-from router.control.lifecycle import Action, Deliver, Drop, End, Outcome, Send
 from router.control.membership import GroupLost, MemberAction, Membership, Reject, identity_of
 from router.control.policies import POLICIES
 from router.launch import RouterLaunch

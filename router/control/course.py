@@ -9,7 +9,8 @@ import msgspec
 from protocol.identity import Attempt
 from protocol.request import Request
 from protocol.stages import Stage
-from router.control.lifecycle import Lifecycle, Outcome
+from router.control.events import Outcome
+from router.control.lifecycle import Lifecycle
 
 MAX_CRASHES = 2
 """Attempts that a request gets after crashes of workers that held it. One more crash and it is quarantined: a request

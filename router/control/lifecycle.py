@@ -6,16 +6,13 @@ Used by attempts.py, which keeps the table of them.
 """
 
 from enum import Enum
-from typing import Literal, get_args
-
-import msgspec
+from typing import get_args
 
 from protocol.errors import FailureCode
 from protocol.identity import Attempt, Epoch
 from protocol.layout import Endpoint
 from protocol.messages import (
     Abort,
-    AnyMessage,
     Committed,
     Failed,
     Fetch,
@@ -28,77 +25,19 @@ from protocol.messages import (
 )
 from protocol.request import Request
 from protocol.stages import Stage
-
-EndCode = Literal["stop", "length", "client_gone", "client_stalled", "deadline_exceeded", "shutting_down"] | FailureCode
-
-
-class Outcome(msgspec.Struct, frozen=True):
-    """How an attempt ended, as its client sees it. stage is FINISHED, CANCELLED or FAILED."""
-
-    stage: Stage
-    code: EndCode
-    message: str = ""
-
-
-# --- events -----------------------------------------------------------------------------------------------------------
-
-
-Said = Grant | Fetch | Unfetched | Handoff | Committed | Failed | TokenUpdate
-"""What leaders say of attempts."""
-
-
-class FromWorker(msgspec.Struct, frozen=True):
-    """A message about this attempt, from the leader whose epoch is sender."""
-
-    sender: Epoch
-    message: Said
-
-
-class EpochLost(msgspec.Struct, frozen=True):
-    """The group whose leader had this epoch is gone, with all it held."""
-
-    epoch: Epoch
-
-
-class Cancel(msgspec.Struct, frozen=True):
-    """Nobody wants the rest: the client left, a stop string was hit, the deadline passed, the router shuts down."""
-
-    outcome: Outcome
-
-
-Event = FromWorker | EpochLost | Cancel
-
-
-# --- actions ----------------------------------------------------------------------------------------------------------
-
-
-class Send(msgspec.Struct, frozen=True):
-    """Send message to the rank whose epoch is receiver."""
-
-    receiver: Epoch
-    message: AnyMessage
-
-
-class Deliver(msgspec.Struct, frozen=True):
-    """Give this token to the client. Deliveries of one attempt come in index order, without gaps or doubles."""
-
-    update: TokenUpdate
-
-
-class End(msgspec.Struct, frozen=True):
-    """Tell the client how it ended: exactly once per attempt, after its last delivery."""
-
-    attempt: Attempt
-    outcome: Outcome
-
-
-class Drop(msgspec.Struct, frozen=True):
-    """A message was not acted on; count it under this reason."""
-
-    reason: str
-
-
-Action = Send | Deliver | End | Drop
+from router.control.events import (
+    Action,
+    Cancel,
+    Deliver,
+    Drop,
+    End,
+    EpochLost,
+    Event,
+    FromWorker,
+    Outcome,
+    Said,
+    Send,
+)
 
 
 class Side(Enum):

@@ -26,7 +26,7 @@ from protocol.messages import (
     WorkerInfo,
     WorkerState,
 )
-from router.control.lifecycle import Drop, Send
+from router.control.events import Drop, Send
 from router.control.policies import ReadyGroup
 from router.launch import GroupSpec
 

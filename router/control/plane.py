@@ -16,7 +16,7 @@ from protocol.errors import ConfigError
 from protocol.messages import TokenUpdate
 from protocol.request import Request
 from router.control.controller import Controller, Effect, Transmit
-from router.control.lifecycle import Deliver, End, Outcome
+from router.control.events import Deliver, End, Outcome
 
 TICK_S = 0.15
 """Two ticks are longer than a healthy rank's pause between two heartbeats, so that only silent ranks are pinged."""

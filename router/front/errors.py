@@ -6,7 +6,7 @@ event_stream.py after it.
 
 import msgspec
 
-from router.control.lifecycle import EndCode, Outcome
+from router.control.events import EndCode, Outcome
 
 RETRY_AFTER_S = 1
 

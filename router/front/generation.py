@@ -16,7 +16,7 @@ from protocol.messages import TokenUpdate
 from protocol.request import Request
 from protocol.stages import Stage
 from router.control.dispatch import NoPair, PromptTooLong
-from router.control.lifecycle import Outcome
+from router.control.events import Outcome
 from router.control.plane import ControlPlane
 from router.control.quarantine import Quarantined
 from router.front.choice import Choice, Delta

@@ -7,7 +7,7 @@ request can bring more than max_tokens tokens.
 import asyncio
 
 from protocol.messages import TokenUpdate
-from router.control.lifecycle import Outcome
+from router.control.events import Outcome
 
 Item = TokenUpdate | Outcome
 

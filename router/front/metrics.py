@@ -11,7 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from protocol.stages import Stage
 from router.control.controller import Controller
-from router.control.lifecycle import Outcome
+from router.control.events import Outcome
 from router.control.membership import Group, Member
 
 _LATENCY_S = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)

@@ -148,16 +148,16 @@ class FakeWorker:
             case Prefill(attempt, request):
                 self.requests[attempt] = request
                 if self.is_prefilling:
-                    self._emit(attempt, 0, num_cached_tokens=1)
+                    self._emit(attempt, _first_index(request), num_cached_tokens=1)
             case Grant(attempt):
                 self._granted.add(attempt)
                 if attempt in self.requests:
-                    first = self.requests[attempt].prompt_token_ids[0]
+                    first = _token_at(self.requests[attempt], _first_index(self.requests[attempt]))
                     self.say(Handoff(attempt, first, Manifest(0, 1, 1, 1)))
             case Handoff(attempt):
                 if attempt in self.requests:
                     self.say(Committed(attempt))
-                    self.next_index[attempt] = 1
+                    self.next_index[attempt] = _first_index(self.requests[attempt]) + 1
             case Abort(attempt):
                 self.requests.pop(attempt, None)
                 self.next_index.pop(attempt, None)
@@ -174,7 +174,7 @@ class FakeWorker:
     def _emit(self, attempt: Attempt, index: int, num_cached_tokens: int = 0) -> None:
         request = self.requests[attempt]
         sampling = request.sampling
-        token_id = request.prompt_token_ids[index % len(request.prompt_token_ids)]
+        token_id = _token_at(request, index)
         reason = "length" if index + 1 >= sampling.max_tokens else None
         if token_id in sampling.ending_token_ids and index + 1 >= sampling.min_tokens:
             reason = "stop"
@@ -182,11 +182,19 @@ class FakeWorker:
         if sampling.num_logprobs is not None:
             ids = tuple(range(5, 5 + sampling.num_logprobs))
             logprobs = TokenLogprobs(-0.5, ids, tuple(-0.5 - 0.1 * rank for rank in range(len(ids))))
-        update = TokenUpdate(attempt, index, token_id, logprobs, reason, num_cached_tokens)
+        update = TokenUpdate(attempt, index, token_id, logprobs, reason, 0 if index else num_cached_tokens)
         self.say(Tokens((update,)))
         if reason is not None:
             self.next_index.pop(attempt, None)
             self.requests.pop(attempt, None)
+
+
+def _first_index(request: Request) -> int:
+    return len(request.generated_token_ids)
+
+
+def _token_at(request: Request, index: int) -> int:
+    return request.prompt_token_ids[index % len(request.prompt_token_ids)]
 
 
 def info_is_leader(info: WorkerInfo) -> bool:

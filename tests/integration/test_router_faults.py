@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -22,6 +23,7 @@ import zmq
 from protocol.codec import encode
 from protocol.messages import Abort, BlockCounts, Committed, Failed, Fence, Heartbeat, PeerLost, Reserve, Stop, Welcome
 from protocol.topology import RouterSection
+from router.control.course import MAX_CRASHES
 from router.launch import GroupSpec, RouterLaunch
 from tests.integration.fake_worker import LAYOUT, FakeWorker
 from tests.integration.router_process import ONE_PAIR, REPOSITORY, RouterUnderTest, wait_until, write_model
@@ -106,25 +108,25 @@ def test_a_client_that_leaves_with_several_requests_on_one_connection_frees_what
     assert "Traceback" not in router.log.read_text()
 
 
-def test_a_worker_that_dies_ends_its_streams_at_once_and_comes_back_under_a_new_epoch(router, prefill, decode) -> None:
+def test_a_stream_whose_worker_dies_goes_on_when_another_has_come_and_its_client_sees_a_pause(
+    router, prefill, decode
+) -> None:
     router.await_ready()
-    frames: list[str] = []
+    whole = {"prompt": "one two three", "max_tokens": 60, "return_token_ids": True}
+    expected = router.client.post("/v1/completions", json=whole).json()
+    frames: list[dict] = []
 
     def read() -> None:
-        with router.client.stream("POST", "/v1/completions", json={**LONG, "stream": True}) as answer:
-            frames.extend(line for line in answer.iter_lines() if line)
+        body = {**whole, "stream": True, "stream_options": {"include_usage": True}}
+        with router.client.stream("POST", "/v1/completions", json=body) as answer:
+            lines = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+            frames.extend(json.loads(line) for line in lines if line != "[DONE]")
 
     reader = threading.Thread(target=read)
     reader.start()
-    wait_until(lambda: len(prefill.messages(Committed)) == 1)
+    wait_until(lambda: len(prefill.messages(Committed)) == 2)
     time.sleep(0.1)
     decode.die()
-    died_s = time.monotonic()
-    reader.join(5)
-    assert time.monotonic() - died_s < 1
-    error = json.loads(frames[-1].removeprefix("data: "))["error"]
-    assert error["code"] == "worker_lost"
-    assert all("error" not in json.loads(frame.removeprefix("data: ")) for frame in frames[:-1])
     wait_until(lambda: prefill.messages(PeerLost) == [PeerLost(decode.epoch)], 2)
     states = {worker["epoch"]: worker["state"] for worker in router.status()["workers"]}
     assert states == {f"{decode.epoch:x}": "dead", f"{prefill.epoch:x}": "ready"}
@@ -133,8 +135,13 @@ def test_a_worker_that_dies_ends_its_streams_at_once_and_comes_back_under_a_new_
         router.await_ready()
         states = {worker["epoch"]: worker["state"] for worker in router.status()["workers"]}
         assert states == {f"{again.epoch:x}": "ready", f"{prefill.epoch:x}": "ready"}
-        answer = router.client.post("/v1/completions", json={"prompt": "one two", "max_tokens": 2})
-        assert answer.json()["choices"][0]["text"] == "one two"
+        reader.join(10)
+        assert len(again.messages(Reserve)) == 1
+    choices = [choice for frame in frames for choice in frame["choices"]]
+    assert [token for choice in choices for token in choice["token_ids"]] == expected["choices"][0]["token_ids"]
+    assert "".join(choice["text"] for choice in choices) == expected["choices"][0]["text"]
+    assert frames[-1]["usage"] == expected["usage"]
+    assert counted(router, "tandem_requests_continued", "reason") == {"worker_lost": 1}
 
 
 def test_an_error_before_the_first_token_is_a_status_that_says_whether_to_retry(router, prefill, decode) -> None:
@@ -170,9 +177,33 @@ def test_the_official_client_raises_on_an_error_in_the_middle_of_a_stream(router
         stream = client.completions.create(model="tiny", prompt="one two", max_tokens=400, stream=True)
         next(stream)
         wait_until(lambda: decode.messages(Reserve))
-        decode.say(Failed(decode.messages(Reserve)[0].attempt, "transfer_failed", "broken frame"))
-        with pytest.raises(openai.APIError, match="broken frame"):
+        decode.say(Failed(decode.messages(Reserve)[0].attempt, "model_output_invalid", "it is not finite"))
+        with pytest.raises(openai.APIError, match="it is not finite"):
             list(stream)
+
+
+def test_a_request_that_ends_every_worker_it_meets_is_quarantined_and_the_official_client_asks_no_more(
+    router, prefill
+) -> None:
+    """Each decode worker dies of it; with the client's own retries it would go on for ever."""
+    deaths = 0
+    with openai.OpenAI(base_url=f"{router.url}/v1", api_key="none") as client:
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(client.completions.create, model="tiny", prompt="one two", max_tokens=9)
+            while not answer.done():
+                with FakeWorker(router.control, "decode") as decode:
+                    decode.is_granting = False
+                    wait_until(lambda: decode.messages(Reserve) or answer.done(), 10)
+                    deaths += bool(decode.messages(Reserve))
+        with pytest.raises(openai.InternalServerError, match="lost while they held this request"):
+            answer.result()
+        assert deaths == MAX_CRASHES + 1
+        with FakeWorker(router.control, "decode"):
+            router.await_ready()
+            with pytest.raises(openai.InternalServerError, match="not tried again for"):
+                client.completions.create(model="tiny", prompt="one two", max_tokens=5)
+            other = client.completions.create(model="tiny", prompt="two one", max_tokens=2)
+            assert other.choices[0].finish_reason == "length"
 
 
 def test_losing_one_rank_fences_its_group(folder: Path) -> None:

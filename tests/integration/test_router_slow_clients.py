@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from protocol.topology import RouterSection
-from router.control.lifecycle import Outcome
+from router.control.events import Outcome
 from router.front import body, event_stream, http_protocol
 from router.front.body import read_body
 from router.front.choice import Delta

@@ -10,7 +10,7 @@ from protocol.topology import RouterSection
 from router.control.attempts import TOO_LATE
 from router.control.controller import Controller, Effect, Transmit
 from router.control.dispatch import NoPair, PromptTooLong
-from router.control.lifecycle import Deliver, End, Outcome
+from router.control.events import Deliver, End, Outcome
 from router.control.plane import TICK_S
 from router.launch import GroupSpec, RouterLaunch
 from tests.simulation.group import GroupSize, SimulatedGroup

@@ -16,7 +16,8 @@ from protocol.stages import Stage
 from router.control.attempts import Attempts
 from router.control.course import Course
 from router.control.dispatch import Dispatcher
-from router.control.lifecycle import Action, Deliver, End, Lifecycle, Outcome, Send
+from router.control.events import Action, Deliver, End, Outcome, Send
+from router.control.lifecycle import Lifecycle
 from router.control.policies import POLICIES, ReadyGroup
 from tests.simulation.copies import Part
 from tests.simulation.small_life import (

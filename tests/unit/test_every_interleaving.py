@@ -49,16 +49,17 @@ def small_parts(monkeypatch: Patch) -> Iterator[None]:
 
 WORLDS = {
     "2x2, a cancel": (SmallWorld(2, Limits((2, 2)), num_cancels=1), 4_000),
-    "2x2, both sides crash": (SmallWorld(2, Limits((2, 2)), num_crashes=(1, 1)), 20_000),
+    "1x2, both sides crash": (SmallWorld(1, Limits((2, 2)), num_crashes=(1, 1)), 16_000),
+    "2x2, decode crashes": (SmallWorld(2, Limits((2, 2)), num_crashes=(0, 1)), 12_000),
     "3x1, decode crashes": (SmallWorld(3, Limits((1, 1), 2), num_crashes=(0, 1)), 8_000),
-    "3x1, prefill crashes": (SmallWorld(3, Limits((1, 1), 2), num_crashes=(1, 0)), 20_000),
+    "2x1, prefill crashes": (SmallWorld(2, Limits((1, 1), 2), num_crashes=(1, 0)), 17_000),
     "3x1, decode grants in any order": (SmallWorld(3, Limits((1, 1), 2, is_any_order=True)), 2_000),
     "3x1, in any order, nothing ahead of its grant": (SmallWorld(3, Limits((1, 1), 2, 0.0, is_any_order=True)), 1_000),
     "2x1, in any order, a cancel": (SmallWorld(2, Limits((1, 1), 2, is_any_order=True), num_cancels=1), 4_000),
     "2x4, answers outgrow decode": (growing(2), 1_000),
     "2x4, answers outgrow decode, which crashes": (growing(2, num_crashes=(0, 1)), 7_000),
     "2x4, answers outgrow decode, a cancel": (growing(2, num_cancels=1), 14_000),
-    "one of two parts, and anything goes wrong": (parts(1, num_crashes=(1, 1), num_cancels=1), 4_000),
+    "one of two parts, decode crashes, a cancel": (parts(1, num_crashes=(0, 1), num_cancels=1), 5_000),
     "two of two parts, a cancel": (parts(2, num_cancels=1), 3_000),
     "two of two parts, prefill crashes": (parts(2, num_crashes=(1, 0)), 2_000),
 }

@@ -10,7 +10,7 @@ from protocol.identity import new_attempt
 from protocol.messages import TokenUpdate
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
-from router.control.lifecycle import Outcome
+from router.control.events import Outcome
 from router.front.choice import Choice, Delta
 from router.front.detokenizer import Detokenizer
 from router.front.errors import ApiError

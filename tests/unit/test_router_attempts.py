@@ -31,20 +31,9 @@ from router.control import avoidance
 from router.control.attempts import Attempts
 from router.control.course import MAX_CRASHES, MAX_FAILURES, PROGRESS_TOKENS
 from router.control.dispatch import Dispatcher
+from router.control.events import Action, Cancel, Deliver, Drop, End, EpochLost, FromWorker, Outcome, Send
 from router.control.held_prefixes import PIECE_TOKENS, HeldPrefixes
-from router.control.lifecycle import (
-    Action,
-    Cancel,
-    Deliver,
-    Drop,
-    End,
-    EpochLost,
-    FromWorker,
-    Lifecycle,
-    Outcome,
-    Send,
-    Side,
-)
+from router.control.lifecycle import Lifecycle, Side
 from router.control.policies import POLICIES, ReadyGroup
 from router.control.quarantine import QUARANTINE_S, Quarantined
 

@@ -22,7 +22,7 @@ from protocol.messages import (
 )
 from protocol.topology import RouterSection
 from router.control.controller import MAX_VERSIONS_TOLD, Controller, Transmit
-from router.control.lifecycle import Send
+from router.control.events import Send
 from router.control.membership import GroupLost, Membership, Reject, identity_of
 from router.launch import GroupSpec, RouterLaunch
 

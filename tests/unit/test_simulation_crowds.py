@@ -17,7 +17,7 @@ from protocol.orders import AnyOrder, SendBlocks, SendMore
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
 from router.control.course import MAX_CRASHES
-from router.control.lifecycle import Outcome
+from router.control.events import Outcome
 from router.launch import GroupSpec
 from tests.simulation.cluster import NOBODY, Client, SimulatedCluster
 from tests.simulation.group import GroupSize

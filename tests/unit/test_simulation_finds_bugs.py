@@ -30,7 +30,8 @@ from protocol.messages import Abort, AnyMessage, Failed, Handoff, TokenUpdate
 from protocol.orders import AnyReport, SendBlocks
 from router.control.attempts import Attempts
 from router.control.course import Course
-from router.control.lifecycle import Lifecycle, Outcome, Side
+from router.control.events import Outcome
+from router.control.lifecycle import Lifecycle, Side
 from tests.sampling import WrittenText
 from tests.simulation.planting import LEAK, MAX_SEEDS, STUCK, WRONG, first_failure
 from worker.control_link import ControlLink
