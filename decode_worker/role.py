@@ -108,20 +108,20 @@ class DecodeRole:
         self._admit()
         return [sequence.next_chunk(1) for sequence in self._running.ready(max_sequences)]
 
-    def commit(self, chunk: Chunk, drawn: Drawn | None) -> None:
+    def commit(self, chunk: Chunk, drawn: list[Drawn]) -> None:
         sequence = chunk.sequence
         reservation = self._reservations.get(sequence.attempt)
         if reservation is None:
             return
-        assert drawn is not None, "decode always computes a sequence's last token"
-        if not drawn.is_valid:
+        [token] = drawn
+        if not token.is_valid:
             self._fail(reservation, "model_output_invalid", "the model's output for this request is not finite")
             return
         if reservation.hold and chunk.end % self._pool.block_size == 0:  # not parked while the step was under way
             self._pool.name_blocks(reservation.hold, sequence.block_names)
-        sequence.token_ids.append(drawn.token_id)
+        sequence.token_ids.append(token.token_id)
         finish_reason = sequence.finish_reason
-        self._emit(sequence, drawn, finish_reason)
+        self._emit(sequence, token, finish_reason)
         if finish_reason:
             self._drop(sequence.attempt)
 
@@ -162,8 +162,7 @@ class DecodeRole:
             self._grant_when_ready(self._waiting.popleft())
 
     def _start(self, reservation: Reservation) -> bool:
-        known = reservation.reserve.request.known_token_ids
-        names = reservation.chain.of(known, len(known) - 1)
+        names = reservation.chain.of_held(reservation.reserve.request)
         reservation.hold = self._pool.acquire(names, self._running.num_first_blocks(reservation))
         if reservation.hold is None:
             return False

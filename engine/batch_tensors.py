@@ -30,7 +30,7 @@ class BatchTensors:
     context_lens: Tensor  # int32 [num_sequences]
     num_decodes: int
     query_starts: Tensor  # int32 [num_sequences - num_decodes + 1], from the first token that is not a decode's
-    sampled_tokens: Tensor  # int64 [num_sampled], the index of each sampled chunk's last token
+    sampled_tokens: Tensor  # int64 [num_sampled], indices of the tokens whose logits are wanted
 
 
 def to_tensors(batch: Batch, block_size: int, device: torch.device) -> BatchTensors:
@@ -44,8 +44,8 @@ def to_tensors(batch: Batch, block_size: int, device: torch.device) -> BatchTens
     slots = blocks * block_size + positions % block_size
     num_decodes = sum(1 for _ in takewhile(lambda length: length == 1, batch.query_lens))
     query_starts = np.concatenate(([0], query_ends[num_decodes:] - num_decodes))
-    sampled_tokens = query_ends[_integers(batch.sampled)] - 1
-    wide = upload([torch.from_numpy(x) for x in (_integers(batch.token_ids), positions, slots, sampled_tokens)], device)
+    token_ids, sampled_tokens = _integers(batch.token_ids), _integers(batch.sampled)
+    wide = upload([torch.from_numpy(x) for x in (token_ids, positions, slots, sampled_tokens)], device)
     lens, starts = context_lens.astype(np.int32), query_starts.astype(np.int32)
     narrow = upload([torch.from_numpy(x) for x in (block_tables, lens, starts)], device)
     return BatchTensors(

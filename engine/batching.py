@@ -1,6 +1,6 @@
 """Chunks of many sequences -> one Batch for the ranks. Called by the step loop; decides nothing, only lays out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 
 from engine.sequence import Chunk, Sequence
@@ -22,12 +22,20 @@ def build_batch(chunks: SequenceOf[Chunk], block_size: int, rows: Mapping[Sequen
         query_lens=tuple(chunk.num_tokens for chunk in chunks),
         context_lens=tuple(chunk.end for chunk in chunks),
         block_tables=tuple(_table(chunk, block_size) for chunk in chunks),
-        sampled=tuple(index for index, chunk in enumerate(chunks) if chunk.is_sampled),
+        sampled=tuple(_sampled(chunks)),
         carried=tuple(
             CarriedToken(index, rows[chunk.sequence]) for index, chunk in enumerate(chunks) if chunk.is_carried
         ),
         leaving=tuple(Leaving(chunk.sequence.attempt, chunk.end) for chunk in chunks if chunk.sequence.is_leaving),
     )
+
+
+def _sampled(chunks: SequenceOf[Chunk]) -> Iterator[int]:
+    """Yield the indices of the tokens at wanted positions, in the order of the chunks."""
+    first_token = 0
+    for chunk in chunks:
+        yield from (first_token + position - chunk.start for position in chunk.wanted)
+        first_token += chunk.num_tokens
 
 
 def _table(chunk: Chunk, block_size: int) -> bytes:

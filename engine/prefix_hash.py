@@ -9,6 +9,8 @@ import hashlib
 from array import array
 from collections.abc import Sequence as SequenceOf
 
+from protocol.request import Request
+
 
 def chain_root(model_hash: str, salt: str) -> bytes:
     """Return the name that stands before a sequence's first block."""
@@ -30,6 +32,14 @@ class HashChain:
         for index in range(len(self._hashes), num_blocks):
             self._hashes.append(self._name(index, token_ids))
         return self._hashes[:num_blocks]
+
+    def of_held(self, request: Request) -> list[bytes]:
+        """Return the names of the blocks whose KV need not be computed for request, if it is held somewhere.
+
+        What is wanted of a position is computed: of the last, or of all where log probabilities of the prompt are.
+        """
+        num_tokens = 0 if request.has_prompt_logprobs else request.num_known_tokens - 1
+        return self.of(request.known_token_ids, num_tokens)
 
     def _name(self, index: int, token_ids: SequenceOf[int]) -> bytes:
         parent = self._hashes[index - 1] if index else self._root

@@ -25,8 +25,8 @@ class Role(Protocol):
     def schedule(self, num_tokens: int) -> list[Chunk]:
         """Return this role's part of the next forward pass: at most num_tokens tokens in all."""
 
-    def commit(self, chunk: Chunk, drawn: Drawn | None) -> None:
-        """Take what came of a chunk that this role scheduled; drawn is None when it was not the sequence's last.
+    def commit(self, chunk: Chunk, drawn: list[Drawn]) -> None:
+        """Take what came of a chunk that this role scheduled: one for each of its wanted positions.
 
         A chunk of a sequence that was dropped in the meantime is ignored.
         """

@@ -26,11 +26,21 @@ _LEAST_TEMPERATURE = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
-    """What one row is drawn by. position: the draw's number within its request, so output must not move into prompt."""
+    """What one row is drawn by. position: the draw's number within its request, so output must not move into prompt.
+
+    given: the token that stands there already, where only its log probability is wanted (of a prompt); its row counts
+    nothing, whatever the order.
+    """
 
     params: SamplingParams
     text: Text
     position: int
+    given: int | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives are asked for at this position; None: no log probabilities."""
+        return self.params.num_logprobs if self.given is None else self.params.num_prompt_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +85,7 @@ class Sampler:
         are_valid = logits.sum(dim=-1).isfinite()  # no sum with a NaN or an infinity is; cheaper than looking at each
         adjusted = self._adjusted(logits, rows)
         token_ids = self._drawn(adjusted, rows)
+        self._put_given(token_ids, rows)
         drawing = Drawing(token_ids, are_valid, self._logprobs(logits, rows, token_ids))
         self._count(rows, token_ids)  # last: a draw for which there was no memory is made again, and counts once
         return drawing
@@ -106,12 +117,18 @@ class Sampler:
     def _drawn(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         """Return int64 [num_rows]; noise is made for the rows that need it only."""
         token_ids = argmax(logits)
-        random = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+        random = [index for index, row in enumerate(rows) if row.given is None and not row.params.is_greedy]
         if not random:
             return token_ids
         [places] = self._integers(random)
         token_ids[places] = self._drawn_at_random(logits[places], [rows[index] for index in random])
         return token_ids
+
+    def _put_given(self, token_ids: Tensor, rows: Sequence[SamplingRow]) -> None:
+        given = {index: row.given for index, row in enumerate(rows) if row.given is not None}
+        if given:
+            places, tokens = self._integers(list(given), list(given.values()))
+            token_ids[places] = tokens
 
     def _drawn_at_random(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Tensor:
         params = [row.params for row in rows]
@@ -132,9 +149,7 @@ class Sampler:
             self._counts.add(texts, token_ids[places])
 
     def _logprobs(self, logits: Tensor, rows: Sequence[SamplingRow], drawn: Tensor) -> "Logprobs | None":
-        asking = {
-            index: row.params.num_logprobs for index, row in enumerate(rows) if row.params.num_logprobs is not None
-        }
+        asking = {index: row.num_logprobs for index, row in enumerate(rows) if row.num_logprobs is not None}
         if not asking:
             return None
         [places] = self._integers(list(asking))
@@ -165,13 +180,15 @@ class Logprobs:
 
 
 def _penalized(rows: Sequence[SamplingRow]) -> list[int]:
-    return [index for index, row in enumerate(rows) if row.params.is_penalized]
+    return [index for index, row in enumerate(rows) if row.given is None and row.params.is_penalized]
 
 
 def _biases(rows: Sequence[SamplingRow], vocab_size: int) -> list[tuple[int, int, float]]:
     """Return what is added to which logit: row, token id, amount."""
     biases: list[tuple[int, int, float]] = []
     for index, row in enumerate(rows):
+        if row.given is not None:
+            continue
         biases += [(index, token_id, bias) for token_id, bias in row.params.logit_bias.items()]
         if row.position < row.params.min_tokens:
             known = {token_id for token_id in row.params.ending_token_ids if token_id < vocab_size}

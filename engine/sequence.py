@@ -76,10 +76,14 @@ class Sequence:
         """Whether the steps under way draw the last token that this request may have."""
         return self.num_tokens - self.num_prompt_tokens >= self.request.sampling.max_tokens
 
-    def next_chunk(self, max_tokens: int) -> "Chunk":
-        """Return the next part to compute, at most max_tokens long."""
+    def next_chunk(self, max_tokens: int, wants_all: bool = False) -> "Chunk":
+        """Return the next part to compute, at most max_tokens long.
+
+        wants_all: logits of every position are wanted, not only of the one behind which a token is drawn.
+        """
         end = min(self.num_launched + max_tokens, self.num_tokens)
-        return Chunk(self, self.num_launched, end, is_sampled=end == self.num_tokens)
+        first_wanted = self.num_launched if wants_all else max(self.num_launched, self.num_tokens - 1)
+        return Chunk(self, self.num_launched, end, range(first_wanted, end), is_drawn=end == self.num_tokens)
 
     def skip_to(self, position: int) -> None:
         """KV up to position has come from elsewhere. No step of this sequence may be under way."""
@@ -89,22 +93,27 @@ class Sequence:
     def launch(self, chunk: "Chunk") -> None:
         """A step with this chunk is under way."""
         self.num_launched = chunk.end
-        self.num_drawing += chunk.is_sampled
+        self.num_drawing += chunk.is_drawn
 
     def land(self, chunk: "Chunk") -> None:
         """That step is over: KV is there as far as the chunk reached. Whoever takes the token appends it."""
         self.num_computed = chunk.end
-        self.num_drawing -= chunk.is_sampled
+        self.num_drawing -= chunk.is_drawn
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Tokens [start, end) of a sequence. is_sampled: its last token is the last one, so the next is drawn after it."""
+    """Tokens [start, end) of a sequence.
+
+    wanted: the positions whose logits are wanted, the last of the chunk. is_drawn: a token is drawn behind the last of
+    them, for nothing is known there; behind the others the sequence says what follows.
+    """
 
     sequence: Sequence
     start: int
     end: int
-    is_sampled: bool
+    wanted: range
+    is_drawn: bool
 
     @property
     def num_tokens(self) -> int:

@@ -10,9 +10,10 @@ after another, so a later step's writes come later, and KV from elsewhere needs 
 in a later turn of the loop, when that step has landed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from typing import Any, Protocol
 
 import torch
@@ -52,9 +53,9 @@ class _Launched:
 
     @property
     def rows(self) -> dict[Sequence, int]:
-        """Which row draws the next token of a sequence."""
-        sampled = [chunk.sequence for chunk in self.chunks if chunk.is_sampled]
-        return {sequence: row for row, sequence in enumerate(sampled)}
+        """Which row draws the next token of a sequence: the last of its chunk's."""
+        ends = accumulate(len(chunk.wanted) for chunk in self.chunks)
+        return {chunk.sequence: end - 1 for chunk, end in zip(self.chunks, ends, strict=True) if chunk.is_drawn}
 
 
 class StepLoop:
@@ -114,7 +115,7 @@ class StepLoop:
         before, chunks = self._under_way, lay_out(list(role_of))
         batch = build_batch(chunks, self._block_size, before.rows if before else {})
         logits = self._forward(batch, before.drawing.token_ids if before else None)
-        drawing = self._draw(logits, [_sampling_row(chunk) for chunk in chunks if chunk.is_sampled])
+        drawing = self._draw(logits, [row for chunk in chunks for row in _sampling_rows(chunk)])
         return _Launched(chunks, role_of, drawing)
 
     @staticmethod
@@ -127,9 +128,13 @@ class StepLoop:
         drawn = iter(launched.drawing.collect())
         for chunk in launched.chunks:
             chunk.sequence.land(chunk)
-            launched.role_of[chunk].commit(chunk, next(drawn) if chunk.is_sampled else None)
+            launched.role_of[chunk].commit(chunk, list(islice(drawn, len(chunk.wanted))))
 
 
-def _sampling_row(chunk: Chunk) -> SamplingRow:
-    sequence = chunk.sequence
-    return SamplingRow(sequence.request.sampling, sequence, chunk.end - sequence.num_prompt_tokens)
+def _sampling_rows(chunk: Chunk) -> Iterator[SamplingRow]:
+    """Yield a row for every wanted position: behind the last a token is drawn, if it is the sequence's last."""
+    sequence, sampling = chunk.sequence, chunk.sequence.request.sampling
+    for position in chunk.wanted:
+        is_drawn = chunk.is_drawn and position == chunk.end - 1
+        given = None if is_drawn else sequence.token_ids[position + 1]
+        yield SamplingRow(sampling, sequence, position + 1 - sequence.num_prompt_tokens, given)

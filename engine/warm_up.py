@@ -6,6 +6,7 @@ enough; sizes are the largest there are, so that memory is taken for the worst. 
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def _batch(query_lens: list[int], context_lens: list[int], block_size: int, scra
         query_lens=tuple(query_lens),
         context_lens=tuple(context_lens),
         block_tables=tuple(block_table([scratch_block] * -(-context // block_size)) for context in context_lens),
-        sampled=tuple(range(len(query_lens))),
+        sampled=tuple(end - 1 for end in accumulate(query_lens)),
     )
 
 

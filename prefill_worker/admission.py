@@ -31,9 +31,8 @@ class Job:
 
     @property
     def names(self) -> list[bytes]:
-        """Names of blocks that need not be computed. The last token always is: its logits are wanted."""
-        known = self.prefill.request.known_token_ids
-        return self.chain.of(known, len(known) - 1)
+        """Names of blocks that need not be computed."""
+        return self.chain.of_held(self.prefill.request)
 
 
 class Admission:

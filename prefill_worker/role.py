@@ -20,7 +20,18 @@ from prefill_worker.fetcher import Fetcher
 from prefill_worker.outbox import Outbox
 from protocol.errors import FailureCode
 from protocol.identity import Attempt
-from protocol.messages import Abort, AnyMessage, Committed, Failed, Grant, Handoff, Prefill, TokenUpdate, Unfetched
+from protocol.messages import (
+    Abort,
+    AnyMessage,
+    Committed,
+    Failed,
+    Grant,
+    Handoff,
+    Prefill,
+    PromptLogprobs,
+    TokenUpdate,
+    Unfetched,
+)
 from protocol.orders import AnyReport, Broken
 
 
@@ -101,24 +112,36 @@ class PrefillRole:
                 break
             num_left = sequence.num_known_tokens - sequence.num_launched
             if num_left and not self._fetcher.is_open(sequence.attempt):
-                chunks.append(sequence.next_chunk(min(num_tokens, num_left)))
+                chunks.append(self._next_chunk(sequence, min(num_tokens, num_left)))
                 num_tokens -= chunks[-1].num_tokens
         return chunks
 
-    def commit(self, chunk: Chunk, drawn: Drawn | None) -> None:
+    def _next_chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
+        """Where logits of every position are wanted, there are no more of them than a step of decode has.
+
+        Once the first token is known all of them were said, though the KV may have been given up since.
+        """
+        is_known = len(sequence.token_ids) > sequence.num_known_tokens
+        if is_known or not sequence.request.has_prompt_logprobs:
+            return sequence.next_chunk(num_tokens)
+        return sequence.next_chunk(min(num_tokens, self._max_computing), wants_all=True)
+
+    def commit(self, chunk: Chunk, drawn: list[Drawn]) -> None:
         sequence = chunk.sequence
         job = self._jobs.get(sequence.attempt)
         if job is None or job.sequence is not sequence:  # over, or given up while the step was under way
             return
-        if drawn is not None and not drawn.is_valid:
+        if not all(token.is_valid for token in drawn):
             self._fail(sequence.attempt, "model_output_invalid", "the model's output for this prompt is not finite")
             return
         self._pool.name_blocks(sequence.hold, sequence.block_names)
         if sequence.num_computed == sequence.num_known_tokens:
             self._computing.remove(job)
             job.computed_at = time.monotonic()
-        if drawn is not None:
-            self._say_first_token(job, sequence, drawn)
+        if len(drawn) > chunk.is_drawn:
+            self._say_prompt_logprobs(chunk, drawn)
+        if chunk.is_drawn:
+            self._say_first_token(job, sequence, drawn[-1])
         if sequence.finish_reason:
             self._outbox.drop(sequence.attempt)
             self._drop(sequence.attempt)
@@ -169,6 +192,11 @@ class PrefillRole:
         if job in self._computing:
             self._computing.remove(job)
         job.sequence = job.computed_at = None
+
+    def _say_prompt_logprobs(self, chunk: Chunk, drawn: list[Drawn]) -> None:
+        given = drawn[:-1] if chunk.is_drawn else drawn
+        logprobs = tuple(token.logprobs for token in given if token.logprobs is not None)
+        self._outlet.send(PromptLogprobs(chunk.sequence.attempt, chunk.wanted.start + 1, logprobs))
 
     def _say_first_token(self, job: Job, sequence: Sequence, drawn: Drawn) -> None:
         job.first_token_id = drawn.token_id

@@ -8,6 +8,7 @@ bytes directly. A request's way through these messages:
     decode -> prefill   Grant        the room is there; this much of the prompt I already hold   (through the router)
     prefill -> decode   Fetch        send me what you hold of it, so that I need not compute it  (through the router)
     decode -> prefill   Unfetched    that failed; compute it                                     (through the router)
+    prefill -> router   PromptLogprobs   if they were asked for, as the prompt is computed
     prefill -> router   Tokens       the first token, straight to the client
     prefill -> decode   Handoff      all frames are on their way; this is what they must add up to (through the router)
     decode -> prefill   Committed    every frame was checked; let go of your blocks               (through the router)
@@ -205,6 +206,18 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: tuple[float, ...] = ()
 
 
+class PromptLogprobs(Message, frozen=True):
+    """Prefill -> router: log probabilities of the prompt's own tokens, from that at first_position on, in order.
+
+    The first token has none, for nothing is before it. They come chunk by chunk, before the first token of the answer,
+    and again from the beginning where the request is tried again.
+    """
+
+    attempt: Attempt
+    first_position: int
+    logprobs: tuple[TokenLogprobs, ...]
+
+
 class TokenUpdate(msgspec.Struct, frozen=True):
     """One new token of one attempt. index counts the request's output tokens from 0, so a gap or a double shows.
 
@@ -236,7 +249,7 @@ class Failed(Message, frozen=True):
 
 AnyMessage = (
     Join | Welcome | Progress | Ready | Heartbeat | Ping | PeerLost | Fence | Stop
-    | Reserve | Prefill | Grant | Fetch | Unfetched | Handoff | Committed | Abort | Tokens | Failed
+    | Reserve | Prefill | Grant | Fetch | Unfetched | Handoff | Committed | Abort | PromptLogprobs | Tokens | Failed
 )  # fmt: skip
 
 

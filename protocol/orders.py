@@ -43,15 +43,15 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     """One forward pass over num_sequences chunks, laid out one after another; single-token chunks come first.
 
     A chunk of sequence i is its tokens [context_lens[i] - query_lens[i], context_lens[i]); their KV goes to the slots
-    that block_tables[i] names. Logits are wanted for the last token of the chunks in sampled. Tokens that are not known
-    yet, because the batch before is still drawing them, are 0 in token_ids and named in carried.
+    that block_tables[i] names. Logits are wanted for the tokens in sampled. Tokens that are not known yet, because the
+    batch before is still drawing them, are 0 in token_ids and named in carried.
     """
 
     token_ids: tuple[int, ...]  # [num_tokens]
     query_lens: tuple[int, ...]  # [num_sequences]
     context_lens: tuple[int, ...]  # [num_sequences], the chunk included
     block_tables: tuple[bytes, ...]  # [num_sequences], each a block_table of that sequence
-    sampled: tuple[int, ...]  # indices of sequences, ascending
+    sampled: tuple[int, ...]  # indices of tokens, ascending
     carried: tuple[CarriedToken, ...] = ()
     leaving: tuple[Leaving, ...] = ()
 

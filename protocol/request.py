@@ -14,7 +14,8 @@ MAX_LOGPROBS = 20
 class SamplingParams(msgspec.Struct, frozen=True):
     """How the next token is drawn; the fields mean what they mean in the OpenAI and vLLM interfaces.
 
-    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those filters off. num_logprobs None: none asked.
+    temperature 0 is greedy. top_k 0, top_p 1 and min_p 0 switch those filters off. num_logprobs and num_prompt_logprobs
+    None: none asked, of the answer and of the prompt.
     """
 
     max_tokens: int
@@ -32,6 +33,7 @@ class SamplingParams(msgspec.Struct, frozen=True):
     ignore_eos: bool = False
     min_tokens: int = 0
     num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -57,8 +59,9 @@ class SamplingParams(msgspec.Struct, frozen=True):
             raise ValueError("top_p must be greater than 0")
         if self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens})")
-        if self.num_logprobs is not None and not 0 <= self.num_logprobs <= MAX_LOGPROBS:
-            raise ValueError(f"logprobs must be between 0 and {MAX_LOGPROBS}, not {self.num_logprobs}")
+        for name, number in (("logprobs", self.num_logprobs), ("prompt_logprobs", self.num_prompt_logprobs)):
+            if number is not None and not 0 <= number <= MAX_LOGPROBS:
+                raise ValueError(f"{name} must be between 0 and {MAX_LOGPROBS}, not {number}")
         self._validate_token_ids(vocab_size)
 
     def _validate_token_ids(self, vocab_size: int) -> None:
@@ -107,6 +110,11 @@ class Request(msgspec.Struct, frozen=True):
     @property
     def num_known_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.generated_token_ids)
+
+    @property
+    def has_prompt_logprobs(self) -> bool:
+        """Whether log probabilities of the prompt are wanted; an answer that has begun has brought them."""
+        return self.sampling.num_prompt_logprobs is not None and not self.generated_token_ids
 
     @property
     def max_num_tokens(self) -> int:

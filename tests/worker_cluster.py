@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 
 from protocol.codec import decode
 from protocol.identity import new_request_id
-from protocol.messages import AnyMessage, RoleName, TokenUpdate
+from protocol.messages import AnyMessage, PromptLogprobs, RoleName, TokenUpdate
 from protocol.model_config import load_model_config
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
@@ -46,12 +47,32 @@ DEADLINE_S = 60.0
 class Answer:
     """What a client got."""
 
+    prompt: list[PromptLogprobs] = field(default_factory=list)
     updates: list[TokenUpdate] = field(default_factory=list)
     outcome: Outcome | None = None
 
     @property
     def token_ids(self) -> list[int]:
         return [update.token_id for update in self.updates]
+
+    @property
+    def said(self) -> list[object]:
+        """All that a client can see of it but for logprobs: tokens, their places and alternatives, how it ended."""
+        updates = [
+            (u.index, u.token_id, u.logprobs and u.logprobs.top_token_ids, u.finish_reason) for u in self.updates
+        ]
+        return [*updates, self.outcome and self.outcome.code]
+
+    @property
+    def logprobs(self) -> list[float]:
+        """Log probabilities of the tokens and of their alternatives, one after another."""
+        asked = [update.logprobs for update in self.updates if update.logprobs]
+        return [value for logprobs in asked for value in (logprobs.logprob, *logprobs.top_logprobs)]
+
+    @property
+    def cuts(self) -> set[int]:
+        """The places of the tokens that were each the first of another attempt."""
+        return {later.index for earlier, later in pairwise(self.updates) if earlier.attempt != later.attempt}
 
 
 @dataclass(frozen=True)
@@ -116,6 +137,8 @@ class WorkerCluster:
         self._threads: list[threading.Thread] = []
         self._leaving_at: dict[str, type[AnyMessage] | None] = {}
         self._see: Callable[[AnyMessage], None] = lambda message: None
+        self.on_token: Callable[[TokenUpdate], None] = lambda update: None
+        """Called on the router's thread with every token, when its client has it."""
         self.errors: list[BaseException] = []
 
     def __enter__(self) -> "WorkerCluster":
@@ -158,9 +181,13 @@ class WorkerCluster:
         future: Future[Answer] = Future()
         answer = Answer()
 
-        def client(event: TokenUpdate | Outcome) -> None:
+        def client(event: TokenUpdate | PromptLogprobs | Outcome) -> None:
+            if isinstance(event, PromptLogprobs):
+                answer.prompt.append(event)
+                return
             if isinstance(event, TokenUpdate):
                 answer.updates.append(event)
+                self.on_token(event)
                 if leave and leave.after_tokens == len(answer.updates):
                     self._loop.call_soon(self._control.cancel, request.request_id, GONE)
                 return

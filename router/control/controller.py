@@ -26,6 +26,7 @@ from protocol.messages import (
     Join,
     Ping,
     Progress,
+    PromptLogprobs,
     Ready,
     Tokens,
     Unfetched,
@@ -154,7 +155,7 @@ class Controller:
         match message:
             case Tokens():
                 return [action for update in message.updates for action in self.attempts.receive(sender, update)]
-            case Grant() | Fetch() | Unfetched() | Handoff() | Committed() | Failed():
+            case Grant() | Fetch() | Unfetched() | Handoff() | Committed() | PromptLogprobs() | Failed():
                 return self.attempts.receive(sender, message)
             case Heartbeat():
                 return self.membership.heartbeat(sender, message)

@@ -13,12 +13,12 @@ from router.control.events import Outcome
 from router.control.lifecycle import Lifecycle
 
 MAX_CRASHES = 2
-"""Attempts that a request gets after crashes of workers that held it. One more crash and it is quarantined: a request
-that ends every worker it meets must not walk through the cluster."""
+"""Attempts that a request gets after crashes of workers that computed it. One more crash and it is quarantined: a
+request that ends every worker it meets must not walk through the cluster."""
 PROGRESS_TOKENS = 16
 """An attempt that drew so many tokens clears its request of earlier crashes and failures."""
 MAX_FAILURES = 5
-"""Attempts in a row whose transfer failed, or for which there was no memory, before the client is told."""
+"""Attempts in a row that failed for other reasons (a transfer, no memory), before the client is told."""
 FIRST_PAUSE_S = 0.25
 """Before the second attempt after such a failure; the first follows at once, and every later pause is twice as long."""
 
@@ -57,7 +57,7 @@ class Course:
     def fail(self, outcome: Outcome, now_s: float) -> Outcome | None:
         """Its attempt has failed. Return how it ends for the client; None when it goes on with another attempt."""
         assert self.life is not None
-        drawn = tuple(self.life.token_ids)
+        drawn, is_suspected = tuple(self.life.token_ids), self.life.was_computed_on
         self.life = None
         self.request = msgspec.structs.replace(
             self.request, generated_token_ids=self.request.generated_token_ids + drawn
@@ -67,9 +67,9 @@ class Course:
         match outcome.code:
             case "worker_leaving":
                 return None
-            case "worker_lost":
+            case "worker_lost" if is_suspected:
                 return self._crash()
-            case "transfer_failed" | "out_of_memory":
+            case "worker_lost" | "transfer_failed" | "out_of_memory":
                 return self._pause(outcome, now_s)
             case _:
                 return outcome
@@ -78,7 +78,7 @@ class Course:
         self._num_crashes += 1
         if self._num_crashes <= MAX_CRASHES:
             return None
-        text = f"{self._num_crashes} workers in a row were lost while they held this request; it is not tried again"
+        text = f"{self._num_crashes} workers in a row were lost while they computed this request; it is not tried again"
         return Outcome(Stage.FAILED, "quarantined", text)
 
     def _pause(self, outcome: Outcome, now_s: float) -> Outcome | None:

@@ -9,7 +9,17 @@ import msgspec
 
 from protocol.errors import FailureCode
 from protocol.identity import Attempt, Epoch
-from protocol.messages import AnyMessage, Committed, Failed, Fetch, Grant, Handoff, TokenUpdate, Unfetched
+from protocol.messages import (
+    AnyMessage,
+    Committed,
+    Failed,
+    Fetch,
+    Grant,
+    Handoff,
+    PromptLogprobs,
+    TokenUpdate,
+    Unfetched,
+)
 from protocol.stages import Stage
 
 EndCode = Literal["stop", "length", "client_gone", "client_stalled", "deadline_exceeded", "shutting_down"] | FailureCode
@@ -26,7 +36,7 @@ class Outcome(msgspec.Struct, frozen=True):
 # --- events -----------------------------------------------------------------------------------------------------------
 
 
-Said = Grant | Fetch | Unfetched | Handoff | Committed | Failed | TokenUpdate
+Said = Grant | Fetch | Unfetched | Handoff | Committed | Failed | PromptLogprobs | TokenUpdate
 """What leaders say of attempts."""
 
 
@@ -63,9 +73,9 @@ class Send(msgspec.Struct, frozen=True):
 
 
 class Deliver(msgspec.Struct, frozen=True):
-    """Give this token to the client. Deliveries of one attempt come in index order, without gaps or doubles."""
+    """Give this to the client. Tokens of one request come in index order, without gaps or doubles."""
 
-    update: TokenUpdate
+    update: TokenUpdate | PromptLogprobs
 
 
 class End(msgspec.Struct, frozen=True):

@@ -19,6 +19,7 @@ from protocol.messages import (
     Grant,
     Handoff,
     Prefill,
+    PromptLogprobs,
     Reserve,
     TokenUpdate,
     Unfetched,
@@ -45,8 +46,15 @@ class Side(Enum):
     DECODE = "decode"
 
 
+_OUTSIDE = "log probabilities of what is outside the vocabulary"
+_COMPUTING = {Stage.PREFILLING: Side.PREFILL, Stage.DECODING: Side.DECODE}
+
+
 class Lifecycle:
-    """One attempt, from its start until it has ended for the client and nobody holds anything for it."""
+    """One attempt, from its start until it has ended for the client and nobody holds anything for it.
+
+    was_computed_on: whether a group that was lost may have been computing it just then, and not only have held it.
+    """
 
     def __init__(self, attempt: Attempt, request: Request, vocab_size: int) -> None:
         self.attempt = attempt
@@ -60,6 +68,7 @@ class Lifecycle:
         self._is_granted = False
         self._is_fetched = False
         self._is_handed_off = False
+        self.was_computed_on = False
 
     @property
     def num_drawn(self) -> int:
@@ -116,6 +125,8 @@ class Lifecycle:
                 return self._committed(message)
             case Failed():
                 return self._failed(sender, message)
+            case PromptLogprobs():
+                return self._prompt_logprobs(message)
             case TokenUpdate():
                 return self._token(message)
 
@@ -124,7 +135,7 @@ class Lifecycle:
         match message:
             case Failed():
                 return prefill, decode
-            case Fetch() | Handoff():
+            case Fetch() | Handoff() | PromptLogprobs():
                 return (prefill,)
             case TokenUpdate(index=index) if index == self._first_index:
                 return (prefill,)
@@ -168,6 +179,14 @@ class Lifecycle:
             self.stage = Stage.DECODING
         return [Send(self.attempt.prefill_epoch, message)]
 
+    def _prompt_logprobs(self, message: PromptLogprobs) -> list[Action]:
+        end = message.first_position + len(message.logprobs)
+        is_due = self.request.has_prompt_logprobs and self.stage is Stage.PREFILLING
+        ids = (token_id for logprobs in message.logprobs for token_id in logprobs.top_token_ids)
+        if not is_due or not 1 <= message.first_position < end <= len(self.request.prompt_token_ids):
+            return self._violation("log probabilities of a prompt that nobody asked for, or of what is no part of it")
+        return [Deliver(message)] if all(map(self._is_token, ids)) else self._violation(_OUTSIDE)
+
     def _token(self, update: TokenUpdate) -> list[Action]:
         problem = self._token_problem(update)
         if problem is not None:
@@ -191,7 +210,7 @@ class Lifecycle:
         if not self._is_token(update.token_id):
             return f"token id {update.token_id}, which is outside the vocabulary"
         if update.logprobs is not None and not all(map(self._is_token, update.logprobs.top_token_ids)):
-            return "log probabilities of what is outside the vocabulary"
+            return _OUTSIDE
         if not 0 <= update.num_cached_tokens <= (0 if update.index else len(self.request.prompt_token_ids)):
             return f"token {update.index} with {update.num_cached_tokens} cached tokens"
         if update.index == self._first_index:
@@ -216,6 +235,7 @@ class Lifecycle:
         self.holders -= lost
         if self.stage.is_end:
             return []
+        self.was_computed_on = _COMPUTING.get(self.stage) in lost
         sides = " and ".join(sorted(side.value for side in lost))
         return self._end(Outcome(Stage.FAILED, "worker_lost", f"the {sides} worker of this request was lost"))
 

@@ -13,7 +13,7 @@ import zmq
 
 from protocol import sockets
 from protocol.errors import ConfigError
-from protocol.messages import TokenUpdate
+from protocol.messages import PromptLogprobs, TokenUpdate
 from protocol.request import Request
 from router.control.controller import Controller, Effect, Transmit
 from router.control.events import Deliver, End, Outcome
@@ -25,7 +25,7 @@ MAX_QUEUED = 20_000
 MAX_RECEIVED_AT_ONCE = 256
 MAX_PERFORMED_AT_ONCE = 256
 
-Client = Callable[[TokenUpdate | Outcome], None]
+Client = Callable[[TokenUpdate | PromptLogprobs | Outcome], None]
 
 logger = logging.getLogger(__name__)
 

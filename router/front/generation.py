@@ -12,7 +12,7 @@ from types import TracebackType
 
 from starlette.types import Receive
 
-from protocol.messages import TokenUpdate
+from protocol.messages import PromptLogprobs, TokenUpdate
 from protocol.request import Request
 from protocol.stages import Stage
 from router.control.dispatch import NoPair, PromptTooLong
@@ -100,8 +100,13 @@ class Generation:
         self._running.add(index)
         self._metrics.started(len(request.prompt_token_ids))
 
-    def _hear(self, index: int, item: Item) -> None:
-        """Called by the control plane, on the event loop, for every token and once for the outcome."""
+    def _hear(self, index: int, item: Item | PromptLogprobs) -> None:
+        """Called by the control plane, on the event loop, for every token and once for the outcome.
+
+        Log probabilities of prompts no endpoint asks for yet.
+        """
+        if isinstance(item, PromptLogprobs):
+            return
         if isinstance(item, Outcome):
             self._running.discard(index)
             seconds = time.monotonic() - self._started_s

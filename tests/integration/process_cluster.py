@@ -6,15 +6,19 @@ control plane stays in the test's own process, where every message that passes c
 
 import multiprocessing
 import os
+import signal
+import time
 from types import TracebackType
 from typing import Any
 
 from protocol.errors import TandemError
-from protocol.messages import RoleName
+from protocol.messages import RoleName, TokenUpdate
 from protocol.request import Request
+from router.control.dispatch import NoPair
 from router.control.membership import Member
 from router.control.policies import Pair
 from tests.worker_cluster import WorkerCluster
+from worker.control_link import ControlLink
 from worker.launch import WorkerLaunch, decode, encode
 from worker.life import run_worker
 
@@ -23,12 +27,14 @@ _context.set_forkserver_preload(["worker.life"])
 
 
 class ProcessCluster(WorkerCluster):
-    """See WorkerCluster. Groups of one rank are addressed by role and number."""
+    """See WorkerCluster. Groups are addressed by role and number."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._processes: dict[str, Any] = {}
         self._launches: dict[str, WorkerLaunch] = {}
+        self.last_tokens: dict[tuple[RoleName, int], int] = {}
+        """Groups whose next life ends, as if it were killed, when it has sent a token of this index."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -40,18 +46,19 @@ class ProcessCluster(WorkerCluster):
                 process.join(5)
                 process.kill()
 
-    def pid(self, role: RoleName, group: int) -> int:
-        pid = self._processes[f"{role}-{group}-rank0"].pid
+    def pid(self, role: RoleName, group: int, rank: int = 0) -> int:
+        pid = self._processes[f"{role}-{group}-rank{rank}"].pid
         assert pid is not None
         return pid
 
     def route_to(self, prefill: int, decode: int) -> None:
         """From now on requests go to these two groups, whatever the router would choose."""
 
-        def choose(request: Request) -> Pair:
-            ready = self.controller.membership.ready_groups
-            [sender] = [group for group in ready("prefill") if group.group == prefill]
-            [receiver] = [group for group in ready("decode") if group.group == decode]
+        def choose(request: Request, **wishes: object) -> Pair:
+            groups = self.controller.membership.groups
+            sender, receiver = groups["prefill", prefill].ready, groups["decode", decode].ready
+            if sender is None or receiver is None:
+                raise NoPair("one of the two is lost")
             return Pair(sender, receiver)
 
         self.controller.dispatcher.choose = choose  # type: ignore[method-assign]
@@ -60,27 +67,65 @@ class ProcessCluster(WorkerCluster):
         """Return what the router knows of this group's leader, dead or alive."""
         return self.controller.membership.groups[role, group].ranks[0]
 
+    def kill(self, role: RoleName, group: int, rank: int = 0) -> None:
+        """Kill a rank's process, and wait until it is gone."""
+        process = self._processes[f"{role}-{group}-rank{rank}"]
+        process.kill()
+        process.join(5)
+
     def start_again(self, *groups: tuple[RoleName, int]) -> None:
-        """Make sure that these lives are over, and begin others, as Ray would."""
-        for role, group in groups:
-            name = f"{role}-{group}-rank0"
-            self._processes[name].kill()
-            self._processes[name].join(5)
-            self._start_rank(self._launches[name])
+        """Make sure that these lives are over, and begin others, as Ray would; return when those serve."""
+        over = {member.info.epoch for group in groups for member in self.controller.membership.groups[group].living}
+        for launch in list(self._launches.values()):
+            if (launch.role, launch.group) in groups:
+                self.kill(launch.role, launch.group, launch.rank)
+                self._start_rank(launch)
+        self.wait_until(lambda: not any(map(self.controller.membership.is_alive, over)))
         self.wait_until_ready()
 
+    def revive(self) -> None:
+        """Begin the next life of every rank whose process is gone, as Ray would, and wait until all serve."""
+        deadline = time.monotonic() + 60
+        while not self._are_all_ready():
+            for name, process in list(self._processes.items()):
+                if not process.is_alive():
+                    self._start_rank(self._launches[name])
+            assert time.monotonic() < deadline, "not all came back"
+            time.sleep(0.02)
+
+    def _are_all_ready(self) -> bool:
+        are_alive = all(process.is_alive() for process in self._processes.values())
+        return are_alive and self._num_ready() == self._num_ranks
+
     def _start_rank(self, launch: WorkerLaunch) -> None:
-        process = _context.Process(target=_live, args=(encode(launch),), daemon=True)
+        last_token = self.last_tokens.get((launch.role, launch.group))
+        process = _context.Process(target=_live, args=(encode(launch), last_token), daemon=True)
         process.start()
         self._launches[launch.name] = launch
         self._processes[launch.name] = process
 
 
-def _live(encoded: bytes) -> None:
+def _live(encoded: bytes, last_token: int | None) -> None:
     launch = decode(encoded)
+    if last_token is not None:
+        _end_after(last_token)
     # NCCL takes several ranks on one GPU only if they seem to be on different hosts.
     os.environ |= {"NCCL_HOSTID": launch.name, "NCCL_SOCKET_IFNAME": "lo", "NCCL_IB_DISABLE": "1"}
     try:
         run_worker(launch)
     except TandemError:
         os._exit(1)
+
+
+def _end_after(index: int) -> None:
+    """End this process with the first token of this index, a moment after it has left."""
+    emit = ControlLink.emit
+
+    def emit_and_end(link: ControlLink, update: TokenUpdate) -> None:
+        emit(link, update)
+        if update.index == index:
+            link.flush()
+            time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ControlLink.emit = emit_and_end  # type: ignore[method-assign]

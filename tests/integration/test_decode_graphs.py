@@ -63,7 +63,7 @@ def test_a_filled_up_batch_gives_what_it_gives_alone(engine: Engine) -> None:
 @pytest.mark.parametrize(
     "batch",
     [
-        Batch((1,) * 3, (1, 2), (5, 9), (block_table([0]), block_table([1])), (0, 1)),  # a prompt's chunk
+        Batch((1,) * 3, (1, 2), (5, 9), (block_table([0]), block_table([1])), (0, 2)),  # a prompt's chunk
         Batch((1,) * 2, (1, 1), (5, 9), (block_table([0]), block_table([1])), (1,)),  # a token that is not sampled
         Batch(
             (1,) * 25, (1,) * 25, (5,) * 25, tuple(block_table([n]) for n in range(25)), tuple(range(25))

@@ -2,8 +2,8 @@
 
 Real processes, and a model whose KV takes a moment to move: the signal falls between the handoff, which says that all
 frames are on their way, and the commit, which says that they have come. One pair loses its sender and the other pair
-its receiver. What must hold: the two that are left serve with one another, clients hear what happened, pools are whole
-soon after the fence, and both pairs work again after a restart.
+its receiver. What must hold: the two that are left serve with one another and take over what was lost, clients see
+nothing but a pause, pools are whole soon after the fence, and both pairs work again after a restart.
 """
 
 import os
@@ -48,7 +48,9 @@ class Scene:
     def __init__(self, cluster: ProcessCluster) -> None:
         self.cluster = cluster
         self.short_answer = self.ask(0, 0, SHORT_PROMPT).result(20).token_ids
+        asked_at = time.monotonic()
         self.long_answer = self.ask(1, 1, LONG_PROMPT).result(20).token_ids
+        self.long_s = time.monotonic() - asked_at
 
     def ask(self, prefill: int, decode: int, prompt: list[int]) -> "Future[Answer]":
         """Ask this pair. The salt is another one each time, so that no prefix cache has a part in the answer."""
@@ -112,7 +114,8 @@ class Traps:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_workers_lost_in_mid_transfer_cost_their_own_transfers_only(scene: Scene, how: signal.Signals) -> None:
     cluster = scene.cluster
-    quiet_s = max(scene.serve_short(1, 0) for _ in range(2))  # this machine may be busy with other things
+    # This machine may be busy with other things; and the short prompt may come behind those that go on elsewhere.
+    quiet_s = max(scene.serve_short(1, 0) for _ in range(2)) + 2 * scene.long_s
     sender, receiver = cluster.pid("prefill", 0), cluster.pid("decode", 1)
     epochs = [cluster.leader("prefill", group).info.epoch for group in (0, 1)]
     traps = Traps({epochs[0]: sender, epochs[1]: receiver}, how)
@@ -123,12 +126,11 @@ def test_workers_lost_in_mid_transfer_cost_their_own_transfers_only(scene: Scene
     scene.serve_short(1, 0)
     assert time.monotonic() - sprung_at < SERVING_WITHIN_S[how] + 2 * quiet_s
 
-    codes = {answer.outcome.code for answer in (future.result(20) for future in lost) if answer.outcome}
-    assert codes <= {"worker_lost", "transfer_failed"}
     assert not traps.has_committed, "the signal came too late: this was not in mid-transfer"
     gone = [cluster.leader("prefill", 0), cluster.leader("decode", 1)]
     cluster.wait_until(lambda: not any(rank.is_alive for rank in gone), timeout_s=10)
     assert time.monotonic() - sprung_at < FENCED_WITHIN_S[how]
+    assert [future.result(20).token_ids for future in lost] == [scene.long_answer] * 2, "they went on elsewhere"
     cluster.wait_until(scene.are_pools_whole, WHOLE_WITHIN_S)
     scene.serve_short(1, 0)
 

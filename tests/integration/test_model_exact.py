@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,13 @@ def next_batch(running: list[Text], chunk_tokens: int) -> tuple[Batch, list[Text
     """Return a batch with a chunk of every running text, and the texts that it brings to their next token."""
     chunks = sorted(((text, text.take(chunk_tokens)) for text in running), key=lambda chunk: len(chunk[1]) > 1)
     sampled = [index for index, (text, _) in enumerate(chunks) if text.num_computed == len(text.token_ids)]
+    ends = list(accumulate(len(chunk) for _, chunk in chunks))
     batch = Batch(
         token_ids=tuple(token for _, chunk in chunks for token in chunk),
         query_lens=tuple(len(chunk) for _, chunk in chunks),
         context_lens=tuple(text.num_computed for text, _ in chunks),
         block_tables=tuple(block_table(text.blocks) for text, _ in chunks),
-        sampled=tuple(sampled),
+        sampled=tuple(ends[index] - 1 for index in sampled),
     )
     return batch, [chunks[index][0] for index in sampled]
 
@@ -159,10 +161,11 @@ def test_logits_at_every_position_agree_within_noise(block_size: int, tmp_path: 
     table = tuple(rng.sample(range(engine.kv_cache.num_blocks), -(-400 // block_size)))
     start = 0
     for end in (100, 101, 102, 230, 399, 400):
-        batch = Batch(tuple(token_ids[start:end]), (end - start,), (end,), (block_table(table),), (0,))
+        wanted = tuple(range(end - start))
+        batch = Batch(tuple(token_ids[start:end]), (end - start,), (end,), (block_table(table),), wanted)
         logits = engine.forward(batch)
         assert logits is not None
-        torch.testing.assert_close(logits[0], expected[end - 1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(logits, expected[start:end], atol=1e-4, rtol=1e-4)
         start = end
 
 
@@ -174,7 +177,7 @@ def test_only_the_leader_has_logits_and_only_of_sampled_rows(tmp_path: Path) -> 
         engine = Engine(config, folder, torch.float32, CPU, group, 16, kv_memory=1 << 20)
         batches = (
             Batch((1, 2, 3), (1, 2), (1, 2), (block_table([0]), block_table([1])), sampled)
-            for sampled in ((), (1,), (0, 1))
+            for sampled in ((), (2,), (0, 2))
         )
         return [None if logits is None else tuple(logits.shape) for logits in map(engine.forward, batches)]
 
@@ -191,7 +194,7 @@ def test_bfloat16_stays_close_to_float32(size: int, tmp_path: Path) -> None:
 
     def compute(group: TensorParallel) -> torch.Tensor | None:
         engine = Engine(config, folder, torch.bfloat16, CPU, group, 16, kv_memory=1 << 20)
-        return engine.forward(Batch(tuple(token_ids), (45,), (45,), (block_table([2, 0, 1]),), (0,)))
+        return engine.forward(Batch(tuple(token_ids), (45,), (45,), (block_table([2, 0, 1]),), (44,)))
 
     logits, *others = run_ranks(size, compute)
     expected = reference_logits(folder, token_ids)[-1]

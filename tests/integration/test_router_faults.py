@@ -191,11 +191,11 @@ def test_a_request_that_ends_every_worker_it_meets_is_quarantined_and_the_offici
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(client.completions.create, model="tiny", prompt="one two", max_tokens=9)
             while not answer.done():
-                with FakeWorker(router.control, "decode") as decode:
-                    decode.is_granting = False
-                    wait_until(lambda: decode.messages(Reserve) or answer.done(), 10)
-                    deaths += bool(decode.messages(Reserve))
-        with pytest.raises(openai.InternalServerError, match="lost while they held this request"):
+                with FakeWorker(router.control, "decode", step_s=30) as decode:
+                    wait_until(lambda: decode.next_index or answer.done(), 10)
+                    time.sleep(0.1)
+                    deaths += bool(decode.next_index)
+        with pytest.raises(openai.InternalServerError, match="lost while they computed this request"):
             answer.result()
         assert deaths == MAX_CRASHES + 1
         with FakeWorker(router.control, "decode"):

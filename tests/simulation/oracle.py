@@ -91,27 +91,28 @@ class OracleModel:
             assert drawn is not None
             token_ids[carried.index] = int(drawn[carried.row])
         tokens = iter(token_ids)
+        chunks = zip(batch.query_lens, batch.context_lens, batch.block_tables, strict=True)
         digests = [
-            self._run(table, context_len - query_len, [next(tokens) for _ in range(query_len)])
-            for query_len, context_len, table in zip(
-                batch.query_lens, batch.context_lens, batch.block_tables, strict=True
-            )
+            digest
+            for query_len, context_len, table in chunks
+            for digest in self._run(table, context_len - query_len, [next(tokens) for _ in range(query_len)])
         ]
         return torch.from_numpy(_logits([digests[index] for index in batch.sampled]))
 
-    def _run(self, table: bytes, start: int, token_ids: list[int]) -> int:
-        """Read the KV of positions [0, start), write that of token_ids, and return the digest of all of it."""
+    def _run(self, table: bytes, start: int, token_ids: list[int]) -> list[int]:
+        """Read the KV of positions [0, start), write that of token_ids, and return the digests up to each of them."""
         positions = np.arange(start + len(token_ids))
         blocks = np.frombuffer(table, np.int32)[positions // self._block_size]
         offsets = positions % self._block_size
         digest = self._read(blocks[:start], offsets[:start])
-        fresh = np.empty(len(token_ids), np.int32)
+        fresh, digests = np.empty(len(token_ids), np.int32), []
         for index, token_id in enumerate(token_ids):
             fresh[index] = kv = _kv_of(token_id, digest)
             digest = _digest(kv, digest)
+            digests.append(digest)
         for cache in self._caches:
             cache.slots[:, :, blocks[start:], offsets[start:]] = fresh | cache.marks
-        return digest
+        return digests
 
     def _read(self, blocks: np.ndarray, offsets: np.ndarray) -> int:
         """Return the digest of what the slots hold; of all heads on all ranks, when they do not agree."""

@@ -189,7 +189,8 @@ class Life:
             blocks = memoryview(table).cast("i")
             for position in range(context_len - query_len, context_len):
                 self.kv[self._slot(blocks, position)] = (next(tokens), position)
-            drawn.append(oracle_token(self._read(blocks, position) for position in range(context_len)))
+            first = context_len - query_len
+            drawn += [oracle_token(self._read(blocks, p) for p in range(end + 1)) for end in range(first, context_len)]
         return [drawn[index] for index in batch.sampled]
 
     def forget_free_blocks(self) -> None:

@@ -98,8 +98,7 @@ def compute(role: PrefillRole, num_tokens: int = 64) -> list[int]:
         chunk.sequence.launch(chunk)
     for chunk in chunks:
         chunk.sequence.land(chunk)
-        drawn = Drawn(chunk.sequence.attempt.number, None, is_valid=True) if chunk.is_sampled else None
-        role.commit(chunk, drawn)
+        role.commit(chunk, [Drawn(chunk.sequence.attempt.number, None, is_valid=True)] * len(chunk.wanted))
     return [chunk.sequence.attempt.number for chunk in chunks]
 
 
@@ -173,7 +172,7 @@ def test_what_was_given_up_while_its_step_was_under_way_is_drawn_once_more_and_s
     (chunk,) = role.schedule(64)
     assert chunk.sequence.attempt == attempts[1]
     under_way.sequence.land(under_way)
-    role.commit(under_way, Drawn(1, None, is_valid=True))
+    role.commit(under_way, [Drawn(1, None, is_valid=True)])
     assert around.updates == []
     role.receive(Abort(attempts[1]))
     assert compute(role) == [1]
@@ -327,7 +326,7 @@ def test_a_grant_that_comes_in_the_middle_of_a_prompt_fetches_what_is_not_comput
     assert role.schedule(10) == []
     assert around.orders == [ExpectBlocks(attempt_of(1), PEER, tuple(range(8)), 10, 14)]
     chunk.sequence.land(chunk)
-    role.commit(chunk, None)
+    role.commit(chunk, [])
     assert len(around.orders) == 1, "nothing is handed off while something is fetched"
     for report in (Expecting, Received):
         for rank in range(2):

@@ -338,18 +338,20 @@ def test_a_first_token_that_finishes_frees_the_reservation_on_decode() -> None:
 
 
 class Cluster:
-    """Attempts over one prefill and several decode groups; what is sent is kept, lives are lost at will."""
+    """Attempts over one prefill and several decode groups, whose lives are lost at will."""
 
     def __init__(self, *decode: int, num_tokens: int = 1000) -> None:
         self.dispatcher = Dispatcher(POLICIES["least_loaded"])
         self.attempts = Attempts(self.dispatcher, VOCAB_SIZE)
         self.num_tokens = num_tokens
+        self.now_s = 0.0
+        self.prefill = P
         self.decode = list(decode)
         self.pair_up()
 
     def pair_up(self) -> None:
         decode = [msgspec.structs.replace(group(e, e), num_tokens=self.num_tokens) for e in self.decode]
-        self.dispatcher.pair_up([group(0, P)], decode)
+        self.dispatcher.pair_up([group(0, self.prefill)], decode)
 
     def start(self, name: str = "r", **parts: Any) -> Attempt:
         return attempt_in(self.attempts.start(msgspec.structs.replace(request(name, 100), **parts), 100.0))
@@ -357,16 +359,20 @@ class Cluster:
     def stream(self, attempt: Attempt, *token_ids: int, first: int = 0) -> list[Action]:
         """Let a whole attempt go well, up to its last token here."""
         said: list[tuple[int, Any]] = [
-            (P, TokenUpdate(attempt, first, token_ids[0])),
+            (attempt.prefill_epoch, TokenUpdate(attempt, first, token_ids[0])),
             (attempt.decode_epoch, Grant(attempt, 0)),
-            (P, Handoff(attempt, token_ids[0], Manifest(0, 1, 1, 1))),
+            (attempt.prefill_epoch, Handoff(attempt, token_ids[0], Manifest(0, 1, 1, 1))),
             (attempt.decode_epoch, Committed(attempt)),
             *((attempt.decode_epoch, TokenUpdate(attempt, first + i, t)) for i, t in enumerate(token_ids) if i),
         ]
         return [action for sender, message in said for action in self.attempts.receive(sender, message)]
 
     def lose(self, epoch: int) -> list[Action]:
-        self.decode.remove(epoch)
+        """A decode group is gone, or the prefill group, whose next life has come by then."""
+        if epoch == self.prefill:
+            self.prefill += 1000
+        else:
+            self.decode.remove(epoch)
         actions = self.attempts.lose(epoch)
         self.pair_up()
         return [*actions, *self.attempts.resume()]
@@ -435,14 +441,14 @@ def test_a_leaving_prefill_group_does_not_disturb_what_decode_has_taken_over() -
 
 
 def test_a_request_that_ends_worker_after_worker_is_quarantined_and_so_is_its_prompt_for_ten_minutes() -> None:
-    cluster = Cluster(*range(40, 40 + MAX_CRASHES + 1))
+    cluster = Cluster(*range(40, 50))
     poison = cluster.start("poison")
-    for _ in range(MAX_CRASHES):
+    poison = attempt_in(cluster.lose(poison.prefill_epoch))
+    for index in range(1, MAX_CRASHES):
+        cluster.stream(poison, 5, first=index - 1)
         poison = attempt_in(cluster.lose(poison.decode_epoch))
-    (end,) = [action for action in cluster.lose(poison.decode_epoch) if isinstance(action, End)]
+    (end,) = [action for action in cluster.lose(poison.prefill_epoch) if isinstance(action, End)]
     assert (end.outcome.code, end.outcome.stage) == ("quarantined", Stage.FAILED)
-    cluster.decode.append(99)
-    cluster.pair_up()
     with pytest.raises(Quarantined, match="600 s"):
         cluster.start("again")
     cluster.start("another", prompt_token_ids=(1, 2, 3))
@@ -460,14 +466,13 @@ def test_a_stream_that_gets_on_between_crashes_is_never_quarantined() -> None:
 
 
 def test_suspects_are_tried_one_at_a_time_so_that_a_poison_request_takes_no_other_with_it() -> None:
-    cluster = Cluster(40)
+    cluster = Cluster(D)
     running = [cluster.start(name, prompt_token_ids=(index, 1)) for index, name in enumerate(["a", "poison", "c"])]
-    epoch, ended, num_crashes, num_drawn = 40, [], 0, Counter[str]()
+    ended, num_crashes, num_drawn = [], 0, Counter[str]()
     while running:
         if any(attempt.request_id == "poison" for attempt in running):
-            cluster.decode.append(epoch + 1)
-            actions, num_crashes = cluster.lose(epoch), num_crashes + 1
-            epoch, running = epoch + 1, []
+            actions, num_crashes = cluster.lose(cluster.prefill), num_crashes + 1
+            running = []
         else:
             attempt = running.pop(0)
             drawn = cluster.stream(attempt, *range(PROGRESS_TOKENS), first=num_drawn[attempt.request_id])
@@ -477,6 +482,27 @@ def test_suspects_are_tried_one_at_a_time_so_that_a_poison_request_takes_no_othe
         running += [message.attempt for message in sent(actions, Prefill)]
     assert ended == [("poison", "quarantined")]
     assert num_crashes == MAX_CRASHES + 1
+
+
+def test_who_only_waited_for_a_worker_that_was_lost_is_no_suspect_but_is_not_tried_for_ever() -> None:
+    cluster = Cluster(*range(40, 60))
+    attempt = cluster.start()
+    for index in range(MAX_FAILURES):
+        cluster.attempts.receive(P, TokenUpdate(attempt, index, 1))
+        attempt, _ = next_attempt(cluster, cluster.lose(attempt.decode_epoch))
+    (end,) = [action for action in cluster.lose(attempt.decode_epoch) if isinstance(action, End)]
+    assert end.outcome.code == "worker_lost"
+    assert cluster.attempts.num_quarantined == 0
+
+
+def next_attempt(cluster: Cluster, actions: list[Action]) -> tuple[Attempt, float]:
+    """Let time go by until the next attempt begins; return it and how long that took."""
+    began_s = now_s = cluster.now_s
+    while not sent(actions, Prefill):
+        now_s += 0.25
+        actions = [*cluster.attempts.expire(now_s), *cluster.attempts.resume()]
+    cluster.now_s = now_s
+    return attempt_in(actions), now_s - began_s
 
 
 def fail_transfer(cluster: Cluster, attempt: Attempt) -> list[Action]:
@@ -496,14 +522,10 @@ def test_a_pair_whose_transfer_failed_is_left_alone_for_a_while_and_then_tried_a
 
 def test_transfers_that_keep_failing_end_with_their_reason_after_pauses_that_grow() -> None:
     cluster = Cluster(D)
-    attempt, now_s, pauses = cluster.start(), 0.0, []
+    attempt, pauses = cluster.start(), []
     for _ in range(MAX_FAILURES):
-        actions, began_s = fail_transfer(cluster, attempt), now_s
-        while not sent(actions, Prefill):
-            now_s += 0.25
-            actions = [*cluster.attempts.expire(now_s), *cluster.attempts.resume()]
-        attempt = attempt_in(actions)
-        pauses.append(now_s - began_s)
+        attempt, pause_s = next_attempt(cluster, fail_transfer(cluster, attempt))
+        pauses.append(pause_s)
     assert pauses == [0.0, 0.25, 0.5, 1.0, 2.0]
     (end,) = [action for action in fail_transfer(cluster, attempt) if isinstance(action, End)]
     assert (end.outcome.code, end.outcome.message) == ("transfer_failed", "no way")

@@ -4,6 +4,7 @@ A plant is a monkeypatch of production code, and a pattern of what the simulatio
 one fails; that none does within MAX_SEEDS means that the simulation is blind to that mistake.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import msgspec
@@ -272,24 +273,26 @@ def the_next_attempt_begins_with_something_else(patch: Patch) -> None:
 
 
 def draws_are_counted_from_the_new_prompt(patch: Patch) -> None:
-    def sampling_row(chunk: Chunk) -> SamplingRow:
-        sequence = chunk.sequence
-        return SamplingRow(sequence.request.sampling, sequence, chunk.end - sequence.num_known_tokens)
+    original = step_loop._sampling_rows
 
-    patch.setattr(step_loop, "_sampling_row", sampling_row)
+    def sampling_rows(chunk: Chunk) -> list[SamplingRow]:
+        num_generated = len(chunk.sequence.request.generated_token_ids)
+        return [dataclasses.replace(row, position=row.position - num_generated) for row in original(chunk)]
+
+    patch.setattr(step_loop, "_sampling_rows", sampling_rows)
 
 
 def penalties_are_counted_from_the_new_prompt(patch: Patch) -> None:
-    original = step_loop._sampling_row
+    original = step_loop._sampling_rows
 
-    def sampling_row(chunk: Chunk) -> SamplingRow:
-        row, sequence = original(chunk), chunk.sequence
+    def sampling_rows(chunk: Chunk) -> list[SamplingRow]:
+        sequence = chunk.sequence
         known = sequence.num_known_tokens
         if not hasattr(sequence, "text"):
             sequence.text = WrittenText(sequence.token_ids[:known], sequence.token_ids[known:])
-        return SamplingRow(row.params, sequence.text, row.position)
+        return [dataclasses.replace(row, text=sequence.text) for row in original(chunk)]
 
-    patch.setattr(step_loop, "_sampling_row", sampling_row)
+    patch.setattr(step_loop, "_sampling_rows", sampling_rows)
 
 
 def a_late_token_of_an_old_attempt_is_delivered(patch: Patch) -> None:

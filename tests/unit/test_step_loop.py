@@ -36,10 +36,10 @@ class Everything:
                 num_tokens -= chunks[-1].num_tokens
         return chunks
 
-    def commit(self, chunk: Chunk, drawn: Drawn | None) -> None:
-        if drawn is None or chunk.sequence not in self.running:
+    def commit(self, chunk: Chunk, drawn: list[Drawn]) -> None:
+        if not drawn or chunk.sequence not in self.running:
             return
-        chunk.sequence.token_ids.append(drawn.token_id)
+        chunk.sequence.token_ids.append(drawn[-1].token_id)
         if chunk.sequence.finish_reason:
             self.running.remove(chunk.sequence)
 
@@ -76,7 +76,7 @@ class SumModel:
             ]
             for slot in slots[end - length :]:
                 self.kv[slot] = next(tokens)
-            sums.append(sum(self.kv[slot] for slot in slots) % 97)
+            sums += [sum(self.kv[slot] for slot in slots[: at + 1]) % 97 for at in range(end - length, end)]
         return [sums[index] for index in batch.sampled]
 
 
