@@ -31,7 +31,11 @@ _SETTINGS = {
 _SETTINGS_TO_JOIN = {"RAY_NUM_REDIS_GET_RETRIES": "2"}
 """Each takes 40 s when nobody answers, and no signal is heard meanwhile; by default it is a quarter of an hour."""
 
-_LEAVE_WITHIN_S = 10.0  # a cluster of one machine ends within three
+_SETTINGS_TO_START = {"RAY_kill_worker_timeout_milliseconds": "500"}
+"""After so long a worker that is told to end is killed; one that was stopped hears nothing, and its place is wanted."""
+
+_LEAVE_WITHIN_S = 10.0
+_END_WITHIN_S = 4.0  # a cluster of one machine ends within three, if at all; the reaper sees to the rest
 
 
 _WITHOUT_THESE_NOTHING_GOES_ON = {"gcs_server": "head", "raylet": "agent on this machine (raylet)"}
@@ -69,7 +73,7 @@ def connected(topology: Topology) -> Iterator[RaySession]:
     The thread stays, for Ray's processes die with the thread that started them. Whatever else is left of a cluster that
     we started is ended by a reaper.
     """
-    for name, value in (_SETTINGS | (_SETTINGS_TO_JOIN if uses_existing_cluster() else {})).items():
+    for name, value in (_SETTINGS | (_SETTINGS_TO_JOIN if uses_existing_cluster() else _SETTINGS_TO_START)).items():
         os.environ.setdefault(name, value)
     reaper = None if uses_existing_cluster() else Reaper()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray") as ray_thread:
@@ -80,7 +84,7 @@ def connected(topology: Topology) -> Iterator[RaySession]:
                 session = ray_thread.submit(_start if reaper else _join, topology).result()
             yield session
         finally:
-            _leave(ray.shutdown)
+            _leave(ray.shutdown, _END_WITHIN_S if reaper else _LEAVE_WITHIN_S)
             if reaper:
                 reaper.close()
 
@@ -115,13 +119,13 @@ def _start(topology: Topology) -> RaySession:
     return RaySession("127.0.0.1", is_local=True, logs=_logs())
 
 
-def _leave(shutdown: Callable[[], None]) -> None:
+def _leave(shutdown: Callable[[], None], within_s: float) -> None:
     """Leave Ray; a cluster that we started ends with that.
 
     Ray waits minutes for answers of a machine that was cut off, and hears no signal. Once this process has ended, with
     nothing done at its exit, Ray finds that out by itself.
     """
-    if not run_within(_LEAVE_WITHIN_S, shutdown):
+    if not run_within(within_s, shutdown):
         atexit.unregister(shutdown)
 
 
