@@ -28,6 +28,7 @@ WHOLE_CONTEXT = 1000  # takes longer than LEFT_S
 LEFT_S = 2.0
 AT_ONCE_S = 3.0
 BACK_S = 60.0
+STANDS_STILL_S = 4.0  # more than a heartbeat's timeout
 PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4206, 0x4207
 
 
@@ -174,6 +175,19 @@ def assert_serves_again(cluster: ClusterProcess, before: Worker) -> None:
     assert back["pid"] != before["pid"]
     assert ask(cluster).choices[0].finish_reason == "length"
     cluster.wait_until_pools_whole()
+
+
+@pytest.mark.slow
+def test_a_router_that_stands_still_for_seconds_keeps_its_workers_and_streams(cluster: ClusterProcess):
+    before = cluster.workers()
+    stream = iter(ask(cluster, WHOLE_CONTEXT, stream=True))
+    next(stream)
+    router = next(int(name.split()[0]) for name in ours(cluster) if "-m router" in name)
+    os.kill(router, signal.SIGSTOP)
+    time.sleep(STANDS_STILL_S)
+    os.kill(router, signal.SIGCONT)
+    assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
+    assert [worker["epoch"] for worker in cluster.workers()] == [worker["epoch"] for worker in before]
 
 
 @pytest.mark.slow
