@@ -128,13 +128,16 @@ def announce(addresses: Addresses) -> None:
 
 
 async def drain(serving: Serving, grace_s: float) -> None:
-    """Take nothing new, let what runs finish within grace_s, and end the rest with a clear error."""
-    attempts = serving.control.controller.attempts
+    """Take nothing new, let what runs finish within grace_s, and end the rest with a clear error.
+
+    When no worker is left at all nothing finishes: Ray has ended, or whoever started us was killed.
+    """
+    attempts, membership = serving.control.controller.attempts, serving.control.controller.membership
     logger.info("draining: %d requests have %g s to finish", len(attempts), grace_s)
     serving.is_draining = True
-    serving.control.controller.membership.drain()
+    membership.drain()
     deadline_s = time.monotonic() + grace_s
-    while len(attempts) and time.monotonic() < deadline_s:
+    while len(attempts) and membership.has_workers and time.monotonic() < deadline_s:
         await asyncio.sleep(0.05)
     serving.control.cancel_all(SHUTTING_DOWN)
 

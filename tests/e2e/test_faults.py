@@ -142,11 +142,8 @@ def test_a_worker_that_hangs_while_its_sockets_live_is_gone_within_seconds_and_c
     stream = iter(ask(cluster, WHOLE_CONTEXT, stream=True))
     next(stream)
     with main_thread_stopped(before["pid"]):
-        hung_s = time.monotonic()
-        with pytest.raises(openai.APIError):
-            for _ in stream:
-                pass
-        assert time.monotonic() - hung_s < LEAST_S + AT_ONCE_S
+        wait_for(lambda: cluster.worker("decode")["state"] != "ready", LEAST_S + AT_ONCE_S, "it is given up")
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length", "its stream goes on elsewhere"
     assert_serves_again(cluster, before)
 
 
