@@ -98,7 +98,8 @@ class Supervisor:
 
     def kill(self) -> None:
         """End every rank, at once; where Ray does not answer, that is its own end's business (cluster/reaper.py)."""
-        run_within(_PATIENCE_S, self._end_all)
+        if self._lost_part() is None:
+            run_within(_PATIENCE_S, self._end_all)
 
     def _end_all(self) -> None:
         for rank in self._ranks:
