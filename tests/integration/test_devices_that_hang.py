@@ -4,7 +4,6 @@ The device is pretended (tests/pretend_cuda), one in each process. SIGUSR2 stops
 one that computes.
 """
 
-import os
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from protocol.request import SamplingParams
-from tests.integration.process_cluster import ProcessCluster, live
+from tests.integration.lifelike_cluster import LifelikeCluster, live
 from tests.models import make_model
 from tests.pretend_cuda import streams
 from tests.pretend_cuda.device import PretendCuda, pretended
@@ -50,20 +49,19 @@ def test_a_worker_whose_gpu_stops_in_a_step_or_in_a_copy_ends_within_its_deadlin
     model = make_model("llama", tmp_path, num_hidden_layers=1, max_position_embeddings=256)
     groups = [("prefill", 1, 1), ("decode", 1, 1)]
     sizes = {"memory_bytes": 1 << 20, "batch_tokens": 48, "batch_requests": 2}
-    with ProcessCluster(model, groups, live=live_on_a_gpu, device="cuda", **sizes) as cluster:
+    with LifelikeCluster(model, groups, live=live_on_a_gpu, device="cuda", **sizes) as cluster:
         stream = cluster.submit([1, 2, 3], LONG)
         cluster.wait_until(lambda: cluster.leader("decode", 0).load.running == 1)
-        os.kill(cluster.pid("decode", 0), signal.SIGUSR2)
-        assert cluster.ends_within("decode", 0, 0, LEAST_S + PATIENCE_S)
-        assert stream.result(PATIENCE_S).outcome
+        cluster.send("decode-0-rank0", signal.SIGUSR2)
+        assert cluster.has_ended("decode-0-rank0", LEAST_S + PATIENCE_S)
+        cluster.begin_next_lives()
+        assert len(stream.result(30).token_ids) == LONG.max_tokens
 
-        cluster.start_again(("decode", 0))
-        os.kill(cluster.pid("prefill", 0), signal.SIGWINCH)
-        cluster.submit([4] * 40, SHORT)
+        cluster.send("prefill-0-rank0", signal.SIGWINCH)
+        stream = cluster.submit([4] * 40, SHORT)
         cluster.wait_until(lambda: cluster.leader("decode", 0).load.waiting > 0)
         with suppress(ProcessLookupError):  # where the main thread waits for the copies, that has ended it already
-            os.kill(cluster.pid("prefill", 0), signal.SIGTERM)
-        assert cluster.ends_within("prefill", 0, 0, WITHIN_S + FAILED_CLOSE_WITHIN_S + PATIENCE_S)
-
-        cluster.start_again(("prefill", 0))
-        assert len(cluster.submit([1, 2, 3], SHORT).result(30).token_ids) == 5
+            cluster.send("prefill-0-rank0", signal.SIGTERM)
+        assert cluster.has_ended("prefill-0-rank0", WITHIN_S + FAILED_CLOSE_WITHIN_S + PATIENCE_S)
+        cluster.begin_next_lives()
+        assert len(stream.result(30).token_ids) == SHORT.max_tokens

@@ -3,9 +3,13 @@
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from engine.rank import Rank, Stationary
+from protocol.orders import Batch
 from tests.simulation.clock import Clock
 from worker.dead_man_switch import LEAST_S, TIMES_LONGEST_GAP, DeadManSwitch
 
@@ -94,3 +98,25 @@ def test_a_process_that_hangs_in_a_driver_ends_by_itself_and_says_where():
     assert b"a_driver_that_never_returns" in done.stderr
     assert time.monotonic() - began_s < 30
     assert subprocess.run([*command, "ends"], cwd=ROOT, timeout=60, check=False).returncode == 0
+
+
+class SlowEngine:
+    """Whose layers take long, though not as long as a whole process may hang."""
+
+    def __init__(self, timer: Timer) -> None:
+        self._timer = timer
+
+    def forward(self, batch: Batch, drawn: None, layers_done: Callable[[int], None]) -> None:
+        for layer in range(40):
+            self._timer.clock.now_s += 4
+            assert self._timer.left_s() > 0, "ended in the midst of a step"
+            layers_done(layer + 1)
+
+
+def test_a_step_may_take_minutes_as_long_as_its_layers_go_by():
+    timer = Timer()
+    switch = timer.switch()
+    switch.serve(0.0)
+    engine: Any = SlowEngine(timer)
+    parked_kv: Any = None
+    Rank(engine, parked_kv, Stationary(), switch.pulse).forward(Batch((), (), (), (), ()))
