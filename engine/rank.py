@@ -72,7 +72,7 @@ class Rank:
     def __init__(
         self, engine: Engine, parked_kv: ParkedKV, mover: Mover, pulse: Callable[[], None] = lambda: None
     ) -> None:
-        """pulse is called for every layer of every step: so somebody may see that a long one goes on."""
+        """pulse is called after every layer of a step, and after the step: it shows that a long one goes on."""
         self._engine = engine
         self._parked_kv = parked_kv
         self._pulse = pulse
@@ -91,7 +91,9 @@ class Rank:
                 self.mover.layers_done(batch.leaving, num_layers)
 
         with naming_lack_of_memory():
-            return self._engine.forward(batch, drawn, layers_done)
+            logits = self._engine.forward(batch, drawn, layers_done)
+        self._pulse()
+        return logits
 
     def execute(self, order: AnyOrder) -> None:
         """Carry out any order but StopRank."""
