@@ -104,16 +104,12 @@ def test_a_client_that_leaves_frees_its_blocks(cluster: ClusterProcess):
 
 
 @pytest.mark.slow
-def test_a_killed_decode_worker_ends_its_streams_at_once_and_comes_back(cluster: ClusterProcess):
+def test_a_killed_decode_worker_comes_back_and_its_stream_goes_on(cluster: ClusterProcess):
     before = cluster.worker("decode")
     stream = iter(ask(cluster, LONG, stream=True))
     next(stream)
     os.kill(before["pid"], signal.SIGKILL)
-    killed_s = time.monotonic()
-    with pytest.raises(openai.APIError):
-        for _ in stream:
-            pass
-    assert time.monotonic() - killed_s < AT_ONCE_S
+    assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"
     assert_serves_again(cluster, before)
 
 
