@@ -4,8 +4,11 @@ Exit codes: 0 clean, 1 something failed while running, 2 the topology or the com
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import NoReturn
 
 from cluster.commands import check, status, up
 from protocol.errors import ConfigError, TandemError
@@ -24,6 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def run() -> NoReturn:
+    """Run the command line's command and end the process, whatever threads of Ray's are still in the midst of."""
+    code = main()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody may be there to read it
+            stream.flush()
+    os._exit(code)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tandem", description="Serve a large language model with prefill and decode on different workers."
@@ -35,4 +47,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

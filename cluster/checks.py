@@ -19,6 +19,9 @@ from protocol.model_config import ModelConfig, load_model_config
 from protocol.model_files import TOKENIZER_FILES, find_model
 from protocol.topology import GPU_TRANSPORTS, AnyRoleSection, DecodeSection, RoleSection, Topology
 
+_MAX_SOCKET_PATH = 107  # bytes, of any socket with a path
+_SOCKET_OF_RAY = "/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+
 
 class MisfitError(ConfigError):
     """A well-formed value that cannot work; key is where it stands in the topology ("decode.tensor_parallel")."""
@@ -73,11 +76,25 @@ def check_topology(topology: Topology) -> ModelConfig:
 
 
 def check_this_machine(topology: Topology, has_cluster: bool) -> None:
-    """Raise ConfigError when the router's port is taken, or when no cluster helps and this machine is too small."""
+    """Raise ConfigError when the router's port is taken, or when no cluster helps and Ray cannot run all this here."""
     with _about("router.port"):
         check_port(topology.router.host, topology.router.port)
     if not has_cluster:
+        check_folder_of_ray()
         check_resources(topology, num_cpus=num_local_cpus(), num_gpus=num_local_gpus(), where="this machine")
+
+
+def check_folder_of_ray() -> None:
+    """Raise ConfigError when the paths of Ray's sockets would be too long for the kernel."""
+    name = next((name for name in ("RAY_TMPDIR", "TMPDIR") if name in os.environ), None)
+    if name is None:
+        return
+    most = _MAX_SOCKET_PATH - len(_SOCKET_OF_RAY)
+    if len(os.fsencode(os.environ[name])) > most:
+        raise ConfigError(
+            f"{name} is {os.environ[name]}; Ray puts sockets below it, whose paths may have {_MAX_SOCKET_PATH} bytes: "
+            f"set RAY_TMPDIR to a folder of at most {most} bytes, for example /tmp"
+        )
 
 
 def check_resources(topology: Topology, num_cpus: float, num_gpus: float, where: str) -> None:

@@ -7,13 +7,15 @@ imported here and in cluster/placement.py only, after the checks, for it takes a
 import atexit
 import logging
 import os
-import threading
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from cluster.checks import check_resources, num_local_cpus, num_local_gpus
+from cluster.deadline import run_within
+from cluster.reaper import Reaper
 from protocol.errors import ConfigError
 from protocol.topology import Topology
 
@@ -29,7 +31,14 @@ _SETTINGS = {
 _SETTINGS_TO_JOIN = {"RAY_NUM_REDIS_GET_RETRIES": "2"}
 """Each takes 40 s when nobody answers, and no signal is heard meanwhile; by default it is a quarter of an hour."""
 
-_LEAVE_WITHIN_S = 10.0  # a cluster of one machine ends within three
+_SETTINGS_TO_START = {"RAY_kill_worker_timeout_milliseconds": "500"}
+"""After so long a worker that is told to end is killed; one that was stopped hears nothing, and its place is wanted."""
+
+_LEAVE_WITHIN_S = 10.0
+_END_WITHIN_S = 4.0  # a cluster of one machine ends within three, if at all; the reaper sees to the rest
+
+
+_WITHOUT_THESE_NOTHING_GOES_ON = {"gcs_server": "head", "raylet": "agent on this machine (raylet)"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,15 @@ class RaySession:
     host: str
     is_local: bool
     logs: str
+
+    def lost_part(self) -> str | None:
+        """Return which part of a Ray that we started has ended by itself; of another cluster Ray itself must tell."""
+        if not self.is_local:
+            return None
+        from ray._private.worker import global_worker  # who knows the processes has no public name
+
+        ended = [kind for kind, _ in global_worker.node.dead_processes()]
+        return next((name for kind, name in _WITHOUT_THESE_NOTHING_GOES_ON.items() if kind in ended), None)
 
 
 def uses_existing_cluster() -> bool:
@@ -52,17 +70,23 @@ def connected(topology: Topology) -> Iterator[RaySession]:
 
     Raise ConfigError when an existing cluster cannot be joined or has too little for the topology. Ray starts in a
     thread of its own: in the main thread it would take our signal handlers, and a signal would leave it half started.
-    The thread stays, for Ray's processes die with the thread that started them.
+    The thread stays, for Ray's processes die with the thread that started them. Whatever else is left of a cluster that
+    we started is ended by a reaper.
     """
-    for name, value in (_SETTINGS | (_SETTINGS_TO_JOIN if uses_existing_cluster() else {})).items():
+    for name, value in (_SETTINGS | (_SETTINGS_TO_JOIN if uses_existing_cluster() else _SETTINGS_TO_START)).items():
         os.environ.setdefault(name, value)
+    reaper = None if uses_existing_cluster() else Reaper()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray") as ray_thread:
         import ray
 
         try:
-            yield ray_thread.submit(_join if uses_existing_cluster() else _start, topology).result()
+            with reaper.marking() if reaper else nullcontext():
+                session = ray_thread.submit(_start if reaper else _join, topology).result()
+            yield session
         finally:
-            _leave(ray.shutdown)
+            _leave(ray.shutdown, _END_WITHIN_S if reaper else _LEAVE_WITHIN_S)
+            if reaper:
+                reaper.close()
 
 
 def _join(topology: Topology) -> RaySession:
@@ -81,9 +105,8 @@ def _join(topology: Topology) -> RaySession:
 def _start(topology: Topology) -> RaySession:
     import ray
 
-    # Ray's agents outlive a killed driver for so long.
-    os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "5")
-
+    # A terminal that closes tells all processes that it started. Ray's are to live until what runs has finished.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     ray.init(
         address="local",
         num_cpus=num_local_cpus(),
@@ -96,16 +119,13 @@ def _start(topology: Topology) -> RaySession:
     return RaySession("127.0.0.1", is_local=True, logs=_logs())
 
 
-def _leave(shutdown: Callable[[], None]) -> None:
+def _leave(shutdown: Callable[[], None], within_s: float) -> None:
     """Leave Ray; a cluster that we started ends with that.
 
     Ray waits minutes for answers of a machine that was cut off, and hears no signal. Once this process has ended, with
     nothing done at its exit, Ray finds that out by itself.
     """
-    leaving = threading.Thread(target=shutdown, name="ray-shutdown", daemon=True)
-    leaving.start()
-    leaving.join(_LEAVE_WITHIN_S)
-    if leaving.is_alive():
+    if not run_within(within_s, shutdown):
         atexit.unregister(shutdown)
 
 

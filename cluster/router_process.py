@@ -1,13 +1,11 @@
 """The router as a child process of the driver: started, asked where it listens, ended.
 
 It gets its launch as one line of JSON on stdin and answers with one line of JSON on stdout. The pipe stays open for as
-long as the driver lives: its end tells the router that the driver is gone, and so does the kernel.
+long as the driver lives: its end tells the router that the driver is gone, so that what runs finishes or is told.
 """
 
-import ctypes
 import os
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -19,12 +17,11 @@ from protocol.errors import ConfigError, TandemError
 from router.launch import Addresses, RouterLaunch
 
 _START_S = 30.0
-_PR_SET_PDEATHSIG = 1
 _CANNOT_WORK = 2  # the router's exit code for a ConfigError
 
 
 class RouterProcess:
-    """A running router. Made by the driver's main thread, whose end would end the router too."""
+    """A running router."""
 
     def __init__(self, launch: RouterLaunch) -> None:
         self._process = subprocess.Popen(
@@ -33,7 +30,6 @@ class RouterProcess:
             stdout=subprocess.PIPE,
             env={"TANDEM_LOG_LEVEL": "WARNING", **os.environ},  # its stderr is the terminal
             start_new_session=True,  # a Ctrl-C is the driver's to hear, which then drains
-            preexec_fn=_die_with_parent,  # noqa: PLW1509  (the driver has no threads yet that could hold a lock)
         )
         self._tell(msgspec.json.encode(launch) + b"\n")
         self.addresses = self._read_addresses()
@@ -83,7 +79,3 @@ class RouterProcess:
                     break
                 line += piece
         return line
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

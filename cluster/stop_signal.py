@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a question that the driver's loop asks: has anyone told us to stop?
+"""SIGINT, SIGTERM and SIGHUP as a question that the driver's loop asks: has anyone told us to stop?
 
 Made by `up` before anything is started. Nothing is interrupted: whatever step is under way ends first.
 """
@@ -9,15 +9,17 @@ from types import FrameType
 
 
 class StopSignal:
-    """Takes both signals for as long as the process lives."""
+    """Takes these signals for as long as the process lives; SIGHUP only where `nohup` did not say to ignore it."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        is_deaf = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._numbers = [signal.SIGINT, signal.SIGTERM] if is_deaf else [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
         self.listen()
 
     def listen(self) -> None:
-        """Take both signals; to be called again after something else has taken them, as Ray's start does."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Take the signals; to be called again after something else has taken them, as Ray's start does."""
+        for number in self._numbers:
             signal.signal(number, self._hear)
 
     @property

@@ -7,12 +7,14 @@ router's process, the workers' runs and the router's status, and acts on what it
 import re
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
 import ray
 
 from cluster.absence import Absence
+from cluster.deadline import run_within
 from cluster.placement import RankActor, lost_machines
 from cluster.progress import ProgressDisplay
 from cluster.restarts import Restarts
@@ -24,7 +26,7 @@ from protocol.errors import ConfigError, TandemError
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # Ray paints tracebacks
 _LOOK_EVERY_S = 0.25
-_DEAD_FOR_S = 5.0  # long enough for a worker that was fenced to hear of it and to end
+_DEAD_FOR_S = 1.0  # long enough for a worker that was fenced to hear of it; nothing of its life counts any more
 _PATIENCE_S = 5.0  # beyond the router's own grace, for whatever is then still there
 
 
@@ -33,6 +35,10 @@ class Phase(Enum):
 
     STARTING = "starting"
     SERVING = "serving"
+
+
+class RayLost(TandemError):
+    """A part of Ray has ended, and the cluster must; the router and its workers may still be there."""
 
 
 class Supervisor:
@@ -44,10 +50,13 @@ class Supervisor:
         ranks: list[RankActor],
         progress: ProgressDisplay,
         logs: str,
+        lost_part: Callable[[], str | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """lost_part: which part of Ray has ended by itself, if any."""
         self._router = router
         self._ranks = ranks
+        self._lost_part = lost_part
         self._progress = progress
         self._logs = logs
         self._clock = clock
@@ -69,7 +78,7 @@ class Supervisor:
         return None
 
     def watch(self, stop: StopSignal) -> None:
-        """Return when asked to stop; raise TandemError when the router ends by itself."""
+        """Return when asked to stop; raise TandemError when the router ends by itself, RayLost when Ray does."""
         while not stop.is_asked:
             self._look()
             status = self._show_status()
@@ -79,18 +88,30 @@ class Supervisor:
 
     def drain(self, grace_s: float) -> None:
         """Let the router finish what runs and stop the workers; kill those that are still there afterwards."""
-        self._router.drain(grace_s + _PATIENCE_S)
+        self.drain_router(grace_s)
         ray.wait([rank.running for rank in self._ranks], num_returns=len(self._ranks), timeout=_PATIENCE_S)
         self.kill()
 
+    def drain_router(self, grace_s: float) -> None:
+        """Let what runs finish as far as workers are there for it. Asks nothing of Ray."""
+        self._router.drain(grace_s + _PATIENCE_S)
+
     def kill(self) -> None:
-        """End every rank, at once."""
+        """End every rank, at once; where Ray does not answer, that is its own end's business (cluster/reaper.py)."""
+        if self._lost_part() is None:
+            run_within(_PATIENCE_S, self._end_all)
+
+    def _end_all(self) -> None:
         for rank in self._ranks:
-            rank.end()
+            with suppress(ray.exceptions.RayError):
+                rank.end()
 
     def _look(self) -> None:
         """Wait a moment for runs to end, see to those that have, and run workers again whose pause is over."""
         ended = self._await_end()
+        lost = self._lost_part()
+        if lost is not None:
+            raise RayLost(f"Ray's {lost} ended by itself, and without it no worker is ever brought back; shutting down")
         if self._router.exit_code is not None:
             raise TandemError(f"the router ended by itself (exit code {self._router.exit_code}); shutting down")
         for rank in self._ranks:

@@ -16,11 +16,15 @@ import yaml
 
 from cluster.checks import roles
 from protocol.errors import ConfigError
-from protocol.memory_size import parse_memory, parse_share
+from protocol.memory_size import format_memory, parse_memory, parse_share
 from protocol.topology import DecodeSection, Topology
 
 Places = dict[str, str]
 """Where each key was written: "prefill.groups" -> "configs/x.yaml:7"; the empty key is the file itself."""
+
+_MAX_BYTES = 1 << 20
+_MAX_NODES = 10_000
+"""Of a topology with its aliases written out. Some dozens are usual; a few lines of aliases can stand for billions."""
 
 _TOO_DEEP = "brackets nest too deep; a topology needs three levels"
 _COMPLAINT = re.compile(r"(?P<what>.*?)(?: - at `\$\.?(?P<key>[^`]*)`)?", re.DOTALL)
@@ -43,9 +47,7 @@ def load_topology(path: Path, overrides: Sequence[str] = ()) -> tuple[Topology, 
 
 def _read(path: Path) -> tuple[dict[str, Any], Places]:
     try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        root, values = _parse(_read_text(path), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
@@ -57,6 +59,32 @@ def _read(path: Path) -> tuple[dict[str, Any], Places]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}:1: a topology is a mapping of sections: {', '.join(section_keys(''))}")
     return values, {"": f"{path}:1", **dict(_walk(root, f"{path}", "", depth=3))}
+
+
+def _read_text(path: Path) -> str:
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ConfigError(f"{path}: more than {format_memory(_MAX_BYTES)}; a topology has some dozens of lines")
+    return data.decode("utf-8")
+
+
+def _parse(text: str, place: str) -> tuple[yaml.Node | None, Any]:
+    """Return a document's nodes and its values. Raise ConfigError when its aliases stand for too much."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and _num_nodes(root, {}) > _MAX_NODES:
+        raise ConfigError(f"{place}: with its aliases written out it has more than {_MAX_NODES:,} entries")
+    return root, yaml.safe_load(text)
+
+
+def _num_nodes(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return how many nodes this one is with all aliases written out; one that contains itself counts once."""
+    if id(node) not in known:
+        known[id(node)] = 1
+        children = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else node.value
+        if not isinstance(node, yaml.ScalarNode):
+            known[id(node)] += sum(_num_nodes(child, known) for child in children)
+    return known[id(node)]
 
 
 def _yaml_complaint(path: Path, error: yaml.YAMLError) -> str:
@@ -90,7 +118,7 @@ def _apply(override: str, values: dict[str, Any], places: Places) -> None:
     if not equals or not all(names):
         raise ConfigError(f"{place}: write it as section.key=value, for example router.port=8001")
     try:
-        value = yaml.safe_load(text)
+        _, value = _parse(text, place)
     except yaml.YAMLError as error:
         raise ConfigError(f"{place}: {getattr(error, 'problem', error)}") from None
     except RecursionError:

@@ -8,12 +8,10 @@ import time
 import torch
 from torch import Tensor
 
+from protocol.errors import DeviceError
+
 DEVICE_TIMEOUT_S = 60.0
 _POLL_S = 50e-6
-
-
-class DeviceError(RuntimeError):
-    """The device has not finished a step in time. Nothing can be mended: the process ends."""
 
 
 class HostCopy:

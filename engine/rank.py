@@ -4,13 +4,14 @@ A step runs on the engine, and KV that makes way goes to the host and back; ever
 from other groups and goes to the rank's mover, which is the part that a role adds to all ranks of its group.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from functools import partial
 from typing import Protocol
 
 import torch
 
 from engine.engine import Engine
+from engine.out_of_memory import naming_lack_of_memory
 from engine.parked_kv import ParkedKV
 from protocol.orders import AnyOrder, AnyReport, Batch, Discard, Leaving, Park, Step, Unpark
 
@@ -68,18 +69,31 @@ class Stationary:
 class Rank:
     """An engine, what is parked of its KV, and a mover, under orders."""
 
-    def __init__(self, engine: Engine, parked_kv: ParkedKV, mover: Mover) -> None:
+    def __init__(
+        self, engine: Engine, parked_kv: ParkedKV, mover: Mover, pulse: Callable[[], None] = lambda: None
+    ) -> None:
+        """pulse is called after every layer of a step, and after the step: it shows that a long one goes on."""
         self._engine = engine
         self._parked_kv = parked_kv
+        self._pulse = pulse
         self.mover = mover
 
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor | None:
         """Run a batch; return logits [num_sampled, vocab_size] on the leader's rank, None on the others.
 
         drawn: on the leader's rank, int64 [rows of the batch before], what that draws.
+        Raise OutOfMemoryError when there is no memory for it, on whatever device.
         """
-        layers_done = partial(self.mover.layers_done, batch.leaving) if batch.leaving else None
-        return self._engine.forward(batch, drawn, layers_done)
+
+        def layers_done(num_layers: int) -> None:
+            self._pulse()
+            if batch.leaving:
+                self.mover.layers_done(batch.leaving, num_layers)
+
+        with naming_lack_of_memory():
+            logits = self._engine.forward(batch, drawn, layers_done)
+        self._pulse()
+        return logits
 
     def execute(self, order: AnyOrder) -> None:
         """Carry out any order but StopRank."""

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 
 from engine.batching import build_batch, lay_out
+from engine.out_of_memory import naming_lack_of_memory
 from engine.role import Role
 from engine.sampler import Drawn, SamplingRow
 from engine.sequence import Chunk, Sequence
@@ -115,7 +116,8 @@ class StepLoop:
         before, chunks = self._under_way, lay_out(list(role_of))
         batch = build_batch(chunks, self._block_size, before.rows if before else {})
         logits = self._forward(batch, before.drawing.token_ids if before else None)
-        drawing = self._draw(logits, [row for chunk in chunks for row in _sampling_rows(chunk)])
+        with naming_lack_of_memory():
+            drawing = self._draw(logits, [row for chunk in chunks for row in _sampling_rows(chunk)])
         return _Launched(chunks, role_of, drawing)
 
     @staticmethod

@@ -43,12 +43,18 @@ def warm_up(forward: Callable[[Batch], Tensor | None], limits: Limits, block_siz
 def _batches(limits: Limits, block_size: int, scratch_block: int) -> Iterator[Batch]:
     """Yield one long prompt, a continued prompt beside single tokens, and single tokens only."""
     long = min(limits.batch_tokens, limits.max_context)
-    chunks = -(-limits.batch_tokens // long)
-    yield _batch([long] * chunks, [long] * chunks, block_size, scratch_block)
+    yield prompt_batch(limits.batch_tokens, limits.max_context, block_size, scratch_block)
     num_singles = min(limits.batch_requests, limits.batch_tokens)
     part = max(2, min(limits.batch_tokens - num_singles, long // 2))
     yield _batch([*[1] * num_singles, part], [*[1] * num_singles, min(2 * part, long)], block_size, scratch_block)
     yield _batch([1] * num_singles, [limits.max_context] * num_singles, block_size, scratch_block)
+
+
+def prompt_batch(num_tokens: int, max_context: int, block_size: int, scratch_block: int) -> Batch:
+    """Return a batch of prompts as long as a context allows, num_tokens in all, in the scratch block."""
+    num_whole, rest = divmod(num_tokens, max_context)
+    lens = [max_context] * num_whole + [rest] * (rest > 0)
+    return _batch(lens, lens, block_size, scratch_block)
 
 
 def _batch(query_lens: list[int], context_lens: list[int], block_size: int, scratch_block: int) -> Batch:

@@ -7,9 +7,9 @@
      │   ├─ VersionError   a message of another version of the control protocol
      │   └─ FrameError     the same of a KV frame, with a reason from a closed set (kv_transfer/frames.py)
      ├─ GroupError         a group that cannot assemble or lost a rank; the process ends
-     └─ Fenced, Stopped    the router ended this life, or all of them (worker/control_link.py)
-    RuntimeError
-     └─ DeviceError        a device that does not finish a step; the process ends (engine/host_copy.py)
+     ├─ DeviceError        a GPU that does not answer; the process ends
+     ├─ Fenced, Stopped    the router ended this life, or all of them (worker/control_link.py)
+     └─ Departed           a signal ended this life (worker/departure.py)
 
 Within the router alone there are NoPair and PromptTooLong (router/control/dispatch.py) and the answers that are errors
 (router/front/errors.py). ValueError stays for a client's bad parameter, assert for a programmer's mistake (never on
@@ -46,6 +46,10 @@ class ConfigError(TandemError):
 
 class GroupError(TandemError):
     """A rank's group cannot be assembled, or lost a rank. Nothing can be mended: the process ends."""
+
+
+class DeviceError(TandemError):
+    """A device has not finished its work in time. Nothing can be mended: the process ends."""
 
 
 class WireError(TandemError):

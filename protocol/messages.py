@@ -104,6 +104,13 @@ class Ping(Message, frozen=True):
     """Router -> rank: carries nothing. When it cannot be delivered, the rank's connection is gone."""
 
 
+class Departing(Message, frozen=True):
+    """A rank -> router: a signal has asked this process to end, and soon it will, whatever the answer is.
+
+    The router moves what runs in its group and then says Stop or Fence. It is no crash.
+    """
+
+
 class PeerLost(Message, frozen=True):
     """Router -> leader: this group's epoch is over; close every connection to it."""
 
@@ -248,7 +255,7 @@ class Failed(Message, frozen=True):
 
 
 AnyMessage = (
-    Join | Welcome | Progress | Ready | Heartbeat | Ping | PeerLost | Fence | Stop
+    Join | Welcome | Progress | Ready | Heartbeat | Ping | Departing | PeerLost | Fence | Stop
     | Reserve | Prefill | Grant | Fetch | Unfetched | Handoff | Committed | Abort | PromptLogprobs | Tokens | Failed
 )  # fmt: skip
 

@@ -40,6 +40,8 @@ BACKLOG = 2048
 USER_TIMEOUT_MS = 30_000
 """After this the kernel gives up a client that acknowledges nothing, or whose window stays shut."""
 FLUSH_S = 2.0
+END_WITHIN_S = 10.0
+"""Beyond the grace: who started us may be gone, and then nobody else ends a router that cannot end."""
 
 SHUTTING_DOWN = Outcome(Stage.FAILED, "shutting_down", "the server shut down before this request was finished")
 
@@ -60,7 +62,7 @@ async def serve(launch: RouterLaunch, stdin: int) -> None:
     control = ControlPlane(Controller(launch), launch.control_host)
     serving, server = build(launch, control)
     control.start()
-    drain_wanted = _watch_ends(stdin)
+    drain_wanted = _watch_ends(stdin, launch.section.grace_s + END_WITHIN_S)
     running = asyncio.create_task(server.serve(sockets=[listener]))
     announce(Addresses(control.address, _url(listener)))
     await asyncio.wait({asyncio.create_task(drain_wanted.wait()), running}, return_when=asyncio.FIRST_COMPLETED)
@@ -126,19 +128,25 @@ def announce(addresses: Addresses) -> None:
 
 
 async def drain(serving: Serving, grace_s: float) -> None:
-    """Take nothing new, let what runs finish within grace_s, and end the rest with a clear error."""
-    attempts = serving.control.controller.attempts
+    """Take nothing new, let what runs finish within grace_s, and end the rest with a clear error.
+
+    When no worker is left at all nothing finishes: Ray has ended, or whoever started us was killed.
+    """
+    attempts, membership = serving.control.controller.attempts, serving.control.controller.membership
     logger.info("draining: %d requests have %g s to finish", len(attempts), grace_s)
     serving.is_draining = True
-    serving.control.controller.membership.drain()
+    membership.drain()
     deadline_s = time.monotonic() + grace_s
-    while len(attempts) and time.monotonic() < deadline_s:
+    while len(attempts) and membership.has_workers and time.monotonic() < deadline_s:
         await asyncio.sleep(0.05)
     serving.control.cancel_all(SHUTTING_DOWN)
 
 
-def _watch_ends(stdin: int) -> asyncio.Event:
-    """Return an event that a first signal, or the end of stdin, sets; a second signal ends the process at once."""
+def _watch_ends(stdin: int, within_s: float) -> asyncio.Event:
+    """Return an event that a first signal, or the end of stdin, sets; a second signal ends the process at once.
+
+    within_s: from the end of stdin to the end of the process, at the latest.
+    """
     wanted = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -147,18 +155,20 @@ def _watch_ends(stdin: int) -> asyncio.Event:
             os._exit(1)
         wanted.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, on_signal)
-    threading.Thread(target=_await_end, args=(stdin, loop, wanted), daemon=True).start()
+    threading.Thread(target=_await_end, args=(stdin, loop, wanted, within_s), daemon=True).start()
     return wanted
 
 
-def _await_end(stdin: int, loop: asyncio.AbstractEventLoop, wanted: asyncio.Event) -> None:
+def _await_end(stdin: int, loop: asyncio.AbstractEventLoop, wanted: asyncio.Event, within_s: float) -> None:
     with contextlib.suppress(OSError):
         while os.read(stdin, 65536):
             pass
     with contextlib.suppress(RuntimeError):  # the loop may be closed by now
         loop.call_soon_threadsafe(wanted.set)
+    time.sleep(within_s)
+    os._exit(1)
 
 
 def _url(listener: socket.socket) -> str:

@@ -165,6 +165,13 @@ class WorkerCluster:
         if error is None:
             assert not self.errors, self.errors
 
+    def let_all_fail(self) -> None:
+        """After a start that has failed: every rank ends while the router is there to tell it of the others."""
+        for thread in self._threads[1:]:
+            thread.join(timeout=20)
+        failed = RuntimeError("the start has failed")
+        self.__exit__(type(failed), failed, None)
+
     def leave_together(self) -> None:
         """Let every client go away in one moment."""
 

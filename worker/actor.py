@@ -24,16 +24,20 @@ class WorkerActor:
     def run(self, encoded: bytes) -> None:
         """Be the worker that encoded describes, until the router says Stop.
 
-        Raises ConfigError for a model that cannot be served. A life that must end at once (fenced, or its group is
-        lost) takes the whole process with it, so that Ray starts the next one from nothing.
+        Raises ConfigError for a model that cannot be served. A life that must end at once (fenced, its group is lost, a
+        signal asks for it, or it hangs) takes the whole process with it, so that Ray starts the next one from nothing.
         """
         os.environ.setdefault("GOMP_SPINCOUNT", _LOOKS_BEFORE_SLEEP)  # read once, when torch comes
+        from worker.dead_man_switch import DeadManSwitch, end_this_process
+        from worker.departure import Departure
         from worker.life import run_worker  # torch comes with it, and only workers pay for that
 
         gc.freeze()  # what came with torch stays; to look at all of it in mid-stream takes 40 ms and more
         mine = launch.decode(encoded)
+        departure = Departure()
         try:
-            run_worker(mine if mine.host else msgspec.structs.replace(mine, host=_address_of_this_node()))
+            with departure.listening():
+                run_worker(_with_host(mine), DeadManSwitch(end_this_process), departure)
         except ConfigError:
             raise
         except TandemError as error:
@@ -41,7 +45,10 @@ class WorkerActor:
             os._exit(1)
 
 
-def _address_of_this_node() -> str:
+def _with_host(mine: launch.WorkerLaunch) -> launch.WorkerLaunch:
+    """Fill in the address of this node where the driver does not know it."""
+    if mine.host:
+        return mine
     import ray
 
-    return str(ray.util.get_node_ip_address())
+    return msgspec.structs.replace(mine, host=str(ray.util.get_node_ip_address()))

@@ -19,6 +19,9 @@ from protocol.sockets import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, connect, prepar
 WELCOME_TIMEOUT_S = 60.0
 RECONNECT_MS = HEARTBEAT_TIMEOUT_MS + 2 * HEARTBEAT_MS
 """The router needs at most a heartbeat's timeout and a few of its ticks to find out that a connection is gone."""
+ROUTER_SILENCE_MS = 10_000
+"""What was sent and is not acknowledged for so long ends the connection. A router whose process stands still (stopped,
+moved, its disk full) has a kernel that acknowledges until its buffers are full: it loses nobody in that time."""
 
 _MAX_MESSAGES = 100_000
 
@@ -48,7 +51,8 @@ class ControlSocket:
     """The ControlWire of a real worker. Its identity carries the epoch: what was queued for another life stays there.
 
     What was under way when a connection is lost is lost with it, and nobody could say what it was. So this end waits
-    with connecting again until the router has found out: by then this life is over there, and hears so.
+    with connecting again until the router has found out: by then this life is over there, and hears so. The router
+    notices by heartbeats that a worker has gone. This end sends none, for a router that stands still is not gone.
     """
 
     def __init__(self, address: str, worker: WorkerInfo) -> None:
@@ -57,6 +61,8 @@ class ControlSocket:
         identity = f"{worker.role}-{worker.group}-{worker.rank}-{worker.epoch:x}"
         self.pollable.setsockopt(zmq.IDENTITY, identity.encode())
         self.pollable.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        self.pollable.setsockopt(zmq.HEARTBEAT_IVL, 0)
+        self.pollable.setsockopt(zmq.TCP_MAXRT, ROUTER_SILENCE_MS)
         connect(self.pollable, address)
 
     def send(self, data: bytes) -> None:

@@ -8,7 +8,7 @@ computing the engine's; here is only the order in which things happen.
 
 import os
 import socket
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -29,38 +29,64 @@ from protocol.orders import Enlist
 from protocol.topology import DecodeSection, PrefillSection
 from worker.assembly import ASSEMBLIES, LeaderParts
 from worker.control_link import ControlLink, ControlSocket, Stopped
+from worker.dead_man_switch import CLOSE_WITHIN_S, FAILED_CLOSE_WITHIN_S, START_SILENCE_S, DeadManSwitch
+from worker.departure import Departure
 from worker.launch import WorkerLaunch
 from worker.loading import LoadedRank, load_rank
 from worker.loops import FollowerLoop, LeaderLoop
 
 
-def run_worker(launch: WorkerLaunch) -> None:
+def run_worker(launch: WorkerLaunch, switch: DeadManSwitch | None = None, departure: Departure | None = None) -> None:
     """Live one life of a worker; return when the router says stop.
 
-    Raises ConfigError for a model that cannot be served, Fenced or GroupError when this life must end at once.
+    switch ends the process when it hangs, departure when a signal asks for it; a rank that is a thread has neither.
+    Raises ConfigError for a model that cannot be served, another TandemError when this life must end at once.
     """
     torch.set_num_threads(max(1, int(launch.role_section.cpus)))
     if launch.device == "cpu":
         keep_freed_memory()
-    with ExitStack() as cleanup:
-        worker = WorkerLife(launch, cleanup)
-        with suppress(Stopped):
-            worker.lead() if launch.rank == 0 else worker.follow()
+    switch = switch or DeadManSwitch()
+    try:
+        with ExitStack() as cleanup:
+            switch.allow(START_SILENCE_S)
+            _live(WorkerLife(launch, cleanup, switch, departure or Departure()), switch)
+    finally:
+        switch.disarm()
+
+
+def _live(worker: "WorkerLife", switch: DeadManSwitch) -> None:
+    """Live until Stopped, or raise what else has ended this life; what is closed afterwards has its deadline then."""
+    try:
+        worker.live()
+    except Stopped:
+        switch.allow(CLOSE_WITHIN_S)
+    except BaseException:
+        switch.allow(FAILED_CLOSE_WITHIN_S)
+        raise
 
 
 class WorkerLife:
     """One life; everything that it opens is closed by cleanup, last opened first."""
 
-    def __init__(self, launch: WorkerLaunch, cleanup: ExitStack) -> None:
+    def __init__(self, launch: WorkerLaunch, cleanup: ExitStack, switch: DeadManSwitch, departure: Departure) -> None:
         self._launch = launch
         self._cleanup = cleanup
+        self._switch = switch
+        self._departure = departure
         self._info = _describe(launch)
         self._place = Place(launch.rank, self._info.tensor_parallel, launch.host, launch.device)
         self._socket = ControlSocket(launch.control, self._info)
         cleanup.callback(self._socket.close)
         self._link = ControlLink(self._socket, self._info.epoch)
 
-    def lead(self) -> None:
+    def live(self) -> None:
+        """Raise what ends this life: Stopped when all is well."""
+        if self._launch.rank == 0:
+            self._lead()
+        else:
+            self._follow()
+
+    def _lead(self) -> None:
         """Be rank 0: assemble the group, then serve requests."""
         leader = Leader(self._place)
         self._cleanup.callback(leader.close)
@@ -69,14 +95,15 @@ class WorkerLife:
         addresses = (loaded.rank.mover.address, *leader.await_followers(self._link.receive))
         self._serve(loaded, leader, addresses)
 
-    def follow(self) -> None:
+    def _follow(self) -> None:
         """Be any other rank: find the leader, then carry out its orders."""
         follower = Follower(self._place, self._join(None).rendezvous)
         self._cleanup.callback(follower.close)
         loaded = self._load(follower.connect())
         follower.report(Enlist(self._launch.rank, self._info.epoch, loaded.rank.mover.address))
         wakers: list[zmq.Socket[bytes] | int] = [self._socket.pollable, follower.pollable, *loaded.rank.mover.filenos()]
-        FollowerLoop(self._link, follower, loaded.rank).run(wakers)
+        self._switch.serve(loaded.longest_gap_s)
+        FollowerLoop(self._link, follower, loaded.rank, come_round=self._come_round).run(wakers)
 
     def _join(self, rendezvous: str | None) -> Welcome:
         self._link.send(Join(self._info, rendezvous))
@@ -84,11 +111,12 @@ class WorkerLife:
         return self._link.await_welcome()
 
     def _load(self, tensor_parallel: TensorParallel) -> LoadedRank:
-        loaded = load_rank(self._launch, tensor_parallel, self._tell)
+        loaded = load_rank(self._launch, tensor_parallel, self._tell, self._switch.pulse)
         self._cleanup.callback(loaded.rank.mover.close)
         return loaded
 
     def _tell(self, doing: str) -> None:
+        self._switch.allow(START_SILENCE_S)
         self._link.send(Progress(doing))
         self._link.flush()
 
@@ -105,7 +133,12 @@ class WorkerLife:
         endpoint = Endpoint(self._info.epoch, loaded.layout, assembly.transport(self._launch), addresses)
         self._link.send(Ready(endpoint, pool.num_blocks * cache.block_size))
         wakers: list[zmq.Socket[bytes] | int] = [self._socket.pollable, leader.pollable, *loaded.rank.mover.filenos()]
-        LeaderLoop(self._link, ranks, roles, steps, pool).run(wakers)
+        self._switch.serve(loaded.longest_gap_s)
+        LeaderLoop(self._link, ranks, roles, steps, pool, come_round=self._come_round).run(wakers)
+
+    def _come_round(self) -> None:
+        self._switch.pulse()
+        self._departure.turn(self._link)
 
     def _parts(self, loaded: LoadedRank, pool: BlockPool, ranks: GroupRanks) -> LeaderParts:
         section = self._launch.role_section

@@ -1,5 +1,6 @@
 """A rank gets its model, its KV cache and the part that moves its blocks. Called once in a worker's life."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from engine.limits import KVMemory, Limits, ShareOfFree
 from engine.parked_kv import ParkedKV
 from engine.rank import Rank
 from engine.tensor_parallel import TensorParallel
+from engine.trial import try_out
 from protocol.layout import KVLayout
 from protocol.model_config import ModelConfig, load_model_config
 from protocol.model_files import find_model, model_hash
@@ -19,18 +21,25 @@ from worker.launch import CacheLaunch, WorkerLaunch
 
 @dataclass(frozen=True)
 class LoadedRank:
-    """A rank that is ready to carry out orders, and how its group lays out KV."""
+    """A rank that is ready to carry out orders, how its group lays out KV, and for how long a step may be silent."""
 
     engine: Engine
     rank: Rank
     layout: KVLayout
+    longest_gap_s: float
 
 
-def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: Tell) -> LoadedRank:
-    """Load this rank's slices of the weights and open its mover. Raise ConfigError for a model that is not served."""
+def load_rank(
+    launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: Tell, pulse: Callable[[], None]
+) -> LoadedRank:
+    """Load this rank's slices of the weights, try them out and open its mover. pulse: see Rank.
+
+    Raise ConfigError for a model that is not served.
+    """
     folder = find_model(launch.model.path, progress=progress)
     config = load_model_config(folder)
     dtype = config.dtype if launch.model.dtype == "auto" else launch.model.dtype
+    limits = Limits(launch.role_section.batch_tokens, launch.role_section.batch_requests, launch.model.max_context)
     engine = Engine(
         config,
         folder,
@@ -39,12 +48,15 @@ def load_rank(launch: WorkerLaunch, tensor_parallel: TensorParallel, progress: T
         tensor_parallel,
         launch.kv_cache.block_size,
         _kv_memory(launch.kv_cache),
-        Limits(launch.role_section.batch_tokens, launch.role_section.batch_requests, launch.model.max_context),
+        limits,
         progress,
     )
+    progress("trying the model out")
+    longest_gap_s = try_out(engine, limits, launch.kv_cache.block_size)
     layout = _layout(config, model_hash(folder), dtype, launch)
     mover = ASSEMBLIES[launch.role].mover(launch, Cache(engine.kv_cache.blocks, layout, launch.rank))
-    return LoadedRank(engine, Rank(engine, ParkedKV(engine.kv_cache.blocks), mover), layout)
+    rank = Rank(engine, ParkedKV(engine.kv_cache.blocks), mover, pulse)
+    return LoadedRank(engine, rank, layout, longest_gap_s)
 
 
 def _kv_memory(launch: CacheLaunch) -> KVMemory:

@@ -34,13 +34,16 @@ class LeaderLoop:
         steps: StepLoop,
         pool: BlockPool,
         clock: Callable[[], float] = time.monotonic,
+        come_round: Callable[[], None] = lambda: None,
     ) -> None:
+        """come_round is called in every turn, before anything else."""
         self._link = link
         self._ranks = ranks
         self._roles = roles
         self._steps = steps
         self._pool = pool
         self._clock = clock
+        self._come_round = come_round
         self._is_busy = True
         self._heartbeat_at = 0.0
 
@@ -63,6 +66,7 @@ class LeaderLoop:
         return self._is_busy
 
     def _work(self) -> bool:
+        self._come_round()
         messages, reports = self._link.receive(), self._ranks.reports()
         for message in messages:
             self._take(message)
@@ -100,8 +104,15 @@ class FollowerLoop:
     """A follower's loop: orders in, reports out."""
 
     def __init__(
-        self, link: ControlLink, follower: Follower, rank: Rank, clock: Callable[[], float] = time.monotonic
+        self,
+        link: ControlLink,
+        follower: Follower,
+        rank: Rank,
+        clock: Callable[[], float] = time.monotonic,
+        come_round: Callable[[], None] = lambda: None,
     ) -> None:
+        """come_round is called in every turn, before anything else."""
+        self._come_round = come_round
         self._link = link
         self._follower = follower
         self._rank = rank
@@ -118,6 +129,7 @@ class FollowerLoop:
 
     def turn(self) -> None:
         """Carry out the orders that have come, and report."""
+        self._come_round()
         self._link.receive()
         for order in self._follower.orders():
             if isinstance(order, StopRank):

@@ -42,13 +42,13 @@ def _serve(
     topology: Topology, model: ModelConfig, session: RaySession, progress: ProgressDisplay, stop: StopSignal
 ) -> None:
     from cluster.placement import start_ranks  # these two import Ray, which takes a second and reads its settings then
-    from cluster.supervisor import Supervisor
+    from cluster.supervisor import RayLost, Supervisor
 
     router = RouterProcess(_router_launch(topology, model, session.host))
     try:
         host = session.host if session.is_local else ""
         ranks = start_ranks(topology, longest_context(topology, model), router.addresses.control, host)
-        supervisor = Supervisor(router, ranks, progress, session.logs)
+        supervisor = Supervisor(router, ranks, progress, session.logs, session.lost_part)
         try:
             status = supervisor.wait_until_ready(stop)
             if status is not None:
@@ -57,6 +57,10 @@ def _serve(
                 supervisor.watch(stop)
                 progress.say("stopping")
                 supervisor.drain(topology.router.grace_s)
+        except RayLost as error:
+            progress.say(f"{error}, once what runs has finished")
+            supervisor.drain_router(topology.router.grace_s)
+            raise
         finally:
             supervisor.kill()
     finally:

@@ -103,6 +103,10 @@ class Membership:
         self._heard: set[Epoch] = set()
         self._heard_before: set[Epoch] = set()
 
+    @property
+    def has_workers(self) -> bool:
+        return bool(self._living)
+
     def is_alive(self, epoch: Epoch) -> bool:
         return epoch in self._living
 

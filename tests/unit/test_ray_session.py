@@ -12,8 +12,7 @@ from cluster import ray_session
 def shutdown():
     time.sleep(300)
 atexit.register(shutdown)
-ray_session._LEAVE_WITHIN_S = 0.1
-ray_session._leave(shutdown)
+ray_session._leave(shutdown, 0.1)
 sys.exit(7)
 """
 

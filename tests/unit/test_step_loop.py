@@ -136,3 +136,17 @@ def test_when_memory_runs_out_the_newest_request_ends_and_the_others_go_on(is_ah
     survivors = [index for index in range(9) if index not in role.failed]
     for index in survivors:
         assert role.sequences[index].output_token_ids == expected(PROMPTS[index], -1)
+
+
+def test_a_cpu_that_has_no_memory_to_draw_so_many_tokens_draws_those_of_fewer_requests() -> None:
+    def draw(logits: list[int], rows: SequenceOf[SamplingRow]) -> Draws:
+        if len(rows) > 6:
+            raise MemoryError
+        return Draws(logits, rows)
+
+    role, model = Everything(PROMPTS, -1), SumModel(BLOCK_SIZE)
+    loop = StepLoop([role], model.forward, draw, 100, BLOCK_SIZE)  # type: ignore[list-item]
+    while loop.step():
+        pass
+    assert role.failed == [8, 7, 6]
+    assert all(role.sequences[index].output_token_ids == expected(PROMPTS[index], -1) for index in range(6))

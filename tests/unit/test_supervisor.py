@@ -13,7 +13,7 @@ from cluster.commands import up
 from cluster.progress import ProgressDisplay
 from cluster.restarts import MAX_DELAY_S, SERVED_FOR_S
 from cluster.status_client import ClusterStatus, WorkerStatus
-from cluster.supervisor import Supervisor
+from cluster.supervisor import RayLost, Supervisor
 from protocol.errors import TandemError
 from tests.simulation.clock import Clock
 
@@ -76,7 +76,8 @@ class Cluster:
         self.workers = tuple(worker_of(rank) for rank in self.ranks)
         self._stop_s = 0.0
         self.num_answers: int | None = None
-        patch.setattr(module, "ray", SimpleNamespace(wait=self._wait))
+        self.lost_part: str | None = None
+        patch.setattr(module, "ray", SimpleNamespace(wait=self._wait, exceptions=SimpleNamespace(RayError=OSError)))
         patch.setattr(module, "time", SimpleNamespace(sleep=self._sleep))
         patch.setattr(module, "fetch_status", self._fetch_status)
         patch.setattr(module, "_complaint", lambda running: "oh")
@@ -86,7 +87,9 @@ class Cluster:
         router: Any = FakeRouter()
         ranks: Any = self.ranks
         self.said = io.StringIO()
-        self.supervisor = Supervisor(router, ranks, ProgressDisplay(2, self.said), "/logs", self.clock.read)
+        self.supervisor = Supervisor(
+            router, ranks, ProgressDisplay(2, self.said), "/logs", lambda: self.lost_part, self.clock.read
+        )
         assert self.supervisor.wait_until_ready(self)  # type: ignore[arg-type]
 
     @property
@@ -215,7 +218,26 @@ def test_a_router_that_is_busy_right_after_the_start_does_not_end_the_cluster(
     cluster.stop_in(10)
     out = io.StringIO()
     topology: Any = SimpleNamespace(router=SimpleNamespace(grace_s=1), model=SimpleNamespace(name="m"))
-    session: Any = SimpleNamespace(host="h", is_local=True, logs="/logs")
+    session: Any = SimpleNamespace(host="h", is_local=True, logs="/logs", lost_part=lambda: None)
     up._serve(topology, None, session, ProgressDisplay(2, out), cluster)  # type: ignore[arg-type]
     assert "ready: http://x" in out.getvalue()
     assert out.getvalue().endswith("stopping\n")
+
+
+def test_when_a_part_of_ray_is_lost_what_runs_may_finish_before_the_cluster_ends(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+):
+    drained_s: list[float] = []
+    monkeypatch.setattr(up, "_router_launch", lambda *_: None)
+    monkeypatch.setattr(up, "RouterProcess", lambda launch: FakeRouter())
+    monkeypatch.setattr(FakeRouter, "drain", lambda self, patience_s: drained_s.append(patience_s))
+    monkeypatch.setattr(up, "longest_context", lambda *_: 64)
+    monkeypatch.setattr(placement, "start_ranks", lambda *_: cluster.ranks)
+    topology: Any = SimpleNamespace(router=SimpleNamespace(grace_s=7), model=SimpleNamespace(name="m"))
+    session: Any = SimpleNamespace(host="h", is_local=True, logs="/logs", lost_part=lambda: "head")
+    out = io.StringIO()
+    with pytest.raises(RayLost, match="Ray's head ended by itself"):
+        up._serve(topology, None, session, ProgressDisplay(2, out), cluster)  # type: ignore[arg-type]
+    assert drained_s
+    assert drained_s[0] > 7
+    assert "once what runs has finished" in out.getvalue()

@@ -160,6 +160,18 @@ def test_hugging_face_kernels_beside_ours_is_refused(topology, tmp_path: Path, m
     assert "pip uninstall kernels" in complaint_about(topology())
 
 
+@pytest.mark.parametrize("name", ["TMPDIR", "RAY_TMPDIR"])
+def test_a_temporary_folder_whose_path_is_too_long_for_rays_sockets_is_refused(
+    topology, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv(name, "/tmp/" + "x" * 34)
+    checks.check_this_machine(topology("router.port=0"), has_cluster=False)
+    monkeypatch.setenv(name, "/tmp/" + "x" * 60)
+    with pytest.raises(ConfigError, match=f"{name} is /tmp/x*; .* set RAY_TMPDIR to a folder of at most 39 bytes"):
+        checks.check_this_machine(topology("router.port=0"), has_cluster=False)
+    checks.check_this_machine(topology("router.port=0"), has_cluster=True)
+
+
 def test_a_port_in_use_is_refused_with_its_owner(topology):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

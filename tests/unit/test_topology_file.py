@@ -125,6 +125,28 @@ def test_a_key_that_refers_to_itself_is_refused(complaint_about):
     assert "unknown key model.again" in complaint_about("model: &a {path: x, again: *a}\n" + GOOD.split("\n", 1)[1])
 
 
+BOMB = "\n".join(
+    ["a: &a0 {x: 1}", *(f"b{i}: &a{i + 1} {{<<: [*a{i}, *a{i}, *a{i}, *a{i}, *a{i}, *a{i}]}}" for i in range(30))]
+)
+
+
+def test_a_few_lines_that_stand_for_billions_are_refused_at_once(complaint_about):
+    assert "x.yaml: with its aliases written out it has more than 10,000 entries" in complaint_about(BOMB)
+    assert "x.yaml: more than 1024KiB" in complaint_about("# " + "x" * (1 << 20))
+
+
+def test_aliases_that_stand_for_little_are_fine(tmp_path: Path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        GOOD.replace("prefill: {", "prefill: &same {").replace(
+            "decode:\n  groups: 2\n  tensor_parallel: 1\n", "decode: *same\n"
+        )
+    )
+    topology, _ = load_topology(path)
+    assert topology.decode is not None
+    assert topology.decode.groups == 1
+
+
 def test_overrides_take_the_place_of_what_the_file_says(tmp_path: Path):
     path = tmp_path / "x.yaml"
     path.write_text(GOOD)
