@@ -6,7 +6,7 @@
 An 8B-like layout (8 KV heads of 128, bfloat16) with fewer layers, so that two caches fit a small machine. Sender and
 receiver are processes of their own; a transfer is timed from the order to send until every block is in the receiver's
 cache: gathered from scattered blocks, digested, moved, checked, scattered. Rounds interleave all rows, and medians are
-shown. Anchors, in the same rounds (transfer_anchors.py): memcpy (one copy of as many bytes), paged (gather and scatter
+shown. Anchors, in the same rounds (transfer_anchors.py): memcpy (copies of as many bytes), paged (gather and scatter
 in one process), tcp, raw zmq and raw gloo (a plain stream of as many bytes between two processes, over a socket and
 over the libraries that the transports of that name stand on), digest (what either end spends on digests of as many
 bytes; the column of that name is its share of a transfer's time).

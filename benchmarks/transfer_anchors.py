@@ -48,14 +48,15 @@ def block_table(num_tokens: int, num_blocks: int, seed: int) -> torch.Tensor:
 
 @contextmanager
 def memcpy(cache: list[torch.Tensor]) -> Iterator[Run]:
-    flat = torch.cat([plane.flatten() for plane in cache])
-    target = torch.zeros_like(flat)
+    planes = [(plane.flatten(), torch.zeros_like(plane.flatten())) for plane in cache]
+    num_slots = cache[0].shape[1] * cache[0].shape[3]
 
     def run(num_tokens: int) -> float:
-        size = flat.numel() // (cache[0].shape[1] * cache[0].shape[3]) * num_tokens
         began = time.perf_counter()
-        target[:size].copy_(flat[:size])
-        synchronize(flat.device)
+        for plane, target in planes:
+            size = plane.numel() // num_slots * num_tokens
+            target[:size].copy_(plane[:size])
+        synchronize(cache[0].device)
         return time.perf_counter() - began
 
     yield run

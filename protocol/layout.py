@@ -75,10 +75,10 @@ class KVLayout(msgspec.Struct, frozen=True):
         Heads count over the whole model.
         """
         self.check_split()
-        firsts = (rank * plane.heads // self.tensor_parallel for plane in self.planes)
+        size = self.tensor_parallel
+        firsts = [rank * plane.heads // size for plane in self.planes]
         return tuple(
-            (first, first + max(1, plane.heads // self.tensor_parallel))
-            for first, plane in zip(firsts, self.planes, strict=True)
+            [(first, first + (plane.heads // size or 1)) for first, plane in zip(firsts, self.planes, strict=True)]
         )
 
     def rank_shapes(self, rank: int, num_blocks: int) -> list[tuple[int, int, int, int, int]]:
@@ -90,7 +90,9 @@ class KVLayout(msgspec.Struct, frozen=True):
 
     def check_split(self) -> None:
         """Raise ValueError, saying which, when the heads of a plane cannot be split over the ranks."""
-        for heads, ranks in ((plane.heads, self.tensor_parallel) for plane in self.planes):
+        ranks = self.tensor_parallel
+        for plane in self.planes:
+            heads = plane.heads
             if heads < 1 or ranks < 1 or (heads % ranks and ranks % heads):
                 raise ValueError(f"{heads} KV heads cannot be split over {ranks} ranks; one must divide the other")
 

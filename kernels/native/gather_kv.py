@@ -3,7 +3,7 @@
 Called by kv_transfer on the sending side, and by engine to park sequences.
 """
 
-import ctypes
+import struct
 from collections.abc import Sequence
 
 import torch
@@ -12,9 +12,6 @@ from torch import Tensor
 from kernels.native.library import function
 from kernels.plain import gather_kv as plain
 from kernels.plain.gather_kv import Range
-
-_FIELDS = 6
-"""Of struct plane in paged_copy.h."""
 
 
 def gather_kv(
@@ -46,7 +43,7 @@ def copy_area(
 ) -> bool:
     """Call the C function of that name, which copies one way or the other; return whether there is one.
 
-    payload: as elements or as bytes, in any shape.
+    payload: as elements or as bytes, in any shape. C is given a struct plane (paged_copy.h) for each plane.
     """
     run = function(name, "pp" + "i" * 6)
     if run is None:
@@ -60,18 +57,17 @@ def copy_area(
     assert 0 <= layers[0] <= layers[1] <= num_layers
     assert 0 <= tokens[0] <= tokens[1] <= len(block_table) * block_size
     fields: list[int] = []
-    start = payload.data_ptr()
+    begin = start = payload.data_ptr()
     for plane, (first, stop) in zip(planes, heads, strict=True):
+        *sizes, slot = plane.shape
+        num_heads, slot_bytes = sizes[2], slot * plane.itemsize
         assert plane.is_contiguous()
-        assert plane.shape[:2] == (num_layers, num_blocks)
-        assert plane.shape[3] == block_size
-        assert 0 <= first <= stop <= plane.shape[2]
-        slot_bytes = plane.shape[4] * plane.itemsize
-        layer_bytes = num_blocks * plane.shape[2] * block_size * slot_bytes
-        fields += plane.data_ptr() + layers[0] * layer_bytes, start, plane.shape[2], slot_bytes, first, stop - first
+        assert sizes == [num_layers, num_blocks, num_heads, block_size]
+        assert 0 <= first <= stop <= num_heads
+        first_layer = plane.data_ptr() + layers[0] * num_blocks * num_heads * block_size * slot_bytes
+        fields += first_layer, start, num_heads, slot_bytes, first, stop - first
         start += num_copied * (stop - first) * num_tokens * slot_bytes
-    assert start == payload.data_ptr() + payload.nbytes
-    table = (ctypes.c_int64 * len(fields))(*fields)
-    sizes = len(planes), num_copied, num_blocks, block_size, tokens[0], num_tokens
-    run(ctypes.addressof(table), block_table.data_ptr(), *sizes)
+    assert start == begin + payload.nbytes
+    table = struct.pack(f"{len(fields)}q", *fields)
+    run(table, block_table.data_ptr(), len(planes), num_copied, num_blocks, block_size, tokens[0], num_tokens)
     return True
