@@ -4,8 +4,6 @@ Pure data, and the arithmetic of one group alone: whoever has to know how large 
 here. What two groups hand over to one another is the business of kv_transfer/plan.py.
 """
 
-from collections.abc import Iterable
-
 import msgspec
 
 from protocol.errors import ConfigError
@@ -97,19 +95,24 @@ class KVLayout(msgspec.Struct, frozen=True):
                 raise ValueError(f"{heads} KV heads cannot be split over {ranks} ranks; one must divide the other")
 
     @property
-    def common(self) -> dict[str, str | int]:
+    def common(self) -> dict[str, str | int | tuple[Plane, ...]]:
         """Return what must be equal on both sides of a handoff; block size and tensor-parallel size may differ."""
         return {
             "model_hash": self.model_hash,
             "num_layers": self.num_layers,
-            "KV geometry": _names(self.planes),
+            "KV geometry": self.planes,
         }
 
     def incompatibility(self, other: "KVLayout") -> str | None:
         """Name the first thing that must be equal on both sides of a handoff but is not, with both values."""
         theirs = other.common
         return next(
-            (f"{n} differs: {ours} and {theirs[n]}" for n, ours in self.common.items() if ours != theirs[n]), None
+            (
+                f"{name} differs: {_words(ours)} and {_words(theirs[name])}"
+                for name, ours in self.common.items()
+                if ours != theirs[name]
+            ),
+            None,
         )
 
 
@@ -122,6 +125,6 @@ class Endpoint(msgspec.Struct, frozen=True):
     addresses: tuple[str, ...]
 
 
-def _names(planes: Iterable[Plane]) -> str:
-    """Return planes in words a person reads: "8 x 128 bfloat16 + 8 x 128 bfloat16", heads by dimensions."""
-    return " + ".join(map(str, planes))
+def _words(value: str | int | tuple[Plane, ...]) -> str:
+    """Return what a person reads: of planes, heads by dimensions, as "8 x 128 bfloat16 + 8 x 128 bfloat16"."""
+    return " + ".join(map(str, value)) if isinstance(value, tuple) else str(value)

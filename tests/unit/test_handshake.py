@@ -24,6 +24,10 @@ OTHERS: list[tuple[dict[str, object], str]] = [
     ({"planes": (Plane(1, 576, "no type"),)}, "differs: 1 x 576 no type and 8 x 128 bfloat16 + 8 x 128 bfloat16"),
     ({"planes": ()}, "differs:  and 8 x 128"),
     ({"planes": OURS.planes * 2}, "KV geometry differs"),
+    (
+        {"planes": (Plane(8, 128, "bfloat16 + 8 x 128 bfloat16"),)},
+        "KV geometry differs",
+    ),  # whatever words it is told in
 ]
 
 
