@@ -15,14 +15,13 @@ from torch import Tensor
 
 from engine.block_pool import BlockPool
 from engine.engine import Engine
-from engine.kv_cache import bytes_per_block
 from engine.limits import Limits
 from engine.sampler import Sampler
 from engine.step_loop import Draw, Forward, StepLoop
 from engine.tensor_parallel import Range, TensorParallel
 from engine.weights import expected_tensors
 from protocol.identity import new_attempt, new_request_id
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.messages import Abort, AnyMessage, Failed, Prefill, Reserve, TokenUpdate
 from protocol.model_config import ModelConfig
 from protocol.orders import AnyOrder
@@ -178,16 +177,16 @@ def engine_speed(
 ) -> StepSpeed:
     """Return the leader of an engine with random weights. limits.max_context bounds the longest request."""
     group = TensorParallel(0, 1, None)
-    num_bytes = -(-num_kv_tokens // BLOCK_SIZE) * bytes_per_block(config, group, BLOCK_SIZE, dtype)
+    layout = layout_of(config, dtype)
+    num_bytes = -(-num_kv_tokens // BLOCK_SIZE) * layout.block_bytes
     source = RandomTensors(config, dtype, device)
-    engine = Engine(config, source, dtype, device, group, BLOCK_SIZE, num_bytes, limits)
+    engine = Engine(config, source, dtype, device, group, layout, num_bytes, limits)
     pool = BlockPool(engine.kv_cache.num_blocks, BLOCK_SIZE, is_caching=False)
     draw, is_ahead = Sampler(config.vocab_size, device).draw, engine.is_asynchronous
-    layout = layout_of(config, dtype)
     return StepSpeed(engine.forward, draw, pool, layout, limits, config.vocab_size, is_ahead=is_ahead)
 
 
 def layout_of(config: ModelConfig, dtype: torch.dtype) -> KVLayout:
     """Return the layout of one rank's cache for this model."""
-    name = str(dtype).removeprefix("torch.")
-    return KVLayout("random", config.num_layers, config.num_kv_heads, config.head_dim, name, BLOCK_SIZE, 1)
+    planes = keys_and_values(config.num_kv_heads, config.head_dim, str(dtype).removeprefix("torch."))
+    return KVLayout("random", config.num_layers, planes, BLOCK_SIZE, 1)

@@ -6,6 +6,7 @@ are shuffled, and calls rotate among caches, so that the device's own cache does
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,27 +158,27 @@ class KernelSpeed:
 
     def gather_kv(self, num_tokens: int) -> Timed:
         return self._copy(
-            num_tokens, lambda cache, table, area, payload: self._operations.gather_kv(cache, table, *area)
+            num_tokens, lambda planes, table, area, payload: self._operations.gather_kv(planes, table, *area)
         )
 
     def scatter_kv(self, num_tokens: int) -> Timed:
-        def scatter(cache: Tensor, table: Tensor, area: tuple[tuple[int, int], ...], payload: Tensor) -> None:
-            self._operations.scatter_kv(payload, cache, table, *area)
+        def scatter(planes: list[Tensor], table: Tensor, area: tuple[Any, ...], payload: Tensor) -> None:
+            self._operations.scatter_kv(payload, planes, table, *area)
 
         return self._copy(num_tokens, scatter)
 
     def _copy(self, num_tokens: int, copy: Callable[..., object]) -> Timed:
         """All layers and heads of one prompt, read once and written once."""
         config, num_blocks = self._config, -(-num_tokens // BLOCK_SIZE)
-        area = (0, config.num_layers), (0, config.num_kv_heads), (0, num_tokens)
-        shape = (config.num_layers, 2, num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
-        payload = self._randn(config.num_layers, 2, config.num_kv_heads, num_tokens, config.head_dim)
+        area = (0, config.num_layers), [(0, config.num_kv_heads)] * 2, (0, num_tokens)
+        shape = (config.num_layers, num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
+        payload = self._randn(2, config.num_layers, config.num_kv_heads, num_tokens, config.head_dim)
 
-        def call(cache: Tensor, table: Tensor) -> Call:
-            return lambda: copy(cache, table, area, payload)
+        def call(keys: Tensor, values: Tensor, table: Tensor) -> Call:
+            return lambda: copy([keys, values], table, area, payload)
 
-        def make() -> tuple[Tensor, Tensor]:
-            return self._randn(*shape), torch.randperm(num_blocks, device=self._device)
+        def make() -> tuple[Tensor, Tensor, Tensor]:
+            return self._randn(*shape), self._randn(*shape), torch.randperm(num_blocks, device=self._device)
 
         num_bytes = 2 * payload.numel() * self._dtype.itemsize
         return Timed(self._seconds(call, make, num_bytes), num_bytes)

@@ -70,7 +70,7 @@ TRIALS = {
     ),
     "gate": Trial("silu_mul", "SILU_MUL", ("silu_mul",), {"tile": (512, 1024, 2048, 4096), "num_warps": (2, 4, 8)}),
     "copy": Trial(
-        "gather_kv", "KV_COPY", ("gather_kv", "scatter_kv"), {"rows": (8, 16, 32, 64), "num_warps": (1, 2, 4, 8)}
+        "gather_kv", "KV_COPY", ("gather_kv", "scatter_kv"), {"rows": (4, 8, 16, 32, 64), "num_warps": (1, 2, 4, 8)}
     ),
 }
 
@@ -85,7 +85,7 @@ class Entry:
             "ATTENTION_PREFILL": (table.chip(device), itemsize, dims),
             "RMS_NORM": padded(plan.config.hidden_size),
             "ROPE": dims,
-            "KV_COPY": dims,
+            "KV_COPY": padded(plan.config.head_dim * itemsize // 4, least=min(table.KV_COPY)),
         }
         works: dict[str, tuple[Any, ...]] = {
             "decode_attention": plan.decode_attention,

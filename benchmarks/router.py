@@ -26,7 +26,7 @@ import msgspec
 from benchmarks.child_process import Child, child, said
 from benchmarks.router_workers import MAX_TOKENS
 from protocol.identity import new_attempt
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.request import Request, SamplingParams
 from protocol.topology import RouterSection
 from router.control.dispatch import Dispatcher
@@ -162,7 +162,7 @@ def first_tokens(router: Router, num_others: int, num_probes: int = 100) -> list
 def choice_s(num_groups: int) -> float:
     """Return the processor time of a choice among so many groups of either role, with what it leads to."""
     dispatcher = Dispatcher(POLICIES["least_loaded"])
-    layout = KVLayout("model", 32, 8, 128, "bfloat16", 16, SIZE)
+    layout = KVLayout("model", 32, keys_and_values(8, 128, "bfloat16"), 16, SIZE)
     groups = [ReadyGroup(n, n + 1, Endpoint(n + 1, layout, "zmq", ()), MAX_TOKENS) for n in range(2 * num_groups)]
     dispatcher.pair_up(groups[:num_groups], groups[num_groups:])
     return _timed_choices(dispatcher)

@@ -17,7 +17,7 @@ import zmq
 
 from protocol.codec import decode, encode
 from protocol.identity import Attempt, new_epoch
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.messages import (
     Abort,
     AnyMessage,
@@ -129,7 +129,7 @@ class FakeGroup:
         self.is_ready = all(rank.is_welcome for rank in self.ranks)
         if self.is_ready:
             leader, size = self.ranks[0], len(self.ranks)
-            layout = KVLayout("model", 32, 8, 128, "bfloat16", 16, size)
+            layout = KVLayout("model", 32, keys_and_values(8, 128, "bfloat16"), 16, size)
             addresses = tuple(f"tcp://here:{rank}" for rank in range(size))
             leader.say(Ready(Endpoint(leader.info.epoch, layout, "zmq", addresses), MAX_TOKENS))
 

@@ -6,7 +6,7 @@
 An 8B-like layout (8 KV heads of 128, bfloat16) with fewer layers, so that two caches fit a small machine. Sender and
 receiver are processes of their own; a transfer is timed from the order to send until every block is in the receiver's
 cache: gathered from scattered blocks, digested, moved, checked, scattered. Rounds interleave all rows, and medians are
-shown. Anchors, in the same rounds (transfer_anchors.py): memcpy (one copy of as many bytes), paged (gather and scatter
+shown. Anchors, in the same rounds (transfer_anchors.py): memcpy (copies of as many bytes), paged (gather and scatter
 in one process), tcp, raw zmq and raw gloo (a plain stream of as many bytes between two processes, over a socket and
 over the libraries that the transports of that name stand on), digest (what either end spends on digests of as many
 bytes; the column of that name is its share of a transfer's time).
@@ -39,20 +39,22 @@ from kv_transfer.sender import KVSender
 from kv_transfer.transports.opening import open_receiver, open_sender
 from kv_transfer.transports.transport import Site
 from protocol.identity import Attempt, new_attempt, new_epoch, new_request_id
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.orders import ExpectBlocks, Received, SendBlocks, SendMore
 
 NUM_CHUNKS = 4
 
 
 def layout(num_layers: int) -> KVLayout:
-    return KVLayout("benchmark", num_layers, 8, 128, "bfloat16", 16, 1)
+    return KVLayout("benchmark", num_layers, keys_and_values(8, 128, "bfloat16"), 16, 1)
 
 
-def new_cache(shape: KVLayout, num_tokens: int, device: torch.device) -> torch.Tensor:
-    """Return a cache of random bits with every page touched."""
-    size = (shape.num_layers, 2, num_tokens // shape.block_size, shape.num_kv_heads, shape.block_size, shape.head_dim)
-    return torch.randint(-(2**15), 2**15, size, dtype=torch.int16, device=device).view(torch.bfloat16)
+def new_cache(shape: KVLayout, num_tokens: int, device: torch.device) -> list[torch.Tensor]:
+    """Return the planes of a cache of random bits with every page touched."""
+    return [
+        torch.randint(-(2**15), 2**15, size, dtype=torch.int16, device=device).view(torch.bfloat16)
+        for size in shape.rank_shapes(0, num_tokens // shape.block_size)
+    ]
 
 
 class Receiving:
@@ -70,22 +72,22 @@ class Receiving:
         for line in sys.stdin:
             request_id, source, destination, transfer_id, num_tokens = line.split()
             attempt = Attempt(request_id, 0, int(source), int(destination), int(transfer_id))
-            table = tuple(block_table(int(num_tokens), self._cache.shape[2], 2).tolist())
+            table = tuple(block_table(int(num_tokens), self._cache[0].shape[1], 2).tolist())
             endpoint = Endpoint(attempt.prefill_epoch, self._layout, self._name, ("",))
             self._receiver.expect(ExpectBlocks(attempt, endpoint, table, 0, int(num_tokens)))
             print("expecting", flush=True)
             while Received(0, attempt) not in self._receiver.poll():
                 select.select([self._receiver], [], [], 1)
-            synchronize(self._cache)
+            synchronize(self._cache[0].device)
             print("received", flush=True)
 
 
 @contextmanager
-def transport(name: str, cache: torch.Tensor, shape: KVLayout) -> Iterator["Transport"]:
+def transport(name: str, cache: list[torch.Tensor], shape: KVLayout) -> Iterator["Transport"]:
     """Yield one transport to a process of its own."""
-    num_tokens = cache.shape[2] * shape.block_size
-    sender = KVSender(cache, shape, 0, open_sender(name, Site(HOST, cache.device, shape, TIMEOUT_S)))  # type: ignore[arg-type]
-    arguments = ("--receive", name, "--layers", shape.num_layers, "--tokens", num_tokens, "--device", cache.device)
+    device, num_tokens = cache[0].device, cache[0].shape[1] * shape.block_size
+    sender = KVSender(cache, shape, 0, open_sender(name, Site(HOST, device, shape, TIMEOUT_S)))  # type: ignore[arg-type]
+    arguments = ("--receive", name, "--layers", shape.num_layers, "--tokens", num_tokens, "--device", device)
     with child("benchmarks.transfer", *arguments) as process:
         endpoint = Endpoint(new_epoch(), shape, name, (said(process),))
         yield Transport(sender, process, endpoint, cache)
@@ -95,11 +97,11 @@ def transport(name: str, cache: torch.Tensor, shape: KVLayout) -> Iterator["Tran
 class Transport:
     """The sending end of one transport; a Run when called."""
 
-    def __init__(self, sender: KVSender, process: Child, endpoint: Endpoint, cache: torch.Tensor) -> None:
+    def __init__(self, sender: KVSender, process: Child, endpoint: Endpoint, cache: list[torch.Tensor]) -> None:
         self._sender = sender
         self._process = process
         self._endpoint = endpoint
-        self._num_blocks = cache.shape[2]
+        self._num_blocks = cache[0].shape[1]
 
     def __call__(self, num_tokens: int) -> float:
         order = self._announce(num_tokens)
@@ -164,7 +166,7 @@ def measure(
         rows["paged"] = stack.enter_context(paged(cache))
         for kind, title in (("tcp", "tcp"), ("zmq", "raw zmq"), ("gloo", "raw gloo")):
             rows[title] = stack.enter_context(stream(kind, token_bytes))
-        rows["digest"] = stack.enter_context(digest(cache, shape))
+        rows["digest"] = stack.enter_context(digest(cache[0], shape))
         rows |= {name: stack.enter_context(transport(name, cache, shape)) for name in names}
         seconds: Seconds = {name: {length: [] for length in lengths} for name in rows}
         tails: Seconds = {name: {length: [] for length in lengths} for name in names}

@@ -34,10 +34,10 @@ Move = Callable[[int], object]
 """Sends or receives one message of so many bytes, FRAME_BYTES at most."""
 
 
-def synchronize(cache: torch.Tensor) -> None:
-    """Wait until everything launched on the cache's device is over."""
-    if cache.is_cuda:
-        torch.cuda.synchronize(cache.device)
+def synchronize(device: torch.device) -> None:
+    """Wait until everything launched on the device is over."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def block_table(num_tokens: int, num_blocks: int, seed: int) -> torch.Tensor:
@@ -47,35 +47,37 @@ def block_table(num_tokens: int, num_blocks: int, seed: int) -> torch.Tensor:
 
 
 @contextmanager
-def memcpy(cache: torch.Tensor) -> Iterator[Run]:
-    flat = cache.flatten()
-    target = torch.zeros_like(flat)
+def memcpy(cache: list[torch.Tensor]) -> Iterator[Run]:
+    planes = [(plane.flatten(), torch.zeros_like(plane.flatten())) for plane in cache]
+    num_slots = cache[0].shape[1] * cache[0].shape[3]
 
     def run(num_tokens: int) -> float:
-        size = flat.numel() // (cache.shape[2] * cache.shape[4]) * num_tokens
         began = time.perf_counter()
-        target[:size].copy_(flat[:size])
-        synchronize(cache)
+        for plane, target in planes:
+            size = plane.numel() // num_slots * num_tokens
+            target[:size].copy_(plane[:size])
+        synchronize(cache[0].device)
         return time.perf_counter() - began
 
     yield run
 
 
 @contextmanager
-def paged(cache: torch.Tensor) -> Iterator[Run]:
+def paged(cache: list[torch.Tensor]) -> Iterator[Run]:
     """What a transfer does to memory anyway, in pieces of 256 tokens and without processes, digests, or a wire."""
-    target = torch.zeros_like(cache)
-    num_layers, _, num_blocks, num_heads = cache.shape[:4]
-    gather_kv, scatter_kv = operations_for(cache.device).gather_kv, operations_for(cache.device).scatter_kv
+    target, device = [torch.zeros_like(plane) for plane in cache], cache[0].device
+    num_layers, num_blocks = cache[0].shape[:2]
+    heads = [(0, plane.shape[2]) for plane in cache]
+    gather_kv, scatter_kv = operations_for(device).gather_kv, operations_for(device).scatter_kv
 
     def run(num_tokens: int) -> float:
-        ours, theirs = (block_table(num_tokens, num_blocks, seed).to(cache.device) for seed in (1, 2))
+        ours, theirs = (block_table(num_tokens, num_blocks, seed).to(device) for seed in (1, 2))
         began = time.perf_counter()
         for start in range(0, num_tokens, 256):
             for layer in range(0, num_layers, 4):
-                area = (layer, min(layer + 4, num_layers)), (0, num_heads), (start, min(start + 256, num_tokens))
+                area = (layer, min(layer + 4, num_layers)), heads, (start, min(start + 256, num_tokens))
                 scatter_kv(gather_kv(cache, ours, *area), target, theirs, *area)
-        synchronize(cache)
+        synchronize(device)
         return time.perf_counter() - began
 
     yield run

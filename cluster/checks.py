@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from cluster.kv_memory import block_bytes
 from cluster.ports import check_port
 from protocol.errors import ConfigError
+from protocol.layout import KVLayout, keys_and_values
 from protocol.memory_size import format_memory, parse_memory, parse_share
 from protocol.messages import RoleName
 from protocol.model_config import ModelConfig, load_model_config
@@ -64,10 +64,12 @@ def check_topology(topology: Topology) -> ModelConfig:
     for role, section in roles(topology):
         with _about(f"{role}.tensor_parallel"):
             _check_split(role, section, model)
+        with _about("model.dtype"):
+            layout = _layout(section, topology, model)
         with _about(_memory_key(role, section)):
-            _check_cache(role, section, topology, model, max_context)
+            _check_cache(role, section, topology, layout, max_context)
         with _about(f"{role}.parked_memory"):
-            _check_parking(role, section, topology, model, max_context)
+            _check_parking(role, section, layout, max_context)
         with _about(f"{role}.gpus"):
             _check_gpu_share(role, section, topology)
     with _about("kv_transfer.transport"):
@@ -169,27 +171,32 @@ def _check_split(role: RoleName, section: RoleSection, model: ModelConfig) -> No
         raise ConfigError(f"{role}.tensor_parallel: {error}") from None
 
 
+def _layout(section: RoleSection, topology: Topology, model: ModelConfig) -> KVLayout:
+    """Return how a group of this role will lay out its KV."""
+    dtype = model.dtype if topology.model.dtype == "auto" else topology.model.dtype
+    planes = keys_and_values(model.num_kv_heads, model.head_dim, dtype)
+    block_size = topology.cache_of(section).block_size
+    return KVLayout("not computed yet", model.num_layers, planes, block_size, section.tensor_parallel)
+
+
 def _memory_key(role: RoleName, section: RoleSection) -> str:
     """Return where it stands how much memory this role's cache has."""
     return f"{role}.kv_cache.memory" if section.kv_cache.memory else "kv_cache.memory"
 
 
-def _check_cache(
-    role: RoleName, section: RoleSection, topology: Topology, model: ModelConfig, max_context: int
-) -> None:
+def _check_cache(role: RoleName, section: RoleSection, topology: Topology, layout: KVLayout, max_context: int) -> None:
     """Every rank must hold the KV of one request of full length, or that request could never be served."""
     cache, key = topology.cache_of(section), _memory_key(role, section)
     if parse_share(cache.memory) is not None:
         _check_share(role, section, topology)
         return
     num_blocks = -(-max_context // cache.block_size)
-    one_block = block_bytes(model, topology.model.dtype, cache.block_size, section.tensor_parallel)
-    held = parse_memory(cache.memory) // one_block
+    held = parse_memory(cache.memory) // layout.block_bytes
     if held < num_blocks:
         remedy = f" or model.max_context to {held * cache.block_size}" if held else ""
         raise ConfigError(
             f"{key} {cache.memory} holds {held * cache.block_size} tokens on each {role} rank, fewer than one context "
-            f"of {max_context}; raise it to {format_memory(num_blocks * one_block)}{remedy}"
+            f"of {max_context}; raise it to {format_memory(num_blocks * layout.block_bytes)}{remedy}"
         )
 
 
@@ -202,20 +209,16 @@ def _check_fetching(topology: Topology) -> None:
         )
 
 
-def _check_parking(
-    role: RoleName, section: RoleSection, topology: Topology, model: ModelConfig, max_context: int
-) -> None:
+def _check_parking(role: RoleName, section: RoleSection, layout: KVLayout, max_context: int) -> None:
     """With less parked_memory than one request needs, growth_tokens would have no effect."""
     if not isinstance(section, DecodeSection) or section.growth_tokens is None:
         return
-    block_size = topology.cache_of(section).block_size
-    one_block = block_bytes(model, topology.model.dtype, block_size, section.tensor_parallel)
-    num_blocks = -(-max_context // block_size)
-    if parse_memory(section.parked_memory) < num_blocks * one_block:
+    needed = -(-max_context // layout.block_size) * layout.block_bytes
+    if parse_memory(section.parked_memory) < needed:
         raise ConfigError(
             f"{role}.parked_memory {section.parked_memory} holds less than one context of {max_context}, so no request "
             f"of full length could begin with {section.growth_tokens} growth_tokens; raise it to "
-            f"{format_memory(num_blocks * one_block)} or leave growth_tokens out"
+            f"{format_memory(needed)} or leave growth_tokens out"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.batch_tensors import BatchTensors, to_tensors
 from engine.decode_graphs import DecodeGraphs, Scratch, cuda_capture, padded_sizes
-from engine.kv_cache import KVCache, bytes_per_block
+from engine.kv_cache import KVCache
 from engine.limits import DEFAULT_LIMITS, KVMemory, Limits, ShareOfFree
 from engine.model import Decoder, LayersDone
 from engine.tensor_parallel import TensorParallel
@@ -19,6 +19,7 @@ from engine.weights import Tensors, load_weights
 from kernels.backend import operations_for
 from kernels.upload import upload
 from protocol.errors import ConfigError
+from protocol.layout import KVLayout
 from protocol.model_config import ModelConfig
 from protocol.orders import Batch
 from protocol.progress import Tell, say_nothing
@@ -34,14 +35,15 @@ class Engine:
         dtype: torch.dtype,
         device: torch.device,
         tensor_parallel: TensorParallel,
-        block_size: int,
+        layout: KVLayout,
         kv_memory: KVMemory,
         limits: Limits = DEFAULT_LIMITS,
         progress: Tell = say_nothing,
     ) -> None:
         """Load the weights, take memory for KV blocks, and make everything ready that limits allow.
 
-        source: the model's folder, or its tensors. Raise ConfigError for what cannot be served.
+        source: the model's folder, or its tensors. layout: of the group's KV. Raise ConfigError for what cannot be
+        served.
         """
         config.check_tensor_parallel(tensor_parallel.size)
         self.device = device
@@ -49,7 +51,8 @@ class Engine:
         self._config = config
         self._dtype = dtype
         self._tensor_parallel = tensor_parallel
-        self._block_size = block_size
+        self._layout = layout
+        self._block_size = layout.block_size
         self._model = self._load(source, progress)
         self._graphs: DecodeGraphs | None = None
         self._open(kv_memory, limits, progress)
@@ -99,7 +102,7 @@ class Engine:
     def _open(self, kv_memory: KVMemory, limits: Limits, progress: Tell) -> None:
         """Take the KV cache and, where kernels are compiled and launches captured, do so before the first request."""
         num_bytes = kv_memory if isinstance(kv_memory, int) else self._free_bytes(kv_memory, limits, progress)
-        block_bytes = bytes_per_block(self._config, self._tensor_parallel, self._block_size, self._dtype)
+        block_bytes = self._layout.block_bytes
         if num_bytes < block_bytes:
             raise ConfigError(f"{num_bytes} bytes hold no KV block; one block takes {block_bytes} bytes on each rank")
         self._take_cache(self._tensor_parallel.least(num_bytes // block_bytes, self.device))
@@ -118,9 +121,7 @@ class Engine:
 
     def _take_cache(self, num_blocks: int) -> None:
         try:
-            self.kv_cache = KVCache(
-                self._config, self._tensor_parallel, self._block_size, num_blocks, self._dtype, self.device
-            )
+            self.kv_cache = KVCache(self._layout, self._tensor_parallel.rank, num_blocks, self.device)
         except RuntimeError as error:  # which torch.OutOfMemoryError is one of; on a CPU it is this
             raise ConfigError(
                 f"{self.device} has no memory for {num_blocks} KV blocks; lower kv_cache.memory ({error})"

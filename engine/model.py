@@ -62,7 +62,7 @@ class Decoder:
         normed: Tensor,
         angles: tuple[Tensor, Tensor],
         batch: BatchTensors,
-        cache: tuple[Tensor, Tensor],
+        cache: tuple[Tensor, ...],
     ) -> Tensor:
         """Return [num_tokens, hidden_size]."""
         heads = layer.qkv(normed).view(len(normed), -1, self._head_dim)
@@ -73,7 +73,7 @@ class Decoder:
         q = self._operations.rope_and_write_kv(q, k, v, *angles, batch.slots, *cache)
         return layer.o(self._attend(q, batch, cache).view(len(normed), -1))
 
-    def _attend(self, q: Tensor, batch: BatchTensors, cache: tuple[Tensor, Tensor]) -> Tensor:
+    def _attend(self, q: Tensor, batch: BatchTensors, cache: tuple[Tensor, ...]) -> Tensor:
         """Send single tokens and longer chunks to their own kernel; q and result: [num_tokens, num_heads, head_dim]."""
         num, tables, lens, scale = batch.num_decodes, batch.block_tables, batch.context_lens, self._head_dim**-0.5
         if num == len(lens):

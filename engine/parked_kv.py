@@ -6,22 +6,36 @@ before the order, and before all that are launched after it. The host waits for 
 Elsewhere this is called swapping KV out and in, when a sequence is preempted.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from kernels.backend import operations_for
+from kernels.plain.gather_kv import parts_of
 from kernels.upload import upload
 from protocol.identity import Attempt
 from protocol.orders import Discard, Park, Unpark
 
 
-class ParkedKV:
-    """cache: [num_layers, 2, num_blocks, num_local_kv_heads, block_size, head_dim]."""
+@dataclass(frozen=True, slots=True)
+class ParkedCopy:
+    """KV of one sequence in host memory. layers: what gather_kv returns, layer by layer."""
 
-    def __init__(self, cache: Tensor) -> None:
-        self._cache = cache
-        self._operations = operations_for(cache.device)
-        self._parked: dict[Attempt, Tensor] = {}  # each [num_layers, 2, num_local_kv_heads, num_tokens, head_dim]
+    num_tokens: int
+    layers: list[Tensor]
+
+
+class ParkedKV:
+    """planes: of the cache, each [num_layers, num_blocks, num_local_heads, block_size, dim]."""
+
+    def __init__(self, planes: Sequence[Tensor]) -> None:
+        self._planes = planes
+        self._device = planes[0].device
+        self._heads = [(0, plane.shape[2]) for plane in planes]
+        self._operations = operations_for(self._device)
+        self._parked: dict[Attempt, ParkedCopy] = {}
         self._compile()
 
     def __len__(self) -> int:
@@ -39,27 +53,32 @@ class ParkedKV:
 
     def _compile(self) -> None:
         """Run both operations once, so that no sequence waits for one to be compiled; block 0 is left as it is."""
-        area = self._table((0,)), (0, 1), (0, self._cache.shape[3]), (0, 1)
-        self._operations.scatter_kv(self._operations.gather_kv(self._cache, *area), self._cache, *area)
+        area = self._table((0,)), (0, 1), self._heads, (0, 1)
+        self._operations.scatter_kv(self._operations.gather_kv(self._planes, *area), self._planes, *area)
 
     def _park(self, order: Park) -> None:
         assert order.attempt not in self._parked, "a sequence is parked once"
-        num_layers, planes, _, num_heads, _, head_dim = self._cache.shape
-        shape = (num_layers, planes, num_heads, order.num_tokens, head_dim)
-        copy = self._parked[order.attempt] = torch.empty(shape, dtype=self._cache.dtype)
-        table, heads, tokens = self._table(order.block_ids), (0, num_heads), (0, order.num_tokens)
-        for layer in range(num_layers):  # one by one, so that little memory is taken on the device
-            copy[layer : layer + 1] = self._operations.gather_kv(self._cache, table, (layer, layer + 1), heads, tokens)
+        table, layers = self._table(order.block_ids), []
+        for layer in range(len(self._planes[0])):  # one by one, so that little memory is taken on the device
+            area = table, (layer, layer + 1), self._heads, (0, order.num_tokens)
+            layers.append(self._operations.gather_kv(self._planes, *area).cpu())
+        self._parked[order.attempt] = ParkedCopy(order.num_tokens, layers)
 
-    def _unpark(self, order: Unpark, copy: Tensor) -> None:
-        num_layers, _, num_heads, num_tokens, _ = copy.shape
-        table, heads, tokens = self._table(order.block_ids), (0, num_heads), (order.first_position, num_tokens)
-        if order.first_position == num_tokens:
+    def _unpark(self, order: Unpark, copy: ParkedCopy) -> None:
+        table, tokens = self._table(order.block_ids), (order.first_position, copy.num_tokens)
+        if order.first_position == copy.num_tokens:
             return
-        for layer in range(num_layers):
-            part = copy[layer : layer + 1, :, :, order.first_position :].contiguous().to(self._cache.device)
-            self._operations.scatter_kv(part, self._cache, table, (layer, layer + 1), heads, tokens)
+        for layer, payload in enumerate(copy.layers):
+            rest = self._rest_of(payload, copy.num_tokens, order.first_position).to(self._device)
+            self._operations.scatter_kv(rest, self._planes, table, (layer, layer + 1), self._heads, tokens)
+
+    def _rest_of(self, payload: Tensor, num_tokens: int, first_position: int) -> Tensor:
+        """Return what the payload of one layer holds of the tokens from first_position on."""
+        if first_position == 0:
+            return payload
+        parts = parts_of(payload, self._planes, (0, 1), self._heads, (0, num_tokens))
+        return torch.cat([part[:, :, first_position:].flatten() for part in parts])
 
     def _table(self, block_ids: tuple[int, ...]) -> Tensor:
-        [table] = upload([torch.tensor(block_ids, dtype=torch.int64)], self._cache.device)
+        [table] = upload([torch.tensor(block_ids, dtype=torch.int64)], self._device)
         return table

@@ -1,10 +1,12 @@
 """Digests of payloads, one per unit: how they are made, and how a payload is checked against its header.
 
-A unit is one layer's keys or values of one KV head for UNIT_TOKENS tokens (the last of a row may have fewer), so its
+A unit is one layer of one plane of one head for UNIT_TOKENS tokens (the last of a row may have fewer), so its
 digest is the same whatever the layouts of the two sides. "xxh3" is for payloads in the host's memory, "words" for those
 on a GPU (kernels/plain/digest_kv.py); the header says of which kind its digests are, and every receiver can
 check both. Why, and what each finds: docs/decisions/0006-digests.md.
 """
+
+from collections.abc import Iterator
 
 import torch
 
@@ -12,17 +14,18 @@ from kernels.backend import operations_for
 from kernels.native.xxh3_kv import xxh3_kv
 from kernels.plain.digest_kv import WORD_BYTES
 from kv_transfer.frames import DIGEST_BYTES, DigestKind, FrameError, FrameHeader
-from kv_transfer.plan import Piece, num_units, row_and_unit_bytes, unit_name
+from kv_transfer.plan import Piece, Rows, num_units, rows_of, unit_name
 
 
 def unit_digests(kind: DigestKind, piece: Piece, payload: torch.Tensor) -> bytes:
-    """Return the digests of a piece's units, 8 bytes each, in the order of [layers, 2, heads, units of tokens].
+    """Return the digests of a piece's units, 8 bytes each, plane after plane: [layers, heads, units of tokens] of each.
 
     payload: uint8 [num_bytes]. Waits for the device that it is on. Raises ValueError for a piece that contradicts
     itself, or that this kind cannot digest.
     """
     if kind == "xxh3":
-        return xxh3_kv(payload.cpu(), *row_and_unit_bytes(piece))
+        parts = _parts(rows_of(piece), payload.cpu())
+        return b"".join(xxh3_kv(part, rows.row_bytes, rows.unit_bytes) for rows, part in parts)
     return words_digests(piece, payload).cpu().numpy().tobytes()
 
 
@@ -31,10 +34,13 @@ def words_digests(piece: Piece, payload: torch.Tensor) -> torch.Tensor:
 
     Raises ValueError for a piece whose rows are no whole words.
     """
-    row_bytes, unit_bytes = row_and_unit_bytes(piece)
-    if row_bytes % WORD_BYTES or unit_bytes % WORD_BYTES:
-        raise ValueError(f"rows of {row_bytes} bytes are no whole words of {WORD_BYTES}")
-    return operations_for(payload.device).digest_kv(payload, row_bytes, unit_bytes)
+    cut = rows_of(piece)
+    for rows in cut:
+        if rows.row_bytes % WORD_BYTES or rows.unit_bytes % WORD_BYTES:
+            raise ValueError(f"rows of {rows.row_bytes} bytes are no whole words of {WORD_BYTES}")
+    digest_kv = operations_for(payload.device).digest_kv
+    digests = [digest_kv(part, rows.row_bytes, rows.unit_bytes) for rows, part in _parts(cut, payload)]
+    return digests[0] if len(digests) == 1 else torch.cat(digests)
 
 
 def check_payload(header: FrameHeader, payload: torch.Tensor) -> None:
@@ -58,6 +64,14 @@ def check_size(header: FrameHeader, payload: torch.Tensor) -> None:
             raise ValueError(f"{len(header.unit_digests)} bytes of digests for {num_units(piece)} units")
     except ValueError as error:
         raise FrameError("bad_header", f"frame header contradicts itself: {error}") from error
+
+
+def _parts(cut: list[Rows], payload: torch.Tensor) -> Iterator[tuple[Rows, torch.Tensor]]:
+    """Yield the parts of a payload that have rows of one length; most payloads are one such part."""
+    start = 0
+    for rows in cut:
+        yield rows, payload if len(cut) == 1 else payload[start : start + rows.num_bytes]
+        start += rows.num_bytes
 
 
 def _difference(header: FrameHeader, found: bytes) -> str:

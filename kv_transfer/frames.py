@@ -15,7 +15,7 @@ from kv_transfer.plan import MAX_UNITS, Piece
 from protocol.errors import UNPARSABLE, WireError
 from protocol.identity import Attempt
 
-FRAME_VERSION = 4
+FRAME_VERSION = 5
 DIGEST_BYTES = 8
 MAX_HEADER_BYTES = 1024 + 2 * MAX_UNITS * DIGEST_BYTES
 

@@ -1,17 +1,18 @@
 """Who sends which heads of which layers of which tokens to whom: pure arithmetic, without torch.
 
 Both ends of a handoff compute the same plan from the same two layouts, so their calls match by construction. Every
-other part asks here; nobody else computes with heads, ranks or blocks. Nothing is moved here.
+other part asks here; nobody else computes with heads, ranks or blocks of two layouts, and what KV consists of only
+protocol/layout.py knows. Nothing is moved here.
 """
 
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
 from math import ceil
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 
-from protocol.layout import UNIT_TOKENS, KVLayout
+from protocol.layout import UNIT_TOKENS, KVLayout, Range
 from protocol.messages import Manifest
 
 FRAME_BYTES = 4 << 20
@@ -23,49 +24,58 @@ MAX_UNITS = 8192
 SEGMENT_TOKENS = 256
 """How much of a large prompt leaves at once while the rest is computed: long enough for large frames."""
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-Range = tuple[int, int]
-"""Half-open: the first index, and the one after the last."""
+_NO_HEADS: Range = (0, 0)
 
 
 class Link(msgspec.Struct, frozen=True):
-    """The KV heads, counted over the whole model, that one source rank sends to one destination rank."""
+    """The heads of each plane, counted over the whole model, that one source rank sends to one destination rank."""
 
     source_rank: int
     destination_rank: int
+    heads: tuple[Range, ...]
+
+
+class Part(msgspec.Struct, frozen=True, array_like=True):
+    """What a piece has of one plane: these heads, perhaps none, with so many bytes of each for every token."""
+
     heads: Range
+    slot_bytes: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Piece(msgspec.Struct, frozen=True, array_like=True):
-    """What one frame of a link carries: [layers, 2 (key, value), heads, tokens, head_dim], contiguous.
+    """What one frame of a link carries: plane after plane, each [layers, heads, tokens, dim], contiguous.
 
     Heads count over the whole model and tokens from the start of the prompt, so a piece means the same on both sides.
     """
 
     index: Annotated[int, msgspec.Meta(ge=0)]
     layers: Range
-    heads: Range
+    parts: tuple[Part, ...]
     tokens: Range
     num_bytes: Annotated[int, msgspec.Meta(ge=1, le=FRAME_BYTES)]
 
 
-def heads_of_rank(layout: KVLayout, rank: int) -> Range:
-    """Return the KV heads that rank holds: its even share, or one replicated head when ranks outnumber heads."""
-    _check_split(layout)
-    num_heads, num_ranks = layout.num_kv_heads, layout.tensor_parallel
-    first = rank * num_heads // num_ranks
-    return first, first + max(1, num_heads // num_ranks)
+class Rows(NamedTuple):
+    """Neighbouring rows of a payload that are equally long; a row is one layer, one plane and one head.
+
+    unit_bytes: of a whole unit; the last one of a row may be shorter.
+    """
+
+    num_bytes: int
+    row_bytes: int
+    unit_bytes: int
 
 
-def local_heads(layout: KVLayout, rank: int, heads: Range) -> Range:
-    """Translate heads of the whole model into the head axis of rank's own cache."""
-    first, _ = heads_of_rank(layout, rank)
-    return heads[0] - first, heads[1] - first
+def local_heads(layout: KVLayout, rank: int, piece: Piece) -> tuple[Range, ...]:
+    """Translate each part's heads into the head axis of that plane in rank's own cache."""
+    return tuple(
+        _NO_HEADS if part.heads == _NO_HEADS else (part.heads[0] - first, part.heads[1] - first)
+        for part, (first, _) in zip(piece.parts, layout.rank_heads(rank), strict=True)
+    )
 
 
 def plan_transfer(source: KVLayout, destination: KVLayout) -> tuple[Link, ...]:
-    """Return the links of a handoff: every destination rank gets each of its heads exactly once.
+    """Return the links of a handoff: every destination rank gets each of its heads of each plane exactly once.
 
     A head that several source ranks hold is sent by one of them; those that want it are dealt out evenly over those
     that hold it. Raises ValueError, naming the difference, when the two layouts cannot hand over to one another.
@@ -73,13 +83,16 @@ def plan_transfer(source: KVLayout, destination: KVLayout) -> tuple[Link, ...]:
     difference = source.incompatibility(destination)
     if difference:
         raise ValueError(f"KV layouts of source and destination do not match: {difference}")
-    _check_split(source)
-    _check_split(destination)
-    return tuple(
-        Link(source_rank, rank, _overlap(heads_of_rank(source, source_rank), heads_of_rank(destination, rank)))
-        for rank in range(destination.tensor_parallel)
-        for source_rank in _source_ranks(source, destination, rank)
-    )
+    source.check_split()
+    destination.check_split()
+    pairs: dict[tuple[int, int], list[Range]] = {}  # destination rank, source rank -> heads of each plane
+    for rank in range(destination.tensor_parallel):
+        for index, plane in enumerate(source.planes):
+            wanted = destination.rank_heads(rank)[index]
+            for source_rank in _source_ranks(plane.heads, source.tensor_parallel, destination.tensor_parallel, rank):
+                heads = pairs.setdefault((rank, source_rank), [_NO_HEADS] * len(source.planes))
+                heads[index] = _overlap(source.rank_heads(source_rank)[index], wanted)
+    return tuple(Link(source_rank, rank, tuple(heads)) for (rank, source_rank), heads in sorted(pairs.items()))
 
 
 def frames_of(
@@ -91,10 +104,11 @@ def frames_of(
     layers; what fits one frame stays whole. All cuts of tokens are at multiples of UNIT_TOKENS, counted from the start
     of the prompt, unless not even one unit of one layer fits. Block sizes do not matter: layout may be either side's.
     """
-    token_bytes = 2 * (link.heads[1] - link.heads[0]) * layout.head_dim * DTYPE_BYTES[layout.dtype]
+    parts = tuple(Part(heads, plane.slot_bytes) for heads, plane in zip(link.heads, layout.planes, strict=True))
+    rows = sum(map(_num_heads, parts))  # of one layer
+    token_bytes = sum(_num_heads(part) * part.slot_bytes for part in parts)
     if token_bytes > frame_bytes:
         raise ValueError(f"one token of one layer has {token_bytes} bytes; a frame holds at most {frame_bytes}")
-    rows = 2 * (link.heads[1] - link.heads[0])  # of one layer
     capacity = min(frame_bytes // token_bytes, MAX_UNITS // rows * UNIT_TOKENS)  # tokens of one layer
     areas = (
         (layers, tokens)
@@ -105,36 +119,46 @@ def frames_of(
         for tokens in _cut(*segment, _whole_units(capacity))
     )
     return tuple(
-        Piece(index, layers, link.heads, tokens, token_bytes * (layers[1] - layers[0]) * (tokens[1] - tokens[0]))
+        Piece(index, layers, parts, tokens, token_bytes * (layers[1] - layers[0]) * (tokens[1] - tokens[0]))
         for index, (layers, tokens) in enumerate(areas)
     )
 
 
 def num_units(piece: Piece) -> int:
-    """Return how many units a piece has: one layer's keys or values of one head for UNIT_TOKENS tokens each."""
-    rows, tokens = _shape(piece)
-    return rows * ceil(tokens / UNIT_TOKENS)
+    """Return how many units a piece has: one layer of one plane of one head for UNIT_TOKENS tokens each."""
+    layers, tokens = _layers_and_tokens(piece)
+    return layers * sum(map(_num_heads, piece.parts)) * ceil(tokens / UNIT_TOKENS)
 
 
-def row_and_unit_bytes(piece: Piece) -> tuple[int, int]:
-    """Return the bytes of a row (one layer's keys or values of one head) and of a whole unit.
+def rows_of(piece: Piece) -> list[Rows]:
+    """Return how a payload is cut into rows and units, all that are of one length together.
 
     Raises ValueError for a piece whose numbers contradict one another.
     """
-    rows, tokens = _shape(piece)
-    if piece.num_bytes % (rows * tokens):
-        raise ValueError(f"{piece.num_bytes} bytes cannot be {rows} rows of {tokens} tokens")
-    return piece.num_bytes // rows, piece.num_bytes // (rows * tokens) * UNIT_TOKENS
+    layers, tokens = _layers_and_tokens(piece)
+    rows = [
+        Rows(layers * tokens * slot_bytes * sum(map(_num_heads, parts)), tokens * slot_bytes, UNIT_TOKENS * slot_bytes)
+        for slot_bytes, parts in groupby(piece.parts, lambda part: part.slot_bytes)
+    ]
+    if piece.num_bytes != sum(each.num_bytes for each in rows):
+        raise ValueError(f"{piece.num_bytes} bytes for {layers} layers of {tokens} tokens in {piece.parts}")
+    return [each for each in rows if each.num_bytes]
 
 
 def unit_name(piece: Piece, index: int) -> str:
     """Say which unit of a piece this is, in words a person reads."""
-    row, unit = divmod(index, ceil((piece.tokens[1] - piece.tokens[0]) / UNIT_TOKENS))
-    rest, head = divmod(row, piece.heads[1] - piece.heads[0])
+    _, tokens = _layers_and_tokens(piece)
+    row, unit = divmod(index, ceil(tokens / UNIT_TOKENS))
+    rows = [
+        (layer, plane, head)
+        for plane, part in enumerate(piece.parts)
+        for layer in range(*piece.layers)
+        for head in range(*part.heads)
+    ]
+    layer, plane, head = rows[row]
     first = piece.tokens[0] + unit * UNIT_TOKENS
     last = min(first + UNIT_TOKENS, piece.tokens[1]) - 1
-    kind = ("keys", "values")[rest % 2]
-    return f"layer {piece.layers[0] + rest // 2}, {kind} of KV head {piece.heads[0] + head}, tokens {first} to {last}"
+    return f"layer {layer}, plane {plane} of KV head {head}, tokens {first} to {last}"
 
 
 def manifest_of(
@@ -158,19 +182,13 @@ def check_table(block_ids: tuple[int, ...], block_size: int, num_blocks: int, nu
         raise ValueError(f"block {outside} does not exist; the cache has blocks 0 to {num_blocks - 1}")
 
 
-def _check_split(layout: KVLayout) -> None:
-    num_heads, num_ranks = layout.num_kv_heads, layout.tensor_parallel
-    if num_heads < 1 or num_ranks < 1 or (num_heads % num_ranks and num_ranks % num_heads):
-        raise ValueError(f"{num_heads} KV heads cannot be split over {num_ranks} ranks; one must divide the other")
-
-
-def _source_ranks(source: KVLayout, destination: KVLayout, rank: int) -> Iterator[int]:
-    """Yield the source ranks that together send rank its heads, each head from exactly one of them."""
-    wanting = max(1, destination.tensor_parallel // destination.num_kv_heads)  # ranks that want one same head
-    holding = max(1, source.tensor_parallel // source.num_kv_heads)  # ranks that hold one same head
-    heads_per_source = max(1, source.num_kv_heads // source.tensor_parallel)
-    first, stop = heads_of_rank(destination, rank)
-    for share in range(first // heads_per_source, ceil(stop / heads_per_source)):
+def _source_ranks(num_heads: int, source_size: int, destination_size: int, rank: int) -> Iterator[int]:
+    """Yield the source ranks that together send rank its heads of a plane, each head from exactly one of them."""
+    wanting = max(1, destination_size // num_heads)  # ranks that want one same head
+    holding = max(1, source_size // num_heads)  # ranks that hold one same head
+    heads_per_source, heads_per_rank = max(1, num_heads // source_size), max(1, num_heads // destination_size)
+    first = rank * num_heads // destination_size
+    for share in range(first // heads_per_source, ceil((first + heads_per_rank) / heads_per_source)):
         yield share * holding + rank % wanting % holding
 
 
@@ -178,12 +196,17 @@ def _overlap(one: Range, other: Range) -> Range:
     return max(one[0], other[0]), min(one[1], other[1])
 
 
-def _shape(piece: Piece) -> tuple[int, int]:
-    """Return rows and tokens of a piece. Raises ValueError when it has none."""
-    layers, heads, tokens = (stop - start for start, stop in (piece.layers, piece.heads, piece.tokens))
-    if min(layers, heads, tokens) < 1:
+def _num_heads(part: Part) -> int:
+    return part.heads[1] - part.heads[0]
+
+
+def _layers_and_tokens(piece: Piece) -> tuple[int, int]:
+    """Return how many of both a piece has. Raises ValueError when there is nothing in it."""
+    layers, tokens = piece.layers[1] - piece.layers[0], piece.tokens[1] - piece.tokens[0]
+    heads = [_num_heads(part) for part in piece.parts]
+    if min(layers, tokens, sum(heads)) < 1 or min(heads) < 0:
         raise ValueError(f"a piece of {layers} layers, {heads} heads and {tokens} tokens")
-    return layers * 2 * heads, tokens
+    return layers, tokens
 
 
 def _layers_per_frame(capacity: int, rows: int, num_tokens: int) -> int:

@@ -6,6 +6,7 @@ about requests: Received and Broken are facts for the leader.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -51,20 +52,20 @@ class _Transfer:
 class KVReceiver:
     """Checks arriving frames and copies them into the cache.
 
-    cache: [num_layers, 2, num_blocks, num_local_kv_heads, block_size, head_dim]. fileno() is readable when poll() has
-    something to do.
+    planes: of the cache, each [num_layers, num_blocks, num_local_heads, block_size, dim]. fileno() is readable when
+    poll() has something to do.
     """
 
     def __init__(
         self,
-        cache: torch.Tensor,
+        planes: Sequence[torch.Tensor],
         layout: KVLayout,
         rank: int,
         transport: ReceivingTransport,
         frame_bytes: int = FRAME_BYTES,
     ) -> None:
-        self._cache = cache
-        self._staging = staging_for(cache)
+        self._planes = planes
+        self._staging = staging_for(planes)
         self._layout = layout
         self._rank = rank
         self._transport = transport
@@ -95,7 +96,7 @@ class KVReceiver:
         except ValueError as error:
             self._reports.append(Broken(self._rank, order.attempt, str(error)))
             return
-        [table] = upload([torch.tensor(order.block_ids, dtype=torch.int64)], self._cache.device)
+        [table] = upload([torch.tensor(order.block_ids, dtype=torch.int64)], self._planes[0].device)
         self._transfers[order.attempt] = _Transfer(order, table, frames, set(frames))
         self._finish_if_whole(order.attempt)
 
@@ -132,7 +133,7 @@ class KVReceiver:
         """Return every frame that this rank must get for order; ValueError when it cannot be."""
         source = order.source.layout
         num_positions = order.first_position + order.num_tokens
-        check_table(order.block_ids, self._layout.block_size, self._cache.shape[2], num_positions)
+        check_table(order.block_ids, self._layout.block_size, self._planes[0].shape[1], num_positions)
         frames: dict[_FrameKey, tuple[Piece, int]] = {}
         for link in plan_transfer(source, self._layout):
             if link.destination_rank == self._rank:
@@ -150,7 +151,7 @@ class KVReceiver:
             self._fail(header.attempt, f"frame {header.piece.index} from rank {header.source_rank}: {fault}")
         elif payload is not None and self._is_wanted(header, transfer):
             self._count_order(header, transfer)
-            heads = local_heads(self._layout, self._rank, header.piece.heads)
+            heads = local_heads(self._layout, self._rank, header.piece)
             self._staging.scatter(header.piece, heads, transfer.block_table, payload, done)
             transfer.missing.remove(_key(header))
             self._finish_if_whole(header.attempt)

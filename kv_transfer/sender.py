@@ -5,6 +5,7 @@ was dropped, or every destination has committed: what was gathered is a copy. De
 """
 
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -64,19 +65,19 @@ class KVSender:
     Memory is bounded by WINDOW_BYTES per destination rank: send() gathers what fits, poll() the rest as frames are
     settled, so a stalled destination holds up nobody but itself. fileno() is readable when poll() has something to do.
 
-    cache: [num_layers, 2, num_blocks, num_local_kv_heads, block_size, head_dim].
+    planes: of the cache, each [num_layers, num_blocks, num_local_heads, block_size, dim].
     """
 
     def __init__(
         self,
-        cache: torch.Tensor,
+        planes: Sequence[torch.Tensor],
         layout: KVLayout,
         rank: int,
         transport: SendingTransport,
         frame_bytes: int = FRAME_BYTES,
     ) -> None:
-        self._cache = cache
-        self._staging = staging_for(cache)
+        self._planes = planes
+        self._staging = staging_for(planes)
         self._layout = layout
         self._rank = rank
         self._transport = transport
@@ -101,7 +102,7 @@ class KVSender:
             self._transport.settled.ring()
             return
         if headers:
-            [table] = upload([torch.tensor(order.block_ids, dtype=torch.int64)], self._cache.device)
+            [table] = upload([torch.tensor(order.block_ids, dtype=torch.int64)], self._planes[0].device)
             self._transfers[order.attempt] = _Transfer(order, table, len(headers), uncomputed=headers)
             end = order.first_position + order.num_tokens
             self.send_more(SendMore(order.attempt, end if order.num_computed is None else order.num_computed))
@@ -160,7 +161,7 @@ class KVSender:
         if num_addresses != num_ranks:
             raise ValueError(f"the destination group has {num_ranks} ranks but {num_addresses} addresses")
         num_positions = order.first_position + order.num_tokens
-        check_table(order.block_ids, self._layout.block_size, self._cache.shape[2], num_positions)
+        check_table(order.block_ids, self._layout.block_size, self._planes[0].shape[1], num_positions)
         kind, headers = self._staging.digest_kind, []
         for link in plan_transfer(self._layout, order.destination.layout):
             if link.source_rank == self._rank:
@@ -188,7 +189,7 @@ class KVSender:
                 room = self._room(destination, lane, header.piece.num_bytes)
                 if room is None:
                     return
-                heads = local_heads(self._layout, self._rank, header.piece.heads)
+                heads = local_heads(self._layout, self._rank, header.piece)
                 digests = self._staging.gather(header.piece, heads, transfer.block_table, room)
                 lane.staged_bytes += header.piece.num_bytes  # not before: for a gather, memory may have run out
                 numbered = msgspec.structs.replace(header, number=transfer.num_sent[destination])

@@ -4,7 +4,7 @@ KVSender gathers and KVReceiver scatters on the rank's main thread; transports w
 those that have arrived, on threads of their own. A cache on a GPU is never waited for by the main thread.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -13,22 +13,23 @@ import torch
 from kernels.backend import Operations, operations_for
 from kv_transfer.digests import check_payload, check_size, unit_digests, words_digests
 from kv_transfer.frames import DigestKind, FrameHeader
-from kv_transfer.plan import Piece, Range
+from kv_transfer.plan import Part, Piece
 from kv_transfer.streams import Afterwards, CudaStreams, Streams
+from protocol.layout import Range
 
 Digests = bytes | Callable[[], bytes]
 """Of a payload that is whole in its staging; or what waits until it is and returns them, on any thread."""
 
 
 class Staging(Protocol):
-    """Of one cache, [num_layers, 2, num_blocks, num_local_kv_heads, block_size, head_dim].
+    """Of one cache: its planes, each [num_layers, num_blocks, num_local_heads, block_size, dim].
 
-    block_table: int64 [num_blocks of the prompt], on the cache's device. heads: within the cache.
+    block_table: int64 [num_blocks of the prompt], on the cache's device. heads: of each plane, within the cache.
     """
 
     digest_kind: DigestKind
 
-    def gather(self, piece: Piece, heads: Range, block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
+    def gather(self, piece: Piece, heads: Sequence[Range], block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
         """Copy a piece out of the cache into staging, uint8 [num_bytes], of the host or of the cache's device.
 
         The blocks may be written again by whatever is launched after this.
@@ -38,7 +39,7 @@ class Staging(Protocol):
     def scatter(
         self,
         piece: Piece,
-        heads: Range,
+        heads: Sequence[Range],
         block_table: torch.Tensor,
         payload: torch.Tensor,
         done: Callable[[], None],
@@ -59,24 +60,24 @@ class HostStaging:
 
     digest_kind: DigestKind = "xxh3"
 
-    def __init__(self, cache: torch.Tensor) -> None:
-        self._cache = cache
-        self._operations = operations_for(cache.device)
-        _compile(self._operations, cache, partial(unit_digests, self.digest_kind))
+    def __init__(self, planes: Sequence[torch.Tensor]) -> None:
+        self._planes = planes
+        self._operations = operations_for(planes[0].device)
+        _compile(self._operations, planes, partial(unit_digests, self.digest_kind))
 
-    def gather(self, piece: Piece, heads: Range, block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
-        self._operations.gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens, staging)
+    def gather(self, piece: Piece, heads: Sequence[Range], block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
+        self._operations.gather_kv(self._planes, block_table, piece.layers, heads, piece.tokens, staging)
         return unit_digests(self.digest_kind, piece, staging)  # now, while this core's caches hold what it reads
 
     def scatter(
         self,
         piece: Piece,
-        heads: Range,
+        heads: Sequence[Range],
         block_table: torch.Tensor,
         payload: torch.Tensor,
         done: Callable[[], None],
     ) -> None:
-        self._operations.scatter_kv(payload, self._cache, block_table, piece.layers, heads, piece.tokens)
+        self._operations.scatter_kv(payload, self._planes, block_table, piece.layers, heads, piece.tokens)
         done()
 
     def close(self) -> None:
@@ -91,18 +92,19 @@ class DeviceStaging:
 
     digest_kind: DigestKind = "words"
 
-    def __init__(self, cache: torch.Tensor, streams: Streams) -> None:
-        self._cache = cache
-        self._operations = operations_for(cache.device)
+    def __init__(self, planes: Sequence[torch.Tensor], streams: Streams) -> None:
+        self._planes = planes
+        self._device = planes[0].device
+        self._operations = operations_for(self._device)
         self._streams = streams
-        _compile(self._operations, cache, words_digests)
+        _compile(self._operations, planes, words_digests)
         self._afterwards = Afterwards()
 
-    def gather(self, piece: Piece, heads: Range, block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
-        gathered = staging if self._is_here(staging) else torch.empty_like(staging, device=self._cache.device)
-        self._operations.gather_kv(self._cache, block_table, piece.layers, heads, piece.tokens, gathered)
+    def gather(self, piece: Piece, heads: Sequence[Range], block_table: torch.Tensor, staging: torch.Tensor) -> Digests:
+        gathered = staging if self._is_here(staging) else torch.empty_like(staging, device=self._device)
+        self._operations.gather_kv(self._planes, block_table, piece.layers, heads, piece.tokens, gathered)
         digests = words_digests(piece, gathered)
-        on_host = torch.empty_like(digests, device="cpu", pin_memory=self._cache.is_cuda)
+        on_host = torch.empty_like(digests, device="cpu", pin_memory=self._planes[0].is_cuda)
 
         def copy_out() -> None:
             on_host.copy_(digests, non_blocking=True)
@@ -115,19 +117,19 @@ class DeviceStaging:
     def scatter(
         self,
         piece: Piece,
-        heads: Range,
+        heads: Sequence[Range],
         block_table: torch.Tensor,
         payload: torch.Tensor,
         done: Callable[[], None],
     ) -> None:
-        self._operations.scatter_kv(payload, self._cache, block_table, piece.layers, heads, piece.tokens)
+        self._operations.scatter_kv(payload, self._planes, block_table, piece.layers, heads, piece.tokens)
         self._afterwards.call(self._streams.mark(payload), done)
 
     def close(self) -> None:
         self._afterwards.close()
 
     def _is_here(self, staging: torch.Tensor) -> bool:
-        return staging.device == self._cache.device
+        return staging.device == self._device
 
 
 class Landing(Protocol):
@@ -170,9 +172,9 @@ class DeviceLanding:
         return payload.to(self._device, non_blocking=True)
 
 
-def staging_for(cache: torch.Tensor) -> Staging:
-    """Return what gathers from and scatters into cache."""
-    return DeviceStaging(cache, CudaStreams(cache.device)) if cache.is_cuda else HostStaging(cache)
+def staging_for(planes: Sequence[torch.Tensor]) -> Staging:
+    """Return what gathers from and scatters into a cache's planes."""
+    return DeviceStaging(planes, CudaStreams(planes[0].device)) if planes[0].is_cuda else HostStaging(planes)
 
 
 def landing_for(device: torch.device) -> Landing:
@@ -180,15 +182,17 @@ def landing_for(device: torch.device) -> Landing:
     return DeviceLanding(device, CudaStreams(device)) if device.type == "cuda" else HostLanding()
 
 
-def _compile(operations: Operations, cache: torch.Tensor, digests: Callable[[Piece, torch.Tensor], object]) -> None:
+def _compile(
+    operations: Operations, planes: Sequence[torch.Tensor], digests: Callable[[Piece, torch.Tensor], object]
+) -> None:
     """Run every operation once, so that no request waits for one to be compiled; block 0 is left as it is."""
-    piece = Piece(0, (0, 1), (0, 1), (0, 1), 2 * cache.shape[-1] * cache.itemsize)
-    block_table = torch.zeros(1, dtype=torch.int64, device=cache.device)
-    payload = torch.empty(piece.num_bytes, dtype=torch.uint8, device=cache.device)
-    area = (block_table, piece.layers, piece.heads, piece.tokens)
-    operations.gather_kv(cache, *area, payload)
+    parts = tuple(Part((0, 1), plane.shape[-1] * plane.itemsize) for plane in planes)
+    piece = Piece(0, (0, 1), parts, (0, 1), sum(part.slot_bytes for part in parts))
+    block_table = torch.zeros(1, dtype=torch.int64, device=planes[0].device)
+    area = block_table, piece.layers, [part.heads for part in parts], piece.tokens
+    payload = operations.gather_kv(planes, *area)
     digests(piece, payload)
-    operations.scatter_kv(payload, cache, *area)
+    operations.scatter_kv(payload, planes, *area)
 
 
 def _after(wait: Callable[[], None], digests: torch.Tensor) -> bytes:

@@ -25,7 +25,7 @@ from protocol.identity import Attempt, Epoch
 from protocol.layout import Endpoint
 from protocol.request import Request
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 RoleName = Literal["prefill", "decode", "colocated"]
 WorkerState = Literal["starting", "ready", "draining", "dead"]

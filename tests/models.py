@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from protocol.layout import KVLayout, keys_and_values
+from protocol.model_config import ModelConfig
+
 FAMILIES = ("llama", "llama3_rope", "mistral", "qwen2", "qwen3")
 
 _SIZES: dict[str, Any] = {
@@ -89,3 +92,9 @@ def reference_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
     """Return transformers' float32 logits after every token: [num_tokens, vocab_size]."""
     logits: torch.Tensor = reference_model(folder)(torch.tensor([token_ids])).logits[0]
     return logits
+
+
+def layout_of(config: ModelConfig, block_size: int, tensor_parallel: int = 1, dtype: str = "float32") -> KVLayout:
+    """Return how a group keeps this model's KV."""
+    planes = keys_and_values(config.num_kv_heads, config.head_dim, dtype)
+    return KVLayout("model", config.num_layers, planes, block_size, tensor_parallel)

@@ -33,9 +33,9 @@ from worker.two_way_mover import TwoWayMover
 
 @dataclass(frozen=True)
 class Cache:
-    """One rank's KV cache as movers see it: blocks [layers, 2, num_blocks, own KV heads, block_size, head_dim]."""
+    """One rank's KV cache as movers see it. planes: each [num_layers, num_blocks, own heads, block_size, dim]."""
 
-    blocks: Tensor
+    planes: tuple[Tensor, ...]
     layout: KVLayout
     rank: int
 
@@ -65,16 +65,16 @@ class Assembly:
 
 def _sending_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
     transport = open_sender(launch.kv_transfer.transport, _site(launch, cache))
-    return SendingMover(KVSender(cache.blocks, cache.layout, cache.rank, transport))
+    return SendingMover(KVSender(cache.planes, cache.layout, cache.rank, transport))
 
 
 def _receiving_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
     transport = open_receiver(launch.kv_transfer.transport, _site(launch, cache))
-    return ReceivingMover(KVReceiver(cache.blocks, cache.layout, cache.rank, transport), cache.rank)
+    return ReceivingMover(KVReceiver(cache.planes, cache.layout, cache.rank, transport), cache.rank)
 
 
 def _site(launch: WorkerLaunch, cache: Cache) -> Site:
-    return Site(launch.host, cache.blocks.device, cache.layout, launch.kv_transfer.timeout_s)
+    return Site(launch.host, cache.planes[0].device, cache.layout, launch.kv_transfer.timeout_s)
 
 
 def _prefill_mover(launch: WorkerLaunch, cache: Cache) -> Mover:

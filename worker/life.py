@@ -154,7 +154,7 @@ class WorkerLife:
             case PrefillSection():
                 return replace(parts, outbox_share=section.outbox_share)
             case DecodeSection():
-                max_parked_blocks = parse_memory(section.parked_memory) // loaded.engine.kv_cache.block_bytes
+                max_parked_blocks = parse_memory(section.parked_memory) // loaded.layout.block_bytes
                 return replace(parts, growth=Growth(section.growth_tokens, max_parked_blocks))
 
 

@@ -11,7 +11,7 @@ from engine.parked_kv import ParkedKV
 from engine.rank import Rank
 from engine.tensor_parallel import TensorParallel
 from engine.trial import try_out
-from protocol.layout import KVLayout
+from protocol.layout import KVLayout, keys_and_values
 from protocol.model_config import ModelConfig, load_model_config
 from protocol.model_files import find_model, model_hash
 from protocol.progress import Tell
@@ -40,22 +40,23 @@ def load_rank(
     config = load_model_config(folder)
     dtype = config.dtype if launch.model.dtype == "auto" else launch.model.dtype
     limits = Limits(launch.role_section.batch_tokens, launch.role_section.batch_requests, launch.model.max_context)
+    layout = _layout(config, model_hash(folder), dtype, launch)
     engine = Engine(
         config,
         folder,
         getattr(torch, dtype),
         torch.device(launch.device),
         tensor_parallel,
-        launch.kv_cache.block_size,
+        layout,
         _kv_memory(launch.kv_cache),
         limits,
         progress,
     )
     progress("trying the model out")
     longest_gap_s = try_out(engine, limits, launch.kv_cache.block_size)
-    layout = _layout(config, model_hash(folder), dtype, launch)
-    mover = ASSEMBLIES[launch.role].mover(launch, Cache(engine.kv_cache.blocks, layout, launch.rank))
-    rank = Rank(engine, ParkedKV(engine.kv_cache.blocks), mover, pulse)
+    planes = engine.kv_cache.planes
+    mover = ASSEMBLIES[launch.role].mover(launch, Cache(planes, layout, launch.rank))
+    rank = Rank(engine, ParkedKV(planes), mover, pulse)
     return LoadedRank(engine, rank, layout, longest_gap_s)
 
 
@@ -67,9 +68,7 @@ def _layout(config: ModelConfig, fingerprint: str, dtype: str, launch: WorkerLau
     return KVLayout(
         model_hash=fingerprint,
         num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        dtype=dtype,
+        planes=keys_and_values(config.num_kv_heads, config.head_dim, dtype),
         block_size=launch.kv_cache.block_size,
         tensor_parallel=launch.role_section.tensor_parallel,
     )

@@ -15,18 +15,16 @@ static inline void copy_and_send_for(const char *next, char *to, const char *fro
 }
 
 /* Shapes: see struct area. */
-void gather_kv(char *cache, char *payload, const int64_t *table, int64_t num_planes, int64_t num_blocks,
-               int64_t num_cache_heads, int64_t block_size, int64_t slot_bytes, int64_t first_head, int64_t num_heads,
-               int64_t first_token, int64_t num_tokens) {
-    const struct area area = {cache,      payload,    table,      num_planes, num_blocks,  num_cache_heads,
-                              block_size, slot_bytes, first_head, num_heads,  first_token, num_tokens};
+void gather_kv(const struct plane *planes, const int64_t *table, int64_t num_planes, int64_t num_layers,
+               int64_t num_blocks, int64_t block_size, int64_t first_token, int64_t num_tokens) {
+    const struct area area = {planes, table, num_planes, num_layers, num_blocks, block_size, first_token, num_tokens};
     int64_t first = first_entry(&area), end = end_entry(&area);
 #pragma omp parallel for collapse(2) if (is_worth_sharing(&area))
-    for (int64_t plane = 0; plane < num_planes; plane++)
+    for (int64_t sheet = 0; sheet < num_planes * num_layers; sheet++)
         for (int64_t entry = first; entry < end; entry++) {
-            struct part part = part_in(&area, plane, entry);
-            struct part next = part_in(&area, plane, entry + 1 < end ? entry + 1 : entry);
-            for (int64_t head = 0; head < num_heads; head++)
+            struct part part = part_in(&area, sheet, entry);
+            struct part next = part_in(&area, sheet, entry + 1 < end ? entry + 1 : entry);
+            for (int64_t head = 0; head < part.num_heads; head++)
                 copy_and_send_for(next.in_cache + head * next.cache_stride,
                                   part.in_payload + head * part.payload_stride,
                                   part.in_cache + head * part.cache_stride, part.num_bytes);

@@ -3,44 +3,71 @@
 Called by kv_transfer on the sending side. Knows local heads only; which heads those are is the plan's business.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
+
+Range = tuple[int, int]
 
 
 def gather_kv(
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    layers: tuple[int, int],
-    heads: tuple[int, int],
-    tokens: tuple[int, int],
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Copy a range of layers, local heads and token positions out of the cache.
+    planes: Sequence[Tensor],
+    block_table: Tensor,
+    layers: Range,
+    heads: Sequence[Range],
+    tokens: Range,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Copy a range of layers and token positions, and a range of local heads of each plane, out of the cache.
 
-    cache: [num_layers, 2, num_blocks, num_local_kv_heads, block_size, head_dim]. block_table: int64 on the cache's
-    device, [num_blocks of the prompt], from position 0. Ranges are half-open. Returns a contiguous
-    [num_layers, 2, num_heads, num_tokens, head_dim] on the cache's device, or out when it is given: as many elements or
-    bytes (uint8), contiguous, in any shape.
+    planes: each [num_layers, num_blocks, num_local_heads, block_size, dim], of any dims and types. block_table: int64
+    on the cache's device, [num_blocks of the prompt], from position 0. Ranges are half-open; one of heads may be empty.
+    Returns the payload, uint8, on the cache's device: plane after plane, each [num_layers, num_heads, num_tokens, dim].
+    That is out when it is given: as many bytes or elements, contiguous, in any shape.
     """
-    block_size, head_dim = cache.shape[-2:]
-    source = cache[layers[0] : layers[1], :, :, heads[0] : heads[1]].transpose(2, 3)  # [layers, 2, heads, blocks, ...]
-    shape = (*source.shape[:3], tokens[1] - tokens[0], head_dim)
-    payload = cache.new_empty(shape) if out is None else out.view(cache.dtype).view(shape)
-    for blocks, slots, part in block_spans(tokens, block_size):
-        split = (blocks[1] - blocks[0], slots[1] - slots[0])
-        torch.index_select(
-            source[..., slots[0] : slots[1], :],
-            3,
-            block_table[blocks[0] : blocks[1]],
-            out=payload[:, :, :, part[0] : part[1]].unflatten(3, split),
-        )
-    return payload if out is None else out
+    payload = new_payload(planes, layers, heads, tokens) if out is None else out
+    for part, plane, (first, stop) in zip(parts_of(payload, planes, layers, heads, tokens), planes, heads, strict=True):
+        wanted = plane.view(torch.uint8)[layers[0] : layers[1], :, first:stop]
+        source = wanted.transpose(1, 2)  # [layers, heads, blocks, block_size, slot_bytes]
+        for blocks, slots, place in block_spans(tokens, plane.shape[3]):
+            split = (blocks[1] - blocks[0], slots[1] - slots[0])
+            torch.index_select(
+                source[..., slots[0] : slots[1], :],
+                2,
+                block_table[blocks[0] : blocks[1]],
+                out=part[:, :, place[0] : place[1]].unflatten(2, split),
+            )
+    return payload
 
 
-def block_spans(
-    tokens: tuple[int, int], block_size: int
-) -> Iterator[tuple[tuple[int, int], tuple[int, int], tuple[int, int]]]:
+def new_payload(planes: Sequence[Tensor], layers: Range, heads: Sequence[Range], tokens: Range) -> Tensor:
+    """Return memory for what is gathered: uint8, on the cache's device."""
+    slot_bytes = sum(
+        (stop - first) * plane.shape[-1] * plane.itemsize for plane, (first, stop) in zip(planes, heads, strict=True)
+    )
+    num_bytes = (layers[1] - layers[0]) * (tokens[1] - tokens[0]) * slot_bytes
+    return planes[0].new_empty(num_bytes, dtype=torch.uint8)
+
+
+def parts_of(
+    payload: Tensor, planes: Sequence[Tensor], layers: Range, heads: Sequence[Range], tokens: Range
+) -> Iterator[Tensor]:
+    """Yield what a payload holds of each plane, as a view, uint8 [num_layers, num_heads, num_tokens, slot_bytes].
+
+    Of bytes, since what comes before may be of another type, and as long as it likes.
+    """
+    data = payload.flatten().view(torch.uint8)
+    start = 0
+    for plane, (first, stop) in zip(planes, heads, strict=True):
+        shape = (layers[1] - layers[0], stop - first, tokens[1] - tokens[0], plane.shape[-1] * plane.itemsize)
+        end = start + math.prod(shape)
+        yield data[start:end].view(shape)
+        start = end
+
+
+def block_spans(tokens: Range, block_size: int) -> Iterator[tuple[Range, Range, Range]]:
     """Split token positions into at most three spans: a partial first block, whole blocks, a partial last block.
 
     Each span is (entries of the block table, slots in each of those blocks, token indices in the payload).

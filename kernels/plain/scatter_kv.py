@@ -3,37 +3,36 @@
 Called by kv_transfer on the receiving side, on the thread that owns the cache, after a payload has been checked.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-from kernels.plain.gather_kv import block_spans
+from kernels.plain.gather_kv import Range, block_spans, parts_of
 
 
 def scatter_kv(
-    payload: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
-    layers: tuple[int, int],
-    heads: tuple[int, int],
-    tokens: tuple[int, int],
+    payload: Tensor,
+    planes: Sequence[Tensor],
+    block_table: Tensor,
+    layers: Range,
+    heads: Sequence[Range],
+    tokens: Range,
 ) -> None:
     """Copy a payload into a range of layers, local heads and token positions of the cache; nothing else is written.
 
-    payload: [num_layers, 2, num_heads, num_tokens, head_dim], on the cache's device, or as many elements or bytes
-    (uint8) in any shape. block_table: int64, [num_blocks of the prompt], from position 0. Other shapes as in gather_kv.
+    payload: what gather_kv returns, on the cache's device, or as many elements in any shape. Others as in gather_kv.
     Neighbouring blocks are copied as one: on a CPU that is two to five times as fast as an indexed copy.
     """
-    block_size, head_dim = cache.shape[-2:]
-    sizes = (layers[1] - layers[0], 2, heads[1] - heads[0], tokens[1] - tokens[0], head_dim)
-    shaped = payload.contiguous().view(cache.dtype).view(sizes)
-    target = cache[layers[0] : layers[1], :, :, heads[0] : heads[1]].transpose(2, 3)  # [layers, 2, heads, blocks, ...]
-    for blocks, slots, part in block_spans(tokens, block_size):
-        shape = (blocks[1] - blocks[0], slots[1] - slots[0])
-        source = shaped[:, :, :, part[0] : part[1]].unflatten(3, shape)
-        for index, block_id, length in _runs(block_table[blocks[0] : blocks[1]].tolist()):
-            run = target[:, :, :, block_id : block_id + length, slots[0] : slots[1]]
-            run.copy_(source[:, :, :, index : index + length])
+    for part, plane, (first, stop) in zip(parts_of(payload, planes, layers, heads, tokens), planes, heads, strict=True):
+        named = plane.view(torch.uint8)[layers[0] : layers[1], :, first:stop]
+        target = named.transpose(1, 2)  # [layers, heads, blocks, block_size, slot_bytes]
+        for blocks, slots, place in block_spans(tokens, plane.shape[3]):
+            shape = (blocks[1] - blocks[0], slots[1] - slots[0])
+            source = part[:, :, place[0] : place[1]].unflatten(2, shape)
+            for index, block_id, length in _runs(block_table[blocks[0] : blocks[1]].tolist()):
+                run = target[:, :, block_id : block_id + length, slots[0] : slots[1]]
+                run.copy_(source[:, :, index : index + length])
 
 
 def _runs(block_ids: list[int]) -> Iterator[tuple[int, int, int]]:

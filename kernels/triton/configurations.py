@@ -89,11 +89,14 @@ ROPE = {
     256: Configuration(rows=8, tile=256),
 }
 
-# padded head_dim -> rows: tokens per program.
+# padded 32-bit words of a slot, of the widest plane -> rows: tokens per program.
 KV_COPY = {
-    64: Configuration(rows=64, tile=64),
-    128: Configuration(rows=32, tile=128),
-    256: Configuration(rows=16, tile=256),
+    32: Configuration(rows=64, tile=32),
+    64: Configuration(rows=32, tile=64),
+    128: Configuration(rows=16, tile=128),
+    256: Configuration(rows=8, tile=256),
+    512: Configuration(rows=4, tile=512),
+    1024: Configuration(rows=2, tile=1024),
 }
 
 DIGEST = Configuration(rows=4, tile=512)  # units x words per step
@@ -106,9 +109,9 @@ SAMPLE_FILTER = Configuration(  # thresholds tried x token ids
 SAMPLE_DRAW = Configuration(tile=2048, fuse_multiply_add=False)
 
 
-def padded(size: int) -> int:
-    """Return the power of two that the tables above know size by: at least 64."""
-    return max(64, 1 << (size - 1).bit_length())
+def padded(size: int, least: int = 64) -> int:
+    """Return the power of two that the tables above know size by; the copies' table begins at 32."""
+    return max(least, 1 << (size - 1).bit_length())
 
 
 @lru_cache

@@ -12,7 +12,7 @@ import zmq
 from protocol.codec import decode, encode
 from protocol.errors import WireError
 from protocol.identity import Attempt, new_epoch
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.messages import (
     Abort,
     AnyMessage,
@@ -40,7 +40,7 @@ from protocol.messages import (
 from protocol.request import Request
 from protocol.sockets import prepare
 
-LAYOUT = KVLayout("fake", 2, 2, 8, "float32", 16, 1)
+LAYOUT = KVLayout("fake", 2, keys_and_values(2, 8, "float32"), 16, 1)
 
 
 def expected_tokens(prompt: tuple[int, ...] | list[int], count: int) -> list[int]:

@@ -1,6 +1,7 @@
 """Groups of KV ranks in one process: caches, senders and receivers over real transports, and what must come out.
 
-The heads of a rank are written down here a second time, from the definition, so that a mistake in the plan shows.
+A cache is one tensor of two planes, keys and values: [2, num_layers, num_blocks, heads, block_size, head_dim]. The
+heads of a rank are written down here a second time, from the definition, so that a mistake in the plan shows.
 """
 
 import os
@@ -17,7 +18,7 @@ from kv_transfer.sender import KVSender
 from kv_transfer.transports.opening import open_receiver, open_sender
 from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled, Site
 from protocol.identity import Attempt, Epoch, new_attempt, new_epoch, new_request_id
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.orders import Broken, ExpectBlocks, Received, SendBlocks
 
 HOST = "127.0.0.1"
@@ -29,7 +30,7 @@ SMALL_FRAME_BYTES = 4096
 
 
 def layout(tensor_parallel: int, num_kv_heads: int, dtype: str = "float32", block_size: int = BLOCK_SIZE) -> KVLayout:
-    return KVLayout("model", NUM_LAYERS, num_kv_heads, HEAD_DIM, dtype, block_size, tensor_parallel)
+    return KVLayout("model", NUM_LAYERS, keys_and_values(num_kv_heads, HEAD_DIM, dtype), block_size, tensor_parallel)
 
 
 def site_of(shape: KVLayout, timeout_s: float = 10, device: str | None = None) -> Site:
@@ -37,15 +38,16 @@ def site_of(shape: KVLayout, timeout_s: float = 10, device: str | None = None) -
 
 
 def heads_of(shape: KVLayout, rank: int) -> list[int]:
-    if shape.tensor_parallel >= shape.num_kv_heads:
-        return [rank * shape.num_kv_heads // shape.tensor_parallel]
-    width = shape.num_kv_heads // shape.tensor_parallel
+    num_heads = shape.planes[0].heads
+    if shape.tensor_parallel >= num_heads:
+        return [rank * num_heads // shape.tensor_parallel]
+    width = num_heads // shape.tensor_parallel
     return list(range(rank * width, (rank + 1) * width))
 
 
 def random_tokens(num_kv_heads: int, num_tokens: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """The KV of a whole prompt: [num_layers, 2, num_kv_heads, num_tokens, head_dim]."""
-    return torch.randn(NUM_LAYERS, 2, num_kv_heads, num_tokens, HEAD_DIM).to(dtype)
+    """The KV of a whole prompt: [2, num_layers, num_kv_heads, num_tokens, head_dim]."""
+    return torch.randn(2, NUM_LAYERS, num_kv_heads, num_tokens, HEAD_DIM).to(dtype)
 
 
 def write_tokens(cache: torch.Tensor, shape: KVLayout, rank: int, block_ids: list[int], first: int, kv: torch.Tensor):
@@ -58,7 +60,7 @@ def write_tokens(cache: torch.Tensor, shape: KVLayout, rank: int, block_ids: lis
 
 def random_caches(shape: KVLayout, dtype: torch.dtype = torch.float32, device: str | None = None) -> list[torch.Tensor]:
     sizes = [
-        (NUM_LAYERS, 2, NUM_BLOCKS, len(heads_of(shape, rank)), shape.block_size, HEAD_DIM)
+        (2, NUM_LAYERS, NUM_BLOCKS, len(heads_of(shape, rank)), shape.block_size, HEAD_DIM)
         for rank in range(shape.tensor_parallel)
     ]
     return [torch.randn(size).to(device or DEVICE, dtype) for size in sizes]
@@ -80,7 +82,9 @@ class Source:
         self.caches = random_caches(shape, dtype, device)
         self.endpoint = Endpoint(self.epoch, shape, name, ("",) * shape.tensor_parallel)
         self.senders = [
-            KVSender(cache, shape, rank, open_sender(name, site_of(shape, timeout_s, device)), SMALL_FRAME_BYTES)  # type: ignore[arg-type]
+            KVSender(
+                cache.unbind(), shape, rank, open_sender(name, site_of(shape, timeout_s, device)), SMALL_FRAME_BYTES
+            )  # type: ignore[arg-type]
             for rank, cache in enumerate(self.caches)
         ]
 
@@ -109,7 +113,9 @@ class Sink:
         self.caches = random_caches(shape, dtype, device)
         self.expected = [cache.clone() for cache in self.caches]
         self.receivers = [
-            KVReceiver(cache, shape, rank, open_receiver(name, site_of(shape, timeout_s, device)), SMALL_FRAME_BYTES)  # type: ignore[arg-type]
+            KVReceiver(
+                cache.unbind(), shape, rank, open_receiver(name, site_of(shape, timeout_s, device)), SMALL_FRAME_BYTES
+            )  # type: ignore[arg-type]
             for rank, cache in enumerate(self.caches)
         ]
         addresses = tuple(receiver.address for receiver in self.receivers)
@@ -208,7 +214,7 @@ def transfer(
     ours, theirs = blocks or (
         torch.randperm(NUM_BLOCKS)[: -(-num_positions // side.layout.block_size)].tolist() for side in (source, sink)
     )
-    kv = random_tokens(source.layout.num_kv_heads, num_positions, source.caches[0].dtype)
+    kv = random_tokens(source.layout.planes[0].heads, num_positions, source.caches[0].dtype)
     source.fill(ours, kv)
     sink.note(theirs, first, kv)
     attempt = attempt_between(source, sink)
@@ -247,7 +253,7 @@ class Recorder:
 def frames_for(source: Source, sink: Sink, attempt: Attempt, block_ids: list[int], length: int) -> list[OutgoingFrame]:
     """The frames that rank 0 of source would send, in order, without sending them."""
     recorder = Recorder()
-    sender = KVSender(source.caches[0], source.layout, 0, recorder, SMALL_FRAME_BYTES)
+    sender = KVSender(source.caches[0].unbind(), source.layout, 0, recorder, SMALL_FRAME_BYTES)
     sender.send(send_order(sink, attempt, block_ids, length))
     sender.close()
     return recorder.frames

@@ -78,7 +78,7 @@ class SinkProcess:
         attempt = attempt_between(source, self)  # type: ignore[arg-type]
         words = (seed, num_positions, first, attempt.request_id, source.epoch, attempt.transfer_id)
         source.fill(
-            self._table(source, seed, num_positions), seeded_prompt(seed, self.layout.num_kv_heads, num_positions)
+            self._table(source, seed, num_positions), seeded_prompt(seed, self.layout.planes[0].heads, num_positions)
         )
         print(*words, source.layout.tensor_parallel, file=self.process.stdin, flush=True)
         assert self.process.stdout

@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.tensor_parallel import TensorParallel
 from protocol.model_config import load_model_config
 from protocol.orders import Batch, block_table
-from tests.models import make_model
+from tests.models import layout_of, make_model
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, MAX_BLOCKS, MAX_SIZE = 16, 6, 24
@@ -23,11 +23,12 @@ BLOCK_SIZE, MAX_BLOCKS, MAX_SIZE = 16, 6, 24
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = make_model("qwen3", tmp_path_factory.mktemp("model"))
-    engine = Engine(
-        load_model_config(folder), folder, torch.float32, CPU, TensorParallel(0, 1), BLOCK_SIZE, kv_memory=8 << 20
-    )
+    config = load_model_config(folder)
+    layout = layout_of(config, BLOCK_SIZE)
+    engine = Engine(config, folder, torch.float32, CPU, TensorParallel(0, 1), layout, kv_memory=8 << 20)
     torch.manual_seed(0)
-    engine.kv_cache.blocks.normal_()
+    for plane in engine.kv_cache.planes:
+        plane.normal_()
     return engine
 
 
@@ -49,15 +50,17 @@ def test_a_filled_up_batch_gives_what_it_gives_alone(engine: Engine) -> None:
     for _ in range(25):
         batch = some_batch(rng, cache.num_blocks)
         tensors = to_tensors(batch, BLOCK_SIZE, CPU)
-        before = cache.blocks.clone()
+        before = [plane.clone() for plane in cache.planes]
         expected = engine.forward(batch)
-        written = cache.blocks[:, :, : cache.num_blocks].clone()
-        cache.blocks.copy_(before)
+        written = [plane[:, : cache.num_blocks].clone() for plane in cache.planes]
+        for plane, earlier in zip(cache.planes, before, strict=True):
+            plane.copy_(earlier)
         assert graphs.can_run(tensors)
         logits = graphs.run(tensors)
         assert logits is not None
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(cache.blocks[:, :, : cache.num_blocks], written, atol=1e-4, rtol=1e-4)
+        found = [plane[:, : cache.num_blocks] for plane in cache.planes]
+        torch.testing.assert_close(found, written, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

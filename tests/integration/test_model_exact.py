@@ -15,7 +15,7 @@ from engine.tensor_parallel import TensorParallel
 from protocol.errors import ConfigError
 from protocol.model_config import load_model_config
 from protocol.orders import Batch, block_table
-from tests.models import FAMILIES, make_model, reference_logits, reference_tokens
+from tests.models import FAMILIES, layout_of, make_model, reference_logits, reference_tokens
 from tests.ranks import run_ranks
 
 NUM_NEW_TOKENS = 8
@@ -102,8 +102,11 @@ def generate(engine: Engine, texts: list[Text], chunk_tokens: int, expected: Tok
 
 def run_engine(group: TensorParallel, folder: Path, block_size: int, chunk_tokens: int, expected: Tokens) -> Tokens:
     config = load_model_config(folder)
-    engine = Engine(config, folder, torch.float32, CPU, group, block_size, kv_memory=8 << 20)
-    engine.kv_cache.blocks.fill_(torch.nan)  # what an earlier owner left in a block must not matter
+    engine = Engine(
+        config, folder, torch.float32, CPU, group, layout_of(config, block_size, group.size), kv_memory=8 << 20
+    )
+    for plane in engine.kv_cache.planes:
+        plane.fill_(torch.nan)  # what an earlier owner left in a block must not matter
     texts = make_texts(config.vocab_size, engine)
     generate(engine, texts, chunk_tokens, expected)
     return {text.num_prompt_tokens: text.output for text in texts}
@@ -154,7 +157,9 @@ def test_logits_at_every_position_agree_within_noise(block_size: int, tmp_path: 
     """Positions far beyond llama3's original context, in chunks and one by one."""
     folder = make_model("llama3_rope", tmp_path)
     config = load_model_config(folder)
-    engine = Engine(config, folder, torch.float32, CPU, TensorParallel(0, 1), block_size, kv_memory=16 << 20)
+    engine = Engine(
+        config, folder, torch.float32, CPU, TensorParallel(0, 1), layout_of(config, block_size), kv_memory=16 << 20
+    )
     rng = random.Random(5)
     token_ids = [rng.randrange(config.vocab_size) for _ in range(400)]
     expected = reference_logits(folder, token_ids)
@@ -174,7 +179,7 @@ def test_only_the_leader_has_logits_and_only_of_sampled_rows(tmp_path: Path) -> 
     config = load_model_config(folder)
 
     def shapes(group: TensorParallel) -> list[tuple[int, ...] | None]:
-        engine = Engine(config, folder, torch.float32, CPU, group, 16, kv_memory=1 << 20)
+        engine = Engine(config, folder, torch.float32, CPU, group, layout_of(config, 16, group.size), kv_memory=1 << 20)
         batches = (
             Batch((1, 2, 3), (1, 2), (1, 2), (block_table([0]), block_table([1])), sampled)
             for sampled in ((), (2,), (0, 2))
@@ -193,7 +198,8 @@ def test_bfloat16_stays_close_to_float32(size: int, tmp_path: Path) -> None:
     token_ids = make_prompts(config.vocab_size)[3]
 
     def compute(group: TensorParallel) -> torch.Tensor | None:
-        engine = Engine(config, folder, torch.bfloat16, CPU, group, 16, kv_memory=1 << 20)
+        layout = layout_of(config, 16, size, "bfloat16")
+        engine = Engine(config, folder, torch.bfloat16, CPU, group, layout, kv_memory=1 << 20)
         return engine.forward(Batch(tuple(token_ids), (45,), (45,), (block_table([2, 0, 1]),), (44,)))
 
     logits, *others = run_ranks(size, compute)
@@ -204,11 +210,17 @@ def test_bfloat16_stays_close_to_float32(size: int, tmp_path: Path) -> None:
     assert others == [None] * (size - 1)
 
 
+def new_engine(folder: Path, kv_memory: int) -> Engine:
+    config = load_model_config(folder)
+    return Engine(config, folder, torch.float32, CPU, TensorParallel(0, 1), layout_of(config, 16), kv_memory)
+
+
 def test_a_model_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path, num_attention_heads=6, hidden_size=96, num_key_value_heads=3)
 
     def build(group: TensorParallel) -> None:
-        Engine(load_model_config(folder), folder, torch.float32, CPU, group, 16, kv_memory=1 << 20)
+        config = load_model_config(folder)
+        Engine(config, folder, torch.float32, CPU, group, layout_of(config, 16, 2), kv_memory=1 << 20)
 
     with pytest.raises(ConfigError, match="3 KV heads cannot be split over 2 ranks"):
         run_ranks(2, build)
@@ -217,17 +229,17 @@ def test_a_model_that_does_not_divide_is_refused(tmp_path: Path) -> None:
 def test_a_memory_budget_below_one_block_is_refused(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path)
     with pytest.raises(ConfigError, match="one block takes 24576 bytes"):
-        Engine(load_model_config(folder), folder, torch.float32, CPU, TensorParallel(0, 1), 16, kv_memory=24575)
+        new_engine(folder, kv_memory=24575)
 
 
 def test_a_memory_budget_beyond_the_machines_is_refused(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path)
     with pytest.raises(ConfigError, match="cpu has no memory for 45812984490 KV blocks; lower kv_cache.memory"):
-        Engine(load_model_config(folder), folder, torch.float32, CPU, TensorParallel(0, 1), 16, kv_memory=1 << 50)
+        new_engine(folder, kv_memory=1 << 50)
 
 
 def test_a_block_table_too_short_for_its_context_is_refused(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path)
-    engine = Engine(load_model_config(folder), folder, torch.float32, CPU, TensorParallel(0, 1), 16, kv_memory=1 << 20)
+    engine = new_engine(folder, kv_memory=1 << 20)
     with pytest.raises(ValueError, match="sequence 0 has 17 tokens and 1 blocks of 16; it needs 2"):
         engine.forward(Batch((1,), (1,), (17,), (block_table([0]),), (0,)))

@@ -101,17 +101,17 @@ def test_graphs_of_all_sizes_give_what_a_cpu_gives_whichever_ran_before(cuda: Pr
     here, there = (new_engine(model, device, 500 << 10) for device in ("cpu", "cuda"))
     num_blocks = here.kv_cache.num_blocks
     generator = torch.Generator().manual_seed(0)
-    content = torch.randn(here.kv_cache.blocks.shape, generator=generator)
-    here.kv_cache.blocks.copy_(content)
-    there.kv_cache.blocks.copy_(content)
+    for ours, theirs in zip(here.kv_cache.planes, there.kv_cache.planes, strict=True):
+        ours.copy_(torch.randn(ours.shape, generator=generator))
+        theirs.copy_(ours)
     rng = random.Random(2)
     batches = [some_batch(rng, num_blocks) for _ in range(12)]
     with cuda.timeline.no_waiting():  # all are launched before the first is looked at
         launched = [HostCopy(there.forward(batch)) for batch in batches]
     for batch, copy in zip(batches, launched, strict=True):
         torch.testing.assert_close(copy.wait()[0], here.forward(batch), atol=1e-4, rtol=1e-4)
-    kv = there.kv_cache.blocks.cpu()
-    torch.testing.assert_close(kv[:, :, :num_blocks], here.kv_cache.blocks[:, :, :num_blocks], atol=1e-4, rtol=1e-4)
+    for ours, theirs in zip(here.kv_cache.planes, there.kv_cache.planes, strict=True):
+        torch.testing.assert_close(theirs.cpu()[:, :num_blocks], ours[:, :num_blocks], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("cuda", [1], indirect=True)
@@ -162,7 +162,8 @@ def test_kv_takes_its_share_of_what_everything_else_leaves_and_steps_find_their_
 ) -> None:
     engine = new_engine(model, "cuda", ShareOfFree(share))
     weights = (model / "model.safetensors").stat().st_size
-    assert 0.8 * share < engine.kv_cache.blocks.nbytes / (TOTAL_BYTES - weights) < share
+    num_bytes = sum(plane.nbytes for plane in engine.kv_cache.planes)
+    assert 0.8 * share < num_bytes / (TOTAL_BYTES - weights) < share
     assert_same(serve(engine, some_texts(1)), answers)
 
 

@@ -21,6 +21,7 @@ import pytest
 import zmq
 
 from protocol.codec import encode
+from protocol.layout import keys_and_values
 from protocol.messages import Abort, BlockCounts, Committed, Failed, Fence, Heartbeat, PeerLost, Reserve, Stop, Welcome
 from protocol.topology import RouterSection
 from router.control.course import MAX_CRASHES
@@ -225,15 +226,14 @@ def test_losing_one_rank_fences_its_group(folder: Path) -> None:
 
 
 def test_groups_that_do_not_fit_together_are_named_with_both_values(router, prefill) -> None:
-    other = msgspec.structs.replace(LAYOUT, head_dim=LAYOUT.head_dim * 2)
+    other = msgspec.structs.replace(LAYOUT, planes=keys_and_values(2, 16, "float32"))
+    reason = "KV geometry differs: 2 x 8 float32 + 2 x 8 float32 and 2 x 16 float32 + 2 x 16 float32"
     with FakeWorker(router.control, "decode", layout=other):
-        wait_until(
-            lambda: f"head_dim differs: {LAYOUT.head_dim} and {other.head_dim}" in router.client.get("/ready").text
-        )
+        wait_until(lambda: reason in router.client.get("/ready").text)
         answer = router.client.post("/v1/completions", json=LONG)
         assert answer.status_code == 503
         assert answer.headers["retry-after"] == "1"
-        assert f"head_dim differs: {LAYOUT.head_dim} and {other.head_dim}" in answer.json()["error"]["message"]
+        assert reason in answer.json()["error"]["message"]
 
 
 def test_a_prompt_that_no_group_can_hold_is_refused_and_output_is_cut_to_what_fits(router, prefill) -> None:

@@ -18,7 +18,7 @@ from kv_transfer.transports.host_identity import host_identity
 from kv_transfer.transports.intake import as_payload
 from kv_transfer.transports.opening import open_receiver, open_sender
 from protocol.identity import new_attempt, new_request_id
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.orders import Broken, ExpectBlocks, Received, SendBlocks
 from protocol.sockets import bind
 from tests.integration.kv_groups import (
@@ -89,10 +89,10 @@ def test_many_transfers_at_once_do_not_mix(name):
 
 @transports
 def test_frames_of_full_size_arrive(name):
-    shape = KVLayout("large", 6, 4, 64, "float32", 16, 1)
-    source, sink = torch.randn(6, 2, 80, 4, 16, 64), torch.zeros(6, 2, 80, 4, 16, 64)
-    sender = KVSender(source, shape, 0, open_sender(name, site_of(shape)))
-    receiver = KVReceiver(sink, shape, 0, open_receiver(name, site_of(shape)))
+    shape = KVLayout("large", 6, keys_and_values(4, 64, "float32"), 16, 1)
+    source, sink = torch.randn(2, 6, 80, 4, 16, 64), torch.zeros(2, 6, 80, 4, 16, 64)
+    sender = KVSender(source.unbind(), shape, 0, open_sender(name, site_of(shape)))
+    receiver = KVReceiver(sink.unbind(), shape, 0, open_receiver(name, site_of(shape)))
     attempt = new_attempt("0" * 32, 0, 1, 2)
     manifest = manifest_of(shape, shape, 16, 1200)
     assert manifest.num_bytes / manifest.num_frames > 2 << 20
@@ -110,10 +110,10 @@ def test_frames_of_full_size_arrive(name):
 @transports
 def test_a_receiver_that_is_busy_for_seconds_loses_nothing(name, monkeypatch):
     monkeypatch.setattr("kv_transfer.transports.opening.INBOX_BYTES", 8 << 20)
-    shape = KVLayout("large", 20, 4, 64, "float32", 16, 1)
-    source, sink = torch.ones(20, 2, 80, 4, 16, 64), torch.zeros(20, 2, 80, 4, 16, 64)
-    sender = KVSender(source, shape, 0, open_sender(name, site_of(shape)))
-    receiver = KVReceiver(sink, shape, 0, open_receiver(name, site_of(shape)))
+    shape = KVLayout("large", 20, keys_and_values(4, 64, "float32"), 16, 1)
+    source, sink = torch.ones(2, 20, 80, 4, 16, 64), torch.zeros(2, 20, 80, 4, 16, 64)
+    sender = KVSender(source.unbind(), shape, 0, open_sender(name, site_of(shape)))
+    receiver = KVReceiver(sink.unbind(), shape, 0, open_receiver(name, site_of(shape)))
     attempt = new_attempt("0" * 32, 0, 1, 2)
     receiver.expect(ExpectBlocks(attempt, Endpoint(1, shape, name, ("",)), tuple(range(80)), 0, 1280))
     sender.send(SendBlocks(attempt, Endpoint(2, shape, name, (receiver.address,)), tuple(range(80)), 0, 1280))

@@ -15,7 +15,7 @@ import zmq
 
 from kv_transfer.digests import unit_digests
 from kv_transfer.handshake import greeting
-from kv_transfer.plan import FRAME_BYTES
+from kv_transfer.plan import FRAME_BYTES, Part
 from kv_transfer.receiver import COUNTERS
 from kv_transfer.sender import KVSender
 from kv_transfer.transports.offers import offered
@@ -106,7 +106,7 @@ def cut(frame: OutgoingFrame) -> OutgoingFrame:
 
 BREAKING: dict[str, Callable[[OutgoingFrame], OutgoingFrame]] = {
     "other tokens": lambda frame: with_piece(frame, tokens=(1, 33)),
-    "other heads": lambda frame: with_piece(frame, heads=(1, 3)),
+    "other heads": lambda frame: with_piece(frame, parts=(Part((1, 3), 32), Part((0, 2), 32))),
     "other layers": lambda frame: with_piece(frame, layers=(1, 2)),
     "another index": lambda frame: with_piece(frame, index=77),
     "another number of frames": lambda frame: with_header(frame, num_frames=1),
@@ -196,7 +196,9 @@ def test_damage_on_the_wire_is_mended_while_prefill_still_holds_the_blocks(name,
     with connected(name, 1, 1) as (source, sink):
         real = open_sender(name, site_of(source.layout, 5))
         source.senders[0].close()
-        sender = KVSender(source.caches[0], source.layout, 0, DamagingTransport(real, num_damaged), SMALL_FRAME_BYTES)
+        sender = KVSender(
+            source.caches[0].unbind(), source.layout, 0, DamagingTransport(real, num_damaged), SMALL_FRAME_BYTES
+        )
         source.senders = [sender]
         assert {type(report) for report in transfer(source, sink, 60)} == {Received}
         assert sink.is_as_expected()
@@ -208,7 +210,7 @@ def test_damage_on_the_wire_is_mended_while_prefill_still_holds_the_blocks(name,
 def test_damage_that_does_not_end_breaks_the_transfer_and_nothing_of_it_is_used(name):
     with connected(name, 1, 1) as (source, sink):
         transport = DamagingTransport(open_sender(name, site_of(source.layout, 5)), 1000)
-        sender = KVSender(source.caches[0], source.layout, 0, transport, SMALL_FRAME_BYTES)
+        sender = KVSender(source.caches[0].unbind(), source.layout, 0, transport, SMALL_FRAME_BYTES)
         attempt, before = attempt_between(source, sink), sink.caches[0].clone()
         sink.receivers[0].expect(expect_order(source, attempt, [1, 2, 3, 4], 60))
         sender.send(send_order(sink, attempt, [1, 2, 3, 4], 60))
@@ -248,7 +250,7 @@ def test_a_frame_of_any_other_identity_is_dropped_and_the_transfer_goes_on(name,
 @transports
 def test_doubled_and_reordered_frames_still_make_one_whole_transfer(name):
     with tampering(name) as (source, sink, attempt, frames, transport):
-        kv = torch.zeros(3, 2, 2, 60, 8)
+        kv = torch.zeros(2, 3, 2, 60, 8)
         for position in range(60):
             kv[:, :, :, position] = source.caches[0][:, :, position // 16, :, position % 16]
         sink.note([9, 4, 7, 2], 0, kv)

@@ -9,7 +9,7 @@ from kv_transfer.sender import KVSender
 from kv_transfer.transports.loopback import Loopback
 from kv_transfer.transports.transport import DROPPED, REFUSED, Settled
 from protocol.identity import Attempt, new_attempt
-from protocol.layout import Endpoint
+from protocol.layout import Endpoint, keys_and_values
 from protocol.orders import Broken, SendBlocks, SendMore
 from tests.integration.kv_groups import Recorder, layout, random_caches
 
@@ -26,7 +26,7 @@ def _small_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def new_sender() -> tuple[KVSender, Recorder]:
     recorder = Recorder()
-    return KVSender(random_caches(SHAPE)[0], SHAPE, 0, recorder, FRAME_BYTES), recorder
+    return KVSender(random_caches(SHAPE)[0].unbind(), SHAPE, 0, recorder, FRAME_BYTES), recorder
 
 
 def order(target: Endpoint, num_tokens: int = 64) -> SendBlocks:
@@ -66,7 +66,7 @@ def test_every_piece_is_sent_once_as_room_comes_back():
 def test_what_was_gathered_is_a_copy_and_what_was_not_is_read_when_its_turn_comes():
     recorder = Recorder()
     cache = random_caches(SHAPE)[0]
-    sender = KVSender(cache, SHAPE, 0, recorder, FRAME_BYTES)
+    sender = KVSender(cache.unbind(), SHAPE, 0, recorder, FRAME_BYTES)
     sender.send(order(TARGETS[0]))
     payload = recorder.frames[0].payload.clone()
     cache.zero_()
@@ -141,10 +141,12 @@ def test_a_lost_peer_breaks_its_transfers_only_and_late_news_of_it_is_ignored():
 
 def test_a_destination_that_does_not_fit_is_broken_at_once():
     sender, recorder = new_sender()
-    other = msgspec.structs.replace(TARGETS[0], layout=msgspec.structs.replace(SHAPE, head_dim=16))
+    other = msgspec.structs.replace(
+        TARGETS[0], layout=msgspec.structs.replace(SHAPE, planes=keys_and_values(2, 16, "float32"))
+    )
     sender.send(order(other))
     (report,) = sender.poll()
-    assert "head_dim differs: 8 and 16" in report.reason
+    assert "KV geometry differs: 2 x 8 float32 + 2 x 8 float32 and 2 x 16 float32 + 2 x 16 float32" in report.reason
     sender.send(order(msgspec.structs.replace(TARGETS[0], addresses=())))
     (report,) = sender.poll()
     assert "1 ranks but 0 addresses" in report.reason

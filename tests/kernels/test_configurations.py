@@ -128,18 +128,29 @@ def test_rope_norms_of_heads_and_kv_copies_compile(compiler, head_dim, dtype):
     dims = table.padded(head_dim)
     heads = torch.empty(3, 12, head_dim, dtype=dtype)
     q, k, v = heads.split([8, 2, 2], dim=1)
-    cache = torch.empty(2, 2, 3, 2, 16, head_dim, dtype=dtype)
+    cache = torch.empty(2, 2, 3, 2, 16, head_dim, dtype=dtype)  # keys and values
     angles, slots = torch.empty(3, head_dim // 2), torch.zeros(3, dtype=torch.int64)
     rms_norm(q, torch.empty(head_dim, dtype=dtype), 1e-5)
     compiler.check(_rms_norm=table.RMS_NORM[dims])
     rope_and_write_kv(q, k, v, angles, angles, slots, cache[0, 0], cache[0, 1])
     compiler.check(_rope_and_write_kv=table.ROPE[dims])
-    payload = gather_kv(cache, slots, (0, 1), (1, 2), (3, 40))
-    scatter_kv(payload, cache, slots, (0, 1), (1, 2), (3, 40))
-    compiler.check(_gather_kv=table.KV_COPY[dims], _scatter_kv=table.KV_COPY[dims])
+    check_kv_copies(compiler, [*cache])
     unit_bytes = 16 * head_dim * dtype.itemsize
     digest_kv(torch.empty(2 * unit_bytes, dtype=torch.uint8), unit_bytes, unit_bytes)
     compiler.check(_digest_kv=table.DIGEST)
+
+
+def check_kv_copies(compiler: Compiler, planes: list[torch.Tensor]) -> None:
+    area = torch.zeros(3, dtype=torch.int64), (0, 1), [(0, 1) for _ in planes], (3, 40)
+    scatter_kv(gather_kv(planes, *area), planes, *area)
+    words = max(plane.shape[-1] * plane.itemsize // 4 for plane in planes)
+    config = table.KV_COPY[table.padded(words, least=32)]
+    compiler.check(_gather_kv=config, _scatter_kv=config)
+
+
+@pytest.mark.parametrize("shapes", [[(576, BF16)], [(576, F32)], [(64, BF16), (192, BF16)], [(8, BF16), (1, F32)]])
+def test_copies_of_other_planes_compile(compiler, shapes):
+    check_kv_copies(compiler, [torch.empty(2, 3, 1, 16, dim, dtype=dtype) for dim, dtype in shapes])
 
 
 def test_the_gate_and_sampling_compile(compiler):
@@ -163,16 +174,18 @@ def test_a_batch_of_another_size_needs_no_other_machine_code(compiler):
         attention_decode.attention_decode(q, k, v, tables[:, : 7 * num], lens, 0.1)
         attention_prefill.attention_prefill(q, k, v, tables[:, :num], starts, lens, 0.1)
         add_rms_norm(q[:, 0].contiguous(), q[:, 0].contiguous(), q[0, 0], 1e-5)
-        payload = gather_kv(k.view(num, 1, 1, *k.shape[1:]).expand(num, 2, 1, -1, -1, -1).contiguous(), *kv_ranges(num))
-        scatter_kv(payload, k.view(num, 1, 1, *k.shape[1:]).expand(num, 2, 1, -1, -1, -1).contiguous(), *kv_ranges(num))
-        digest_kv(payload.flatten().view(torch.uint8)[: num * 256], num * 256, 2048)
+        planes = [k.view(num, 1, *k.shape[1:]), v.view(num, 1, *v.shape[1:])]
+        payload = gather_kv(planes, *kv_ranges(num))
+        scatter_kv(payload, planes, *kv_ranges(num))
+        digest_kv(payload[: num * 256], num * 256, 2048)
         sample(torch.empty(num, 1000), *sampling_arguments(num))
     variants = {(kernel.name, kernel.hash) for kernel in compiler.kernels}
     assert len(variants) == len({name for name, _ in variants})
 
 
-def kv_ranges(num: int) -> tuple[torch.Tensor, tuple[int, int], tuple[int, int], tuple[int, int]]:
-    return torch.zeros(num + 1, dtype=torch.int64)[1:], (0, num), (0, 1 + num % 2), (num % 4, num % 4 + num)
+def kv_ranges(num: int) -> tuple[torch.Tensor, tuple[int, int], list[tuple[int, int]], tuple[int, int]]:
+    heads = [(0, 1 + num % 2), (num % 2, 2)]
+    return torch.zeros(num + 1, dtype=torch.int64)[1:], (0, num), heads, (num % 4, num % 4 + num)
 
 
 def sampling_arguments(num: int) -> tuple[torch.Tensor, ...]:

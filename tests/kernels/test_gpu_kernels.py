@@ -78,9 +78,14 @@ def test_norms(triton_operations, size, dtype):
 def test_rope_norms_of_heads_and_kv_copies(triton_operations, head_dim, dtype):
     twins.check_norm_of_heads(triton_operations, PLAIN, 2049, head_dim, dtype, "cuda")
     twins.check_rope(triton_operations, PLAIN, 2049, (32, 8), head_dim, 16, dtype, "cuda")
-    shape = (4, 300, 8, 16, head_dim)
-    for ranges in (((0, 4), (0, 8), (0, 4800)), ((1, 3), (3, 5), (5, 4001))):
-        twins.check_kv_copies(triton_operations, PLAIN, shape, ranges, dtype, "cuda")
+    planes = twins.keys_and_values(8, head_dim, dtype)
+    for layers, heads, tokens in (((0, 4), (0, 8), (0, 4800)), ((1, 3), (3, 5), (5, 4001))):
+        twins.check_kv_copies(triton_operations, PLAIN, (4, 300, 16), planes, (layers, [heads] * 2, tokens), "cuda")
+
+
+def test_kv_copies_of_planes_of_other_widths(triton_operations):
+    for planes, heads in twins.OTHER_PLANES:
+        twins.check_kv_copies(triton_operations, PLAIN, (3, 5, 16), planes, ((1, 3), heads, (5, 40)), "cuda")
 
 
 def test_digests(triton_operations):

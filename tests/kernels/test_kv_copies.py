@@ -6,49 +6,60 @@ import torch
 from kernels.plain.gather_kv import block_spans, gather_kv
 from kernels.plain.scatter_kv import scatter_kv
 
-NUM_LAYERS, NUM_BLOCKS, NUM_HEADS, BLOCK_SIZE, HEAD_DIM = 3, 12, 4, 16, 8
+NUM_LAYERS, NUM_BLOCKS, BLOCK_SIZE, F32 = 3, 12, 16, torch.float32
 
 CASES = [(0, 1), (0, 16), (0, 37), (5, 9), (5, 16), (5, 40), (16, 64), (31, 33), (47, 80), (79, 80), (0, 80)]
 
 
-def random_cache(dtype: torch.dtype, seed: int) -> torch.Tensor:
+PLANES = {
+    "keys and values": [(4, 8, torch.bfloat16), (4, 8, torch.bfloat16)],
+    "one plane": [(1, 24, torch.float32)],
+    "of other widths and types": [(1, 64, torch.bfloat16), (1, 192, torch.bfloat16), (4, 3, torch.int8), (4, 1, F32)],
+}
+HEADS = {1: [(0, 1), (0, 0)], 4: [(0, 4), (1, 3)]}
+"""Of a plane with so many heads: those that are copied."""
+
+
+def random_cache(planes: list[tuple[int, int, torch.dtype]], seed: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    shape = (NUM_LAYERS, 2, NUM_BLOCKS, NUM_HEADS, BLOCK_SIZE, HEAD_DIM)
-    return torch.randn(shape, generator=generator).to(dtype)
+    return [
+        (torch.randn(NUM_LAYERS, NUM_BLOCKS, heads, BLOCK_SIZE, dim, generator=generator) * 50).to(dtype)
+        for heads, dim, dtype in planes
+    ]
 
 
-def slot_by_slot(cache, table, layers, heads, tokens) -> torch.Tensor:
-    columns = [
-        cache[layers[0] : layers[1], :, table[position // BLOCK_SIZE], heads[0] : heads[1], position % BLOCK_SIZE]
+def slot_by_slot(planes, table, layers, heads, tokens) -> torch.Tensor:
+    """Return the payload, copied one slot of one head at a time."""
+    slots = [
+        plane[layer, table[position // BLOCK_SIZE], head, position % BLOCK_SIZE].view(torch.uint8)
+        for plane, span in zip(planes, heads, strict=True)
+        for layer in range(*layers)
+        for head in range(*span)
         for position in range(*tokens)
     ]
-    return torch.stack(columns, dim=3)
+    return torch.cat(slots)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", PLANES)
 @pytest.mark.parametrize("table", [[7, 2, 9, 0, 11], [3, 4, 5, 6, 7], [5, 6, 2, 3, 1], [11, 10, 9, 8, 7]])
 @pytest.mark.parametrize("tokens", CASES)
-def test_gather_and_scatter_move_exactly_the_named_slots(dtype, table, tokens):
-    for layers, heads in (((0, 3), (0, 4)), ((1, 2), (1, 3)), ((1, 3), (3, 4))):
-        source, target = random_cache(dtype, 1), random_cache(dtype, 2)
-        block_table = torch.tensor(table)
-        payload = gather_kv(source, block_table, layers, heads, tokens)
-        assert payload.is_contiguous()
-        assert torch.equal(payload, slot_by_slot(source, table, layers, heads, tokens))
-        room = torch.empty(payload.numel(), dtype=dtype)
-        assert gather_kv(source, block_table, layers, heads, tokens, room).data_ptr() == room.data_ptr()
-        assert torch.equal(room, payload.flatten())
+def test_gather_and_scatter_move_exactly_the_named_slots(kind, table, tokens):
+    source, original = random_cache(PLANES[kind], 1), random_cache(PLANES[kind], 2)
+    for layers, index in (((0, 3), 0), ((1, 2), 1 if len(source) > 1 else 0)):
+        heads = [HEADS[num_heads][index] for num_heads, _, _ in PLANES[kind]]
+        area, other = (layers, heads, tokens), table[::-1]
+        payload = gather_kv(source, torch.tensor(table), *area)
+        assert torch.equal(payload, slot_by_slot(source, table, *area))
+        room = torch.zeros(payload.nbytes + 1, dtype=torch.uint8)[1:]
+        assert gather_kv(source, torch.tensor(table), *area, room) is room
+        assert torch.equal(room, payload)
 
-        other = torch.tensor(table[::-1])
-        expected = target.clone()
-        for index, position in enumerate(range(*tokens)):
-            block, slot = other[position // BLOCK_SIZE], position % BLOCK_SIZE
-            expected[layers[0] : layers[1], :, block, heads[0] : heads[1], slot] = payload[:, :, :, index]
-        from_bytes = target.clone()
-        scatter_kv(payload, target, other, layers, heads, tokens)
-        assert torch.equal(target, expected)
-        scatter_kv(payload.flatten().view(torch.uint8), from_bytes, other, layers, heads, tokens)
-        assert torch.equal(from_bytes, expected)
+        target = [plane.clone() for plane in original]
+        scatter_kv(payload, target, torch.tensor(other), *area)
+        assert torch.equal(slot_by_slot(target, other, *area), payload)
+        back = slot_by_slot(original, other, *area)
+        scatter_kv(back, target, torch.tensor(other), *area)
+        assert all(map(torch.equal, target, original)), "something else was written"
 
 
 @pytest.mark.parametrize("tokens", [*CASES, (4, 4)])

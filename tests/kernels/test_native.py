@@ -111,35 +111,32 @@ def test_rope_and_cache_write(heads, head_dim, block_size, dtype):
 def test_kv_copies(block_size, head_dim, dtype, num_threads):
     """Whole and partial blocks; runs shorter than a cache line, and some that begin and end in the middle of one."""
     torch.set_num_threads(num_threads)
-    shape, end = (3, 12, 4, block_size, head_dim), 12 * block_size
+    sizes, end = (3, 12, block_size), 12 * block_size
+    planes = twins.keys_and_values(4, head_dim, dtype)
     for tokens in ((0, end), (0, 1), (5, end - 3), (end - 1, end), (block_size, 3 * block_size), (7, 7)):
         for layers, heads in (((0, 3), (0, 4)), ((1, 2), (1, 3)), ((2, 3), (3, 4))):
-            twins.check_kv_copies(NATIVE, PLAIN, shape, (layers, heads, tokens), dtype, "cpu")
+            twins.check_kv_copies(NATIVE, PLAIN, sizes, planes, (layers, [heads, heads], tokens), "cpu")
 
 
-@pytest.mark.parametrize("offset", [1, 3, 31])
-def test_payloads_may_lie_anywhere(offset):
-    """What has arrived begins where its transport put it."""
-    cache, table, area = torch.randn(2, 2, 5, 3, 16, 40), torch.randperm(5), ((0, 2), (1, 3), (3, 70))
-    payload = PLAIN.gather_kv(cache, table, *area)
-    room = torch.empty(payload.numel() + offset)[offset:]
-    assert torch.equal(NATIVE.gather_kv(cache, table, *area, room).view(payload.shape), payload)
-    target, expected = torch.zeros(2, *cache.shape)
-    NATIVE.scatter_kv(room.view(payload.shape), target, table, *area)
-    PLAIN.scatter_kv(payload, expected, table, *area)
-    assert torch.equal(target, expected)
+@pytest.mark.parametrize("num_blocks", [5, 300])
+def test_kv_copies_of_planes_of_other_widths(num_blocks):
+    odd = [(2, 3, torch.uint8), (1, 5, F32)], [(0, 2), (0, 1)]  # where no float of the payload is aligned
+    for planes, heads in [*twins.OTHER_PLANES, odd]:
+        area = (1, 3), heads, (5, 16 * num_blocks - 7)
+        twins.check_kv_copies(NATIVE, PLAIN, (3, num_blocks, 16), planes, area, "cpu")
 
 
 @pytest.mark.parametrize("is_compiled", [True, False])
-def test_payloads_may_be_flat_bytes(is_compiled, monkeypatch):
+@pytest.mark.parametrize("offset", [1, 3, 31])
+def test_payloads_may_lie_anywhere(offset, is_compiled, monkeypatch):
+    """What has arrived begins where its transport put it."""
     if not is_compiled:
         monkeypatch.setattr(gather_kv, "function", lambda *_: None)
-    cache, table, area = torch.randn(2, 2, 5, 3, 16, 40).to(BF16), torch.randperm(5), ((1, 2), (1, 3), (3, 70))
+    cache, table, area = torch.randn(2, 2, 5, 3, 16, 40), torch.randperm(5), ((0, 2), [(1, 3), (0, 1)], (3, 70))
     payload = PLAIN.gather_kv(cache, table, *area)
-    room = torch.zeros(payload.nbytes, dtype=torch.uint8)
-    NATIVE.gather_kv(cache, table, *area, room)
-    assert torch.equal(room.view(BF16), payload.flatten())
-    target, expected = torch.zeros(2, *cache.shape, dtype=BF16)
+    room = torch.empty(payload.nbytes + offset, dtype=torch.uint8)[offset:]
+    assert torch.equal(NATIVE.gather_kv(cache, table, *area, room), payload)
+    target, expected = torch.zeros(2, *cache.shape)
     NATIVE.scatter_kv(room, target, table, *area)
     PLAIN.scatter_kv(payload, expected, table, *area)
     assert torch.equal(target, expected)

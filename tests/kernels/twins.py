@@ -177,33 +177,54 @@ def check_rope(
     assert_close(caches[is_written], wide[is_written])
 
 
+OTHER_PLANES = [
+    ([(1, 576, torch.bfloat16)], [(0, 1)]),
+    ([(1, 64, torch.bfloat16), (1, 192, torch.bfloat16)], [(0, 1), (0, 1)]),
+    ([(4, 64, torch.bfloat16), (1, 192, torch.float32)], [(1, 3), (0, 0)]),
+    ([(4, 16, torch.int32)] * 2 + [(4, 1, torch.float32)] * 2, [(1, 4)] * 4),
+    ([(2, 128, torch.bfloat16), (1, 1, torch.float32), (4, 6, torch.float16)], [(0, 0), (0, 1), (2, 3)]),
+]
+"""Heads, dim and dtype of each plane of a cache, and the heads of each that are copied."""
+
+
 def check_kv_copies(
     operations: Operations,
     plain: Operations,
-    shape: tuple[int, int, int, int, int],
-    ranges: tuple[tuple[int, int], tuple[int, int], tuple[int, int]],
-    dtype: torch.dtype,
+    sizes: tuple[int, int, int],
+    planes: list[tuple[int, int, torch.dtype]],
+    ranges: tuple[tuple[int, int], list[tuple[int, int]], tuple[int, int]],
     device: str,
 ) -> None:
-    """shape: [num_layers, num_blocks, num_heads, block_size, head_dim]; ranges: layers, heads, tokens."""
-    num_layers, num_blocks, *rest = shape
-    source, target = (random(num_layers, 2, num_blocks, *rest, dtype=dtype, device=device) for _ in range(2))
+    """sizes: layers, blocks, block size; planes: heads, dim, dtype of each; ranges: layers, heads of each, tokens."""
+    num_layers, num_blocks, block_size = sizes
+    source, target, expected, from_elements = (
+        [
+            random(num_layers, num_blocks, heads, block_size, dim, dtype=dtype, device=device)
+            for heads, dim, dtype in planes
+        ]
+        for _ in range(4)
+    )
+    for plane, *others in zip(target, expected, from_elements, strict=True):
+        for other in others:
+            other.copy_(plane)
     sending, receiving = (torch.randperm(num_blocks).to(device) for _ in range(2))
     with poisoned_memory():
         payload = operations.gather_kv(source, sending, *ranges)
+    assert payload.dtype == torch.uint8
     assert torch.equal(payload, plain.gather_kv(source, sending, *ranges))
-    room = torch.empty_like(payload).flatten()
-    assert operations.gather_kv(source, sending, *ranges, room).data_ptr() == room.data_ptr()
-    assert torch.equal(room, payload.flatten())
-    as_bytes = torch.zeros(payload.nbytes, dtype=torch.uint8, device=device)
-    assert operations.gather_kv(source, sending, *ranges, as_bytes) is as_bytes
-    assert torch.equal(as_bytes.view(dtype), room)
-    expected, from_bytes = target.clone(), target.clone()
+    room = torch.zeros(payload.nbytes, dtype=torch.uint8, device=device).view(planes[0][2])
+    assert operations.gather_kv(source, sending, *ranges, room) is room
+    assert torch.equal(room.view(torch.uint8), payload)
     plain.scatter_kv(payload, expected, receiving, *ranges)
     operations.scatter_kv(payload, target, receiving, *ranges)
-    operations.scatter_kv(as_bytes, from_bytes, receiving, *ranges)
-    assert torch.equal(target, expected)
-    assert torch.equal(from_bytes, expected)
+    operations.scatter_kv(room, from_elements, receiving, *ranges)
+    for found in (target, from_elements):
+        assert all(torch.equal(plane, wanted) for plane, wanted in zip(found, expected, strict=True))
+
+
+def keys_and_values(num_heads: int, head_dim: int, dtype: torch.dtype) -> list[tuple[int, int, torch.dtype]]:
+    """Planes for check_kv_copies."""
+    return [(num_heads, head_dim, dtype)] * 2
 
 
 def check_digests(

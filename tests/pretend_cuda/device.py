@@ -37,11 +37,8 @@ class PretendCuda:
 
     def launch(self, operation: Callable[..., Any], *args: Any, results: list[Any], **kwargs: Any) -> None:
         """Queue a kernel; results: what it returns is put there. Its tensors must be the device's."""
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        if not all(isinstance(tensor, PretendTensor) for tensor in tensors):
-            raise ValueError("pointer argument cannot be accessed from a kernel: a tensor of the host")
-        inner = [value.inner if isinstance(value, PretendTensor) else value for value in args]
-        named = {key: value.inner if isinstance(value, PretendTensor) else value for key, value in kwargs.items()}
+        inner = [_inner(value) for value in args]
+        named = {key: _inner(value) for key, value in kwargs.items()}
         targets = [result.inner for result in results]
 
         def run() -> None:
@@ -145,3 +142,12 @@ def _activate_in_threads(patch: pytest.MonkeyPatch, cuda: PretendCuda) -> None:
 
     patch.setattr(threading.Thread, "start", start_there)
     patch.setattr(threading.Thread, "run", run_there)
+
+
+def _inner(value: Any) -> Any:
+    """Return what a kernel sees of an argument: a tensor's memory, also of those in a list or tuple."""
+    if isinstance(value, PretendTensor):
+        return value.inner
+    if isinstance(value, Tensor):
+        raise ValueError("pointer argument cannot be accessed from a kernel: a tensor of the host")
+    return type(value)(map(_inner, value)) if type(value) in (list, tuple) else value

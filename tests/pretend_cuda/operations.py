@@ -5,7 +5,7 @@ when an index leads out of a tensor.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.backend import Operations
+from kernels.plain.gather_kv import new_payload
 from tests.pretend_cuda.device import PretendCuda
 from tests.pretend_cuda.tensor import PretendTensor
 
@@ -67,11 +68,10 @@ def _launched(cuda: PretendCuda, operation: Callable[..., Any], results: Results
 
 
 def _gather(cuda: PretendCuda, operation: Callable[..., Any]) -> Callable[..., Tensor]:
-    def launch(cache: Tensor, table: Tensor, layers: Any, heads: Any, tokens: Any, out: Tensor | None = None) -> Tensor:
-        sizes = [stop - start for start, stop in (layers, heads, tokens)]
-        shape = (sizes[0], 2, *sizes[1:], cache.shape[-1])
-        target = cache.new_empty(shape) if out is None else out
-        cuda.launch(operation, cache, table, layers, heads, tokens, target, results=[])
+    def launch(planes: Sequence[Tensor], *area: Any) -> Tensor:
+        table, layers, heads, tokens, *out = area
+        target = out[0] if out else new_payload(planes, layers, heads, tokens)
+        cuda.launch(operation, planes, table, layers, heads, tokens, target, results=[])
         return target
 
     return launch
@@ -141,6 +141,15 @@ def _specialized(parameter: Any, value: Any) -> Any:
     if isinstance(value, Tensor):
         is_free = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
         return value.dtype, None if is_free else value.data_ptr() % 16 == 0
+    if isinstance(value, tuple):
+        return tuple(_specialized_in_tuple(each) for each in value)
     if isinstance(value, int) and not parameter.do_not_specialize:
         return value == 1, value % 16 == 0
     return type(value).__name__
+
+
+def _specialized_in_tuple(value: Any) -> Any:
+    """Whatever a kernel says of its parameters, what is in a tuple is looked at."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    return value == 1, value % 16 == 0

@@ -20,6 +20,7 @@ from protocol.errors import FailureCode
 from protocol.identity import Attempt
 from protocol.model_config import load_model_config
 from protocol.request import Request, SamplingParams
+from tests.models import layout_of
 
 BLOCK_SIZE = 16
 LIMITS = Limits(batch_tokens=24, batch_requests=5, max_context=96)
@@ -93,16 +94,9 @@ class Texts:
 
 def new_engine(model: Path, device: str, kv_memory: KVMemory = 300 << 10) -> Engine:
     """Return an engine with few blocks, which every text that comes takes from one that has just gone."""
-    return Engine(
-        load_model_config(model),
-        model,
-        torch.float32,
-        torch.device(device),
-        TensorParallel(0, 1),
-        BLOCK_SIZE,
-        kv_memory,
-        LIMITS,
-    )
+    config = load_model_config(model)
+    layout = layout_of(config, BLOCK_SIZE)
+    return Engine(config, model, torch.float32, torch.device(device), TensorParallel(0, 1), layout, kv_memory, LIMITS)
 
 
 def new_loop(engine: Engine, texts: list[Text]) -> tuple[StepLoop, Texts]:

@@ -1,6 +1,6 @@
 """What stands in for a rank's device: it computes when a result is asked for, in the order of what was launched."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from collections.abc import Sequence as SequenceOf
 from functools import cached_property, partial
 
@@ -53,8 +53,8 @@ class LateDrawing:
 class QueuedParkedKV(ParkedKV):
     """Copies in the order of a device's queue: what was launched before is computed before."""
 
-    def __init__(self, cache: torch.Tensor, finish_launched: Callable[[], None]) -> None:
-        super().__init__(cache)
+    def __init__(self, planes: Sequence[torch.Tensor], finish_launched: Callable[[], None]) -> None:
+        super().__init__(planes)
         self._finish_launched = finish_launched
 
     def execute(self, order: Park | Unpark | Discard) -> None:

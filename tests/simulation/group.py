@@ -27,7 +27,7 @@ from prefill_worker.mover import SendingMover
 from prefill_worker.role import PrefillRole
 from protocol.errors import GroupError
 from protocol.identity import new_epoch
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.messages import Join, Ready, Welcome, WorkerInfo
 from protocol.orders import AnyOrder, AnyReport, Step, StopRank
 from router.launch import GroupSpec
@@ -86,7 +86,7 @@ class SimulatedRank:
         self.orders: deque[AnyOrder] = deque()
         self.transports: list[SimulatedReceiver | SimulatedSender] = []
         self.cache = RankCache.empty(group.layout, number, group.size.num_blocks)
-        self.parked_kv = QueuedParkedKV(self.cache.blocks, group.finish_launched)
+        self.parked_kv = QueuedParkedKV(self.cache.planes, group.finish_launched)
         self.mover = self._make_mover()
         self.link.send(Join(info, self.name if number == 0 else None))
         self.link.flush()
@@ -189,13 +189,13 @@ class SimulatedRank:
     def _make_sending_mover(self) -> Mover:
         group, sender = self._group, SimulatedSender(self._world.kv, self.wake)
         self.transports.append(sender)
-        self.kv_sender = KVSender(self.cache.blocks, group.layout, self.number, sender, group.size.frame_bytes)  # type: ignore[arg-type]
+        self.kv_sender = KVSender(self.cache.planes, group.layout, self.number, sender, group.size.frame_bytes)  # type: ignore[arg-type]
         return SendingMover(self.kv_sender)
 
     def _make_receiving_mover(self) -> Mover:
         group, receiver = self._group, SimulatedReceiver(self._world.kv, self.name, self.wake)
         self.transports.append(receiver)
-        self.kv_receiver = KVReceiver(self.cache.blocks, group.layout, self.number, receiver, group.size.frame_bytes)  # type: ignore[arg-type]
+        self.kv_receiver = KVReceiver(self.cache.planes, group.layout, self.number, receiver, group.size.frame_bytes)  # type: ignore[arg-type]
         return ReceivingMover(self.kv_receiver, self.number)
 
 
@@ -207,7 +207,8 @@ class SimulatedGroup:
         self._restart_s = restart_s
         self.spec = spec
         self.size = size
-        self.layout = KVLayout("model", 1, size.num_kv_heads, 1, "float32", size.block_size, spec.tensor_parallel)
+        planes = keys_and_values(size.num_kv_heads, 1, "float32")
+        self.layout = KVLayout("model", 1, planes, size.block_size, spec.tensor_parallel)
         self.reports: deque[AnyReport] = deque()
         self._past_messages: dict[int, list[bytes]] = {}
         self.pool: BlockPool | None = None
@@ -243,7 +244,7 @@ class SimulatedGroup:
     def check_limits(self, rank: SimulatedRank) -> None:
         """Neither a rank's host copies nor what prefill computes ahead of grants may be more than was allowed."""
         if len(rank.parked_kv):
-            num_tokens = [copy.shape[3] for copy in rank.parked_kv._parked.values()]
+            num_tokens = [copy.num_tokens for copy in rank.parked_kv._parked.values()]
             num_blocks = sum(-(-num // self.size.block_size) for num in num_tokens)
             assert num_blocks <= self.size.growth.max_parked_blocks, f"{num_blocks} blocks are parked"
         for role in self.roles if rank.number == 0 and self.spec.role == "prefill" else ():

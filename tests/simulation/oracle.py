@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kv_transfer.plan import heads_of_rank
 from protocol.layout import KVLayout
 from protocol.orders import Batch
 from protocol.request import Request
@@ -64,17 +63,17 @@ def _logits(digests: SequenceOf[int]) -> np.ndarray:
 class RankCache:
     """One rank's cache as movers see it, and the same bytes as the oracle reads them."""
 
-    blocks: torch.Tensor  # [1 layer, 2, num_blocks, own KV heads, block_size, 1]
+    planes: tuple[torch.Tensor, ...]  # keys and values, each [1 layer, num_blocks, own KV heads, block_size, 1]
     slots: np.ndarray  # int32 [2, own KV heads, num_blocks, block_size]
     marks: np.ndarray  # int32 [2, own KV heads, 1]: what tells planes and heads apart
 
     @staticmethod
     def empty(layout: KVLayout, rank: int, num_blocks: int) -> "RankCache":
-        first, stop = heads_of_rank(layout, rank)
-        blocks = torch.zeros(1, 2, num_blocks, stop - first, layout.block_size, 1)
-        slots = blocks.numpy().view(np.int32)[0, ..., 0].transpose(0, 2, 1, 3)
+        first, stop = layout.rank_heads(rank)[0]
+        planes = torch.zeros(2, *layout.rank_shapes(rank, num_blocks)[0])
+        slots = planes.numpy().view(np.int32)[:, 0, ..., 0].transpose(0, 2, 1, 3)
         marks = np.array([[[(2 * head + plane) << 24] for head in range(first, stop)] for plane in (0, 1)], np.int32)
-        return RankCache(blocks, slots, marks)
+        return RankCache(planes.unbind(), slots, marks)
 
 
 class OracleModel:

@@ -18,7 +18,7 @@ from prefill_worker.fetcher import NoFetcher
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol.identity import Attempt, Epoch
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.messages import AnyMessage, Tokens, TokenUpdate
 from protocol.orders import (
     AnyOrder,
@@ -79,7 +79,7 @@ def request_of(name: str) -> Request:
 
 
 def endpoint_of(epoch: Epoch, block_size: int) -> Endpoint:
-    return Endpoint(epoch, KVLayout("m", 1, 1, 1, "float32", block_size, 1), "zmq", ("a",))
+    return Endpoint(epoch, KVLayout("m", 1, keys_and_values(1, 1, "float32"), block_size, 1), "zmq", ("a",))
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from kv_transfer.transports.automatic import best_of
 from kv_transfer.transports.opening import automatic_names
 from kv_transfer.transports.slab.wire import Reach
 from kv_transfer.transports.transport import Site
-from protocol.layout import KVLayout
+from protocol.layout import KVLayout, keys_and_values
 
-LAYOUT = KVLayout("model", 1, 1, 8, "float32", 16, 1)
+LAYOUT = KVLayout("model", 1, keys_and_values(1, 8, "float32"), 16, 1)
 GPUS = {"cuda:0": "GPU-a", "cuda:1": "GPU-b", "cuda:2": "GPU-far"}
 """The first two read one another's memory."""
 

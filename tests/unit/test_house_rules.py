@@ -48,7 +48,9 @@ MAX_MEDIAN_FUNCTION_LINES = 10
 MAX_FUNCTION_LINES = 60
 
 MEANS_TWO_THINGS = {
-    "Range",  # engine/tensor_parallel.py's cuts tensors; kv_transfer/plan.py's travels in frames, so it is a bare tuple
+    # engine/tensor_parallel.py's cuts tensors; protocol/layout.py's travels in frames, so it is a bare tuple; kernels,
+    # which import nothing, say once more that it is one
+    "Range",
 }
 """Names of types that may be defined more than once, and why."""
 

@@ -1,9 +1,11 @@
-"""The transfer plan against a brute force: every layer, head and token reaches each rank that holds it exactly once."""
+"""The transfer plan against a brute force: all of each plane reaches every rank that holds it exactly once."""
 
 import itertools
+import math
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator
 
 import msgspec
 import pytest
@@ -14,23 +16,24 @@ from kv_transfer.plan import (
     FRAME_BYTES,
     MAX_UNITS,
     SEGMENT_TOKENS,
+    Part,
+    Piece,
     check_table,
     frames_of,
-    heads_of_rank,
     local_heads,
     manifest_of,
     num_units,
     plan_transfer,
 )
-from protocol.layout import UNIT_TOKENS, KVLayout
+from protocol.errors import ConfigError
+from protocol.layout import UNIT_TOKENS, KVLayout, Plane, keys_and_values
 
 SIZES = (1, 2, 4, 8)
-PAIRS = list(itertools.product(SIZES, SIZES, SIZES))
 sizes = st.sampled_from(SIZES)
 
 
 def layout(tensor_parallel: int, num_kv_heads: int, **changes: object) -> KVLayout:
-    plain = KVLayout("m", 3, num_kv_heads, 8, "float32", 16, tensor_parallel)
+    plain = KVLayout("m", 3, keys_and_values(num_kv_heads, 8, "float32"), 16, tensor_parallel)
     return msgspec.structs.replace(plain, **changes)
 
 
@@ -46,41 +49,88 @@ def owned_heads(num_kv_heads: int, tensor_parallel: int, rank: int) -> set[int]:
 @pytest.mark.parametrize(("num_kv_heads", "tensor_parallel"), list(itertools.product(SIZES, SIZES)))
 def test_a_rank_holds_its_share_of_the_heads_or_one_replicated_head(num_kv_heads, tensor_parallel):
     for rank in range(tensor_parallel):
-        first, stop = heads_of_rank(layout(tensor_parallel, num_kv_heads), rank)
-        assert set(range(first, stop)) == owned_heads(num_kv_heads, tensor_parallel, rank)
+        for first, stop in layout(tensor_parallel, num_kv_heads).rank_heads(rank):
+            assert set(range(first, stop)) == owned_heads(num_kv_heads, tensor_parallel, rank)
 
 
-@pytest.mark.parametrize(("source_tp", "destination_tp", "num_kv_heads"), PAIRS)
-def test_every_layer_head_and_token_reaches_every_destination_rank_exactly_once(
-    source_tp, destination_tp, num_kv_heads
-):
-    source, destination = layout(source_tp, num_kv_heads), layout(destination_tp, num_kv_heads)
-    carried: Counter[tuple[int, int, int, int]] = Counter()
-    for link in plan_transfer(source, destination):
-        assert set(range(*link.heads)) <= owned_heads(num_kv_heads, source_tp, link.source_rank)
-        for piece in frames_of(link, source, first_position=16, num_tokens=37, frame_bytes=1024):
-            assert piece.heads == link.heads
-            cells = itertools.product(*(range(*span) for span in (piece.layers, piece.heads, piece.tokens)))
-            carried.update((link.destination_rank, *cell) for cell in cells)
-    wanted = {
-        (rank, layer, head, token)
-        for rank in range(destination_tp)
-        for layer, head, token in itertools.product(
-            range(3), owned_heads(num_kv_heads, destination_tp, rank), range(16, 53)
+PLANES = {
+    **{f"keys and values of {heads} heads": keys_and_values(heads, 8, "float32") for heads in SIZES},
+    "one plane, replicated": (Plane(1, 24, "bfloat16"),),
+    "two planes of one head each, of other widths": (Plane(1, 64, "float32"), Plane(1, 192, "bfloat16")),
+    "keys, values and their scales": (*keys_and_values(4, 32, "float16"), *keys_and_values(4, 1, "float32")),
+    "planes of unequally many heads": (Plane(8, 16, "float32"), Plane(1, 4, "float32"), Plane(2, 12, "bfloat16")),
+}
+Cell = tuple[int, int, int, int]
+"""Plane, layer, head, token."""
+
+
+def cells(spans: list[set[int]], layers: Iterable[int], tokens: Iterable[int]) -> Iterator[Cell]:
+    """Yield the cells of these heads of each plane, in the order of a payload."""
+    for plane, heads in enumerate(spans):
+        for layer, head, token in itertools.product(layers, sorted(heads), tokens):
+            yield plane, layer, head, token
+
+
+@pytest.mark.parametrize("planes", PLANES.values(), ids=PLANES)
+def test_every_plane_layer_head_and_token_reaches_every_destination_rank_exactly_once(planes):
+    """For every pair of sizes, with block sizes of all kinds, from a rank that has it, in pieces of the right size."""
+    block_sizes = itertools.cycle(itertools.product((16, 32, 128), repeat=2))
+    for source_tp, destination_tp in itertools.product(SIZES, repeat=2):
+        source, destination = (
+            layout(size, 1, planes=planes, block_size=block_size)
+            for size, block_size in zip((source_tp, destination_tp), next(block_sizes), strict=True)
         )
-    }
-    assert carried == Counter(wanted)
+        carried: Counter[tuple[int, Cell]] = Counter()
+        num_bytes = 0
+        for link in plan_transfer(source, destination):
+            for plane, heads in zip(planes, link.heads, strict=True):
+                assert set(range(*heads)) <= owned_heads(plane.heads, source_tp, link.source_rank)
+            for piece in frames_of(link, source, first_position=16, num_tokens=37, frame_bytes=2048):
+                held = [set(range(*part.heads)) for part in piece.parts]
+                there = list(cells(held, range(*piece.layers), range(*piece.tokens)))
+                assert piece.num_bytes == sum(slot_bytes(planes[plane]) for plane, *_ in there) <= 2048
+                carried.update((link.destination_rank, cell) for cell in there)
+                num_bytes += piece.num_bytes
+        wanted = {
+            (rank, cell)
+            for rank in range(destination_tp)
+            for cell in cells(
+                [owned_heads(plane.heads, destination_tp, rank) for plane in planes], range(3), range(16, 53)
+            )
+        }
+        assert carried == Counter(wanted)
+        assert manifest_of(source, destination, 16, 37, 2048).num_bytes == num_bytes
 
 
-@pytest.mark.parametrize(("source_tp", "destination_tp", "num_kv_heads"), PAIRS)
-def test_those_that_want_a_head_are_dealt_out_evenly_over_those_that_hold_it(source_tp, destination_tp, num_kv_heads):
-    links = plan_transfer(layout(source_tp, num_kv_heads), layout(destination_tp, num_kv_heads))
-    assert len({(link.source_rank, link.destination_rank) for link in links}) == len(links)
-    for head in range(num_kv_heads):
-        holders = [rank for rank in range(source_tp) if head in owned_heads(num_kv_heads, source_tp, rank)]
-        sent = Counter(link.source_rank for link in links if link.heads[0] <= head < link.heads[1])
-        loads = [sent[rank] for rank in holders]
-        assert max(loads) - min(loads) <= 1
+def slot_bytes(plane: Plane) -> int:
+    return plane.dim * (4 if plane.dtype == "float32" else 2)
+
+
+@pytest.mark.parametrize("planes", PLANES.values(), ids=PLANES)
+def test_those_that_want_a_head_are_dealt_out_evenly_over_those_that_hold_it(planes):
+    for source_tp, destination_tp in itertools.product(SIZES, repeat=2):
+        links = plan_transfer(layout(source_tp, 1, planes=planes), layout(destination_tp, 1, planes=planes))
+        assert len({(link.source_rank, link.destination_rank) for link in links}) == len(links)
+        for index, plane in enumerate(planes):
+            for head in range(plane.heads):
+                holders = [rank for rank in range(source_tp) if head in owned_heads(plane.heads, source_tp, rank)]
+                sent = Counter(
+                    link.source_rank for link in links if link.heads[index][0] <= head < link.heads[index][1]
+                )
+                loads = [sent[rank] for rank in holders]
+                assert max(loads) - min(loads) <= 1
+
+
+@pytest.mark.parametrize("planes", PLANES.values(), ids=PLANES)
+def test_a_rank_keeps_as_many_bytes_as_its_blocks_have(planes):
+    for tensor_parallel, block_size in itertools.product(SIZES, (16, 128)):
+        shape = layout(tensor_parallel, 1, planes=planes, block_size=block_size)
+        for rank in range(tensor_parallel):
+            held = [owned_heads(plane.heads, tensor_parallel, rank) for plane in planes]
+            num_bytes = sum(slot_bytes(planes[plane]) for plane, *_ in cells(held, range(3), range(block_size)))
+            assert shape.block_bytes == num_bytes
+            sizes = zip(planes, shape.rank_shapes(rank, 5), strict=True)
+            assert 5 * num_bytes == sum(math.prod(size) // plane.dim * slot_bytes(plane) for plane, size in sizes)
 
 
 @settings(deadline=None)
@@ -97,7 +147,8 @@ def test_pieces_are_few_fit_the_frame_and_cover_the_tokens_in_order(
     num_heads, first, num_tokens, num_layers, block_size, log_frame, dtype
 ):
     frame_bytes = 1 << log_frame
-    shape = layout(1, num_heads, num_layers=num_layers, block_size=block_size, dtype=dtype)
+    planes = keys_and_values(num_heads, 8, dtype)
+    shape = layout(1, num_heads, num_layers=num_layers, block_size=block_size, planes=planes)
     (link,) = plan_transfer(shape, shape)
     token_bytes = 2 * num_heads * 8 * (4 if dtype == "float32" else 2)
     if token_bytes > frame_bytes:
@@ -145,7 +196,7 @@ def test_a_prompt_of_no_tokens_has_no_pieces():
 
 
 def test_a_large_prompt_is_cut_into_frames_of_about_the_frame_size():
-    shape = KVLayout("llama", 32, 8, 128, "bfloat16", 16, 1)
+    shape = KVLayout("llama", 32, keys_and_values(8, 128, "bfloat16"), 16, 1)
     manifest = manifest_of(shape, shape, 0, 2048)
     assert manifest.num_bytes == 32 * 2 * 8 * 2048 * 128 * 2
     assert manifest.num_frames == manifest.num_bytes // FRAME_BYTES
@@ -159,14 +210,29 @@ def test_the_manifest_adds_up_what_all_destination_ranks_hold(source_tp, destina
 
 
 def test_local_heads_count_from_the_ranks_own_first_head():
-    assert local_heads(layout(2, 8), 1, (5, 7)) == (1, 3)
-    assert local_heads(layout(8, 2), 5, (1, 2)) == (0, 1)
+    def local(shape: KVLayout, rank: int, *heads: tuple[int, int]) -> tuple[tuple[int, int], ...]:
+        return local_heads(shape, rank, Piece(0, (0, 1), tuple(Part(each, 1) for each in heads), (0, 1), 1))
+
+    assert local(layout(2, 8), 1, (5, 7), (4, 8)) == ((1, 3), (0, 4))
+    assert local(layout(8, 2), 5, (1, 2), (0, 0)) == ((0, 1), (0, 0))
 
 
-@pytest.mark.parametrize("change", [{"num_layers": 4}, {"dtype": "bfloat16"}, {"model_hash": "n"}, {"head_dim": 16}])
-def test_layouts_that_do_not_match_are_refused_by_name(change):
-    with pytest.raises(ValueError, match=next(iter(change))):
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"num_layers": 4}, "num_layers differs: 3 and 4"),
+        ({"model_hash": "n"}, "model_hash differs: m and n"),
+        ({"planes": (Plane(1, 576, "bfloat16"),)}, "differs: 2 x 8 float32 . 2 x 8 float32 and 1 x 576 bfloat16"),
+    ],
+)
+def test_layouts_that_do_not_match_are_refused_by_name(change, name):
+    with pytest.raises(ValueError, match=name):
         plan_transfer(layout(1, 2), layout(1, 2, **change))
+
+
+def test_a_type_that_kv_cannot_have_is_refused_with_those_it_can():
+    with pytest.raises(ConfigError, match="KV cannot be kept as float64; choose one of float32, bfloat16, float16"):
+        keys_and_values(2, 8, "float64")
 
 
 def test_block_sizes_may_differ_and_change_nothing_about_what_is_sent():
@@ -179,7 +245,7 @@ def test_block_sizes_may_differ_and_change_nothing_about_what_is_sent():
 
 def test_heads_that_cannot_be_split_over_the_ranks_are_refused():
     with pytest.raises(ValueError, match="6 KV heads cannot be split over 4 ranks"):
-        heads_of_rank(layout(4, 6), 0)
+        layout(4, 6).rank_heads(0)
     with pytest.raises(ValueError, match="2 KV heads cannot be split over 0 ranks"):
         plan_transfer(layout(0, 2), layout(1, 2))
 

@@ -17,7 +17,7 @@ from prefill_worker.fetcher import NoFetcher, RemoteFetcher
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol.identity import Attempt
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.messages import (
     Abort,
     AnyMessage,
@@ -38,7 +38,7 @@ from tests.simulation.clock import Clock
 from tests.simulation.kv import KVNetwork, SimulatedReceiver
 from tests.simulation.oracle import RankCache
 
-LAYOUT = KVLayout("model", 1, 1, 1, "float32", 4, 1)
+LAYOUT = KVLayout("model", 1, keys_and_values(1, 1, "float32"), 4, 1)
 PEER = Endpoint(9, LAYOUT, "zmq", ("peer",))
 
 
@@ -366,7 +366,7 @@ def test_a_rank_that_expects_frames_wakes_whoever_waits_to_say_so() -> None:
     """Otherwise a leader that admits a waiting reservation sleeps until its next heartbeat before it grants."""
     wakes: list[bool] = []
     transport = SimulatedReceiver(KVNetwork(Clock(), None), "here", lambda: wakes.append(True))
-    receiver = KVReceiver(RankCache.empty(LAYOUT, 0, 4).blocks, LAYOUT, 0, transport)
+    receiver = KVReceiver(RankCache.empty(LAYOUT, 0, 4).planes, LAYOUT, 0, transport)
     mover = ReceivingMover(receiver, 0)
     mover.execute(ExpectBlocks(attempt_of(1), PEER, (0, 1), 0, 5))
     assert wakes

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from protocol.identity import Attempt, new_attempt
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.messages import (
     Abort,
     AnyMessage,
@@ -42,7 +42,7 @@ GONE = Outcome(Stage.CANCELLED, "client_gone")
 
 
 def endpoint(epoch: int) -> Endpoint:
-    return Endpoint(epoch, KVLayout("m", 1, 1, 8, "float32", 16, 1), "zmq", ("tcp://a:1",))
+    return Endpoint(epoch, KVLayout("m", 1, keys_and_values(1, 8, "float32"), 16, 1), "zmq", ("tcp://a:1",))
 
 
 def group(number: int, epoch: int) -> ReadyGroup:

@@ -7,12 +7,13 @@ import msgspec
 import pytest
 
 from protocol.identity import new_attempt
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.request import Request, SamplingParams
 from router.control.dispatch import Dispatcher, NoPair, PromptTooLong, incompatibility
 from router.control.policies import POLICIES, Pair, ReadyGroup
 
-LAYOUT = KVLayout("m", 2, 4, 8, "float32", 16, 1)
+LAYOUT = KVLayout("m", 2, keys_and_values(4, 8, "float32"), 16, 1)
+WIDE = keys_and_values(4, 32, "float32")
 
 
 def group(epoch: int, num_tokens: int = 1000, transport: str = "zmq", **layout: object) -> ReadyGroup:
@@ -62,10 +63,12 @@ def test_what_has_ended_no_longer_counts() -> None:
 
 def test_groups_that_do_not_fit_are_never_paired_and_the_reason_names_both_values() -> None:
     dispatcher = Dispatcher(POLICIES["least_loaded"])
-    dispatcher.pair_up([group(1)], [group(11, head_dim=32), group(12)])
+    dispatcher.pair_up([group(1)], [group(11, planes=WIDE), group(12)])
     assert {dispatch(dispatcher, request(), number).decode.epoch for number in range(10)} == {12}
-    dispatcher.pair_up([group(1)], [group(11, head_dim=32)])
-    with pytest.raises(NoPair, match="head_dim differs: 8 and 32"):
+    dispatcher.pair_up([group(1)], [group(11, planes=WIDE)])
+    with pytest.raises(
+        NoPair, match=r"KV geometry differs: 4 x 8 float32 \+ 4 x 8 float32 and 4 x 32 float32 \+ 4 x 32 float32"
+    ):
         dispatcher.choose(request())
     dispatcher.pair_up([group(1)], [group(11, transport="gloo")])
     assert "transport differs: zmq and gloo" in str(dispatcher.why_none)
@@ -100,7 +103,7 @@ def random_groups(rng: random.Random, first_epoch: int) -> list[ReadyGroup]:
             first_epoch + index,
             num_tokens=rng.choice([30, 60, 1000]),
             transport=rng.choice(["zmq", "zmq", "gloo"]),
-            head_dim=rng.choice([8, 8, 16]),
+            planes=rng.choice([LAYOUT.planes, LAYOUT.planes, WIDE]),
             tensor_parallel=rng.choice([1, 2]),
         )
         for index in range(rng.randint(1, 6))

@@ -5,7 +5,7 @@ import pytest
 
 from protocol.codec import decode, encode
 from protocol.identity import new_attempt
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.messages import (
     PROTOCOL_VERSION,
     BlockCounts,
@@ -34,7 +34,7 @@ def info(role="prefill", group=0, rank=0, size=2, epoch=1) -> WorkerInfo:
 
 
 def ready(epoch: int, size: int) -> Ready:
-    layout = KVLayout("m", 1, 2, 8, "float32", 16, size)
+    layout = KVLayout("m", 1, keys_and_values(2, 8, "float32"), 16, size)
     return Ready(Endpoint(epoch, layout, "zmq", ("tcp://a:1",) * size), 100)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from protocol.layout import Endpoint, KVLayout
+from protocol.layout import Endpoint, KVLayout, keys_and_values
 from router.control.dispatch import Dispatcher
 from router.control.policies import POLICIES, ReadyGroup
 from router.front import serving
@@ -32,7 +32,7 @@ def front() -> Serving:
 
 
 def add_group(front: Serving, num_tokens: int) -> None:
-    endpoint = Endpoint(1, KVLayout("m", 1, 1, 8, "float32", 16, 1), "zmq", ("a",))
+    endpoint = Endpoint(1, KVLayout("m", 1, keys_and_values(1, 8, "float32"), 16, 1), "zmq", ("a",))
     front.control.controller.dispatcher.colocate([ReadyGroup(0, 1, endpoint, num_tokens)])
 
 

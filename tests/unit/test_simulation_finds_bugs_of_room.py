@@ -4,11 +4,10 @@ from collections.abc import Callable
 
 import msgspec
 import pytest
-import torch
 
 from decode_worker.running import Running
 from engine.group import GroupRanks
-from engine.parked_kv import ParkedKV
+from engine.parked_kv import ParkedCopy, ParkedKV
 from engine.rank import Rank
 from prefill_worker.admission import Admission, Job
 from prefill_worker.role import PrefillRole
@@ -86,7 +85,7 @@ def blocks_are_parked_after_they_were_let_go(patch: Patch) -> None:
     def execute(self: ParkedKV, order) -> None:
         if isinstance(order, Park):
             self.__dict__.setdefault("late", {})[order.attempt] = order
-            self._parked[order.attempt] = torch.empty(0, 0, 0, 0, 0)
+            self._parked[order.attempt] = ParkedCopy(0, [])
             return
         if isinstance(order, Unpark):
             del self._parked[order.attempt]
@@ -114,14 +113,14 @@ def followers_do_not_park(patch: Patch) -> None:
     original = Rank.execute
 
     def execute(self: Rank, order) -> None:
-        if self._parked_kv._cache.data_ptr() in leaders or not isinstance(order, Park | Unpark | Discard):
+        if self._parked_kv._planes[0].data_ptr() in leaders or not isinstance(order, Park | Unpark | Discard):
             original(self, order)
 
     leaders: set[int] = set()
     original_order = GroupRanks.order
 
     def order(self: GroupRanks, order) -> None:
-        leaders.add(self._own_rank._parked_kv._cache.data_ptr())
+        leaders.add(self._own_rank._parked_kv._planes[0].data_ptr())
         original_order(self, order)
 
     patch.setattr(Rank, "execute", execute)

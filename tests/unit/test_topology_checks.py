@@ -92,6 +92,14 @@ def test_every_transport_fits_a_gpu(topology, transport: str):
     checks.check_topology(topology("device=cuda", f"kv_transfer.transport={transport}"))
 
 
+def test_a_model_in_a_type_that_kv_cannot_have_needs_another_said(topology, model):
+    (model / "config.json").write_text(json.dumps(MODEL | {"torch_dtype": "float64"}))
+    with pytest.raises(checks.MisfitError, match="KV cannot be kept as float64; choose one of float32, bfl") as caught:
+        checks.check_topology(topology("model.dtype=auto"))
+    assert caught.value.key == "model.dtype"
+    checks.check_topology(topology("model.dtype=bfloat16"))
+
+
 def test_the_memory_that_the_complaint_asks_for_is_enough(topology):
     checks.check_topology(topology("kv_cache.memory=256KiB"))
 

@@ -98,8 +98,14 @@ def test_rope_and_cache_write(heads, head_dim, block_size, dtype):
 @pytest.mark.parametrize("tokens", [(0, 1), (5, 40), (16, 64), (31, 33), (0, 80), (7, 7)])
 @pytest.mark.parametrize("head_dim", [80, 256])
 def test_kv_copies(head_dim, tokens):
+    planes = twins.keys_and_values(4, head_dim, BF16)
     for layers, heads in (((0, 3), (0, 4)), ((1, 2), (1, 3))):
-        twins.check_kv_copies(TRITON, PLAIN, (3, 5, 4, 16, head_dim), (layers, heads, tokens), BF16, "cpu")
+        twins.check_kv_copies(TRITON, PLAIN, (3, 5, 16), planes, (layers, [heads, heads], tokens), "cpu")
+
+
+def test_kv_copies_of_planes_of_other_widths():
+    for planes, heads in twins.OTHER_PLANES:
+        twins.check_kv_copies(TRITON, PLAIN, (3, 5, 16), planes, ((1, 3), heads, (5, 40)), "cpu")
 
 
 @pytest.mark.parametrize(
