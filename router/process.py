@@ -78,7 +78,7 @@ def build(launch: RouterLaunch, control: ControlPlane) -> tuple[Serving, QuietSe
     serving = Serving(
         control=control,
         metrics=RequestMetrics(registry, launch.model_name),
-        text=load_text(folder, launch.max_context),
+        text=load_text(folder, launch.max_context, launch.vocab_size),
         model_name=launch.model_name,
         max_context=launch.max_context,
         vocab_size=launch.vocab_size,

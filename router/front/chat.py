@@ -35,7 +35,7 @@ async def chat_completions(http: Request) -> Response:
     serving.check_open()
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-    call = Call(serving, body, [await chat_prompt(body, serving.text)])
+    call = Call(serving, body, [await chat_prompt(body, serving.text, serving.vocab_size)])
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     generation = call.generation(body.max_completion_tokens or body.max_tokens, num_logprobs, "messages")
     return await answer(call, generation, ChatForm(call, body), http)

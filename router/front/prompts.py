@@ -30,33 +30,31 @@ async def completion_prompts(body: CompletionBody, text: ModelText, vocab_size: 
     return [await _prompt(item, text, vocab_size) for item in several]
 
 
-async def chat_prompt(body: ChatBody, text: ModelText) -> Prompt:
+async def chat_prompt(body: ChatBody, text: ModelText, vocab_size: int) -> Prompt:
     """Return the prompt that the model's chat template makes of the messages."""
     messages = [msgspec.to_builtins(message) for message in body.messages]
     for message in messages:
         if isinstance(message["content"], list):  # templates expect one text
             message["content"] = "\n".join(part["text"] for part in message["content"])
     used = [{k: v for k, v in message.items() if v is not None} for message in messages]
-    return Prompt(tuple(_not_empty(await text.encode_chat(used), "messages")), is_chat=True)
+    return Prompt(_checked(await text.encode_chat(used), vocab_size, "messages"), is_chat=True)
 
 
 async def _prompt(given: object, text: ModelText, vocab_size: int) -> Prompt:
     if isinstance(given, str):
-        if not given:
-            raise bad_request("prompt must not be empty", "prompt")
-        return Prompt(tuple(_not_empty(await text.encode(given, "prompt"), "prompt")), given)
-    if not isinstance(given, list) or not given:
-        raise bad_request("prompt must not be empty", "prompt")
-    if min(given) < 0 or max(given) >= vocab_size:
-        outside = next(token_id for token_id in given if not 0 <= token_id < vocab_size)
-        raise bad_request(f"prompt holds token id {outside}; the vocabulary has ids 0 to {vocab_size - 1}", "prompt")
-    return Prompt(tuple(given))
+        token_ids = await text.encode(given, "prompt") if given else []
+        return Prompt(_checked(token_ids, vocab_size, "prompt"), given)
+    return Prompt(_checked(given if isinstance(given, list) else [], vocab_size, "prompt"))
 
 
-def _not_empty(token_ids: Sequence[int], param: str) -> Sequence[int]:
+def _checked(token_ids: Sequence[int], vocab_size: int, param: str) -> tuple[int, ...]:
+    """The one gate to the model: a tokenizer, too, may know ids for which the model has no embedding."""
     if not token_ids:
-        raise bad_request(f"{param} has no tokens", param)
-    return token_ids
+        raise bad_request(f"{param} must not be empty", param)
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        outside = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+        raise bad_request(f"{param} holds token id {outside}; the vocabulary has ids 0 to {vocab_size - 1}", param)
+    return tuple(token_ids)
 
 
 def too_long(num_prompt_tokens: int, num_tokens: int, param: str) -> ApiError:

@@ -5,6 +5,7 @@ Used by the HTTP half of the router.
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from router.front.errors import bad_request
 
 MAX_CHARS_INLINE = 2000
 """Longer texts are tokenized in a thread: at about 1 us a character, this one delays the others' tokens by 2 ms."""
+
+logger = logging.getLogger(__name__)
 
 
 class ModelText:
@@ -83,8 +86,11 @@ def _tokenize(tokenizer: Tokenizer, text: str, param: str, add_special_tokens: b
         raise bad_request(f"the text cannot be tokenized: {error}", param) from None
 
 
-def load_text(folder: Path, max_context: int) -> ModelText:
-    """Return the text side of the model in folder. Raise ConfigError when its files are broken."""
+def load_text(folder: Path, max_context: int, vocab_size: int) -> ModelText:
+    """Return the text side of the model in folder. Raise ConfigError when its files are broken.
+
+    vocab_size: how many ids the model itself has; texts with tokens beyond are refused one by one (see prompts.py).
+    """
     path = folder / "tokenizer.json"
     if not path.exists():
         return ModelText(None, None, max_context)
@@ -92,6 +98,18 @@ def load_text(folder: Path, max_context: int) -> ModelText:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exceptions
         raise ConfigError(f"{path} is not a tokenizer: {error}") from None
+    _warn_of_strangers(tokenizer, path, vocab_size)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return ModelText(tokenizer, load_chat_template(folder), max_context)
+
+
+def _warn_of_strangers(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
+    """Fine-tunes often add a token to the tokenizer alone."""
+    beyond = {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= vocab_size}
+    if beyond:
+        first = min(beyond)
+        logger.warning(
+            "%s knows %d tokens beyond the model's %d, from id %d (%r) on; texts that contain them are refused",
+            *(path, len(beyond), vocab_size, first, beyond[first]),
+        )

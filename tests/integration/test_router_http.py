@@ -8,6 +8,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from tokenizers import AddedToken
 
 from protocol.messages import Abort, Prefill, Reserve
 from router.launch import GroupSpec
@@ -240,6 +241,32 @@ def test_bad_completions_are_refused_in_openais_form(router, body, status, param
     assert answer.headers["x-request-id"]
     good = router.client.post("/v1/completions", json={"prompt": WORDS, "max_tokens": 2})
     assert good.json()["choices"][0]["text"] == "one two"
+
+
+def test_a_text_with_a_token_that_the_model_lacks_is_refused_before_it_meets_a_worker(tmp_path: Path) -> None:
+    """As fine-tunes have it that add a padding token to the tokenizer and no row to the model."""
+    folder = write_model(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(f"<|more{index}|>", special=True) for index in range(VOCAB_SIZE)])
+    beyond = next(token for token, token_id in tokenizer.get_vocab().items() if token_id == VOCAB_SIZE)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with (
+        RouterUnderTest(folder, (GroupSpec("colocated", 0),)) as router,
+        FakeWorker(router.control, "colocated") as worker,
+    ):
+        router.await_ready()
+        for path, body in (
+            ("/v1/completions", {"prompt": f"one {beyond}"}),
+            ("/v1/completions", {"prompt": ["one", f"two {beyond}"]}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": f"one {beyond} two"}]}),
+        ):
+            answer = router.client.post(path, json=body)
+            assert answer.status_code == 400
+            said = f"holds token id {VOCAB_SIZE}; the vocabulary has ids 0 to {VOCAB_SIZE - 1}"
+            assert said in answer.json()["error"]["message"]
+        assert router.client.post("/v1/completions", json={"prompt": "one"}).status_code == 200
+        assert len(worker.messages(Prefill)) == 1
+        assert f"from id {VOCAB_SIZE} ({beyond!r}) on" in router.log.read_text()
 
 
 def test_a_template_that_refuses_messages_is_the_clients_error(router: RouterUnderTest) -> None:
