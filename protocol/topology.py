@@ -37,6 +37,19 @@ class ModelSection(Section, frozen=True, kw_only=True):
     max_context: Positive | None = None
 
 
+class ClientLimits(Section, frozen=True, kw_only=True):
+    """What clients may hold of the router at once, all together and those of one address.
+
+    Behind a proxy all have one address. body_memory: of bodies that are still arriving; each one's first 64 KiB are
+    not counted. An IPv6 network of 64 bits counts as one address.
+    """
+
+    connections: Positive = 8192
+    connections_per_address: Positive = 4096
+    body_memory: str = "256MiB"
+    body_memory_per_address: str = "64MiB"
+
+
 class RouterSection(Section, frozen=True, kw_only=True):
     """Where clients connect. grace_s: how long a drain waits for running requests; timeout_s: a request's deadline."""
 
@@ -45,6 +58,7 @@ class RouterSection(Section, frozen=True, kw_only=True):
     policy: PolicyName = "least_loaded"
     grace_s: Seconds = 30.0
     timeout_s: Seconds = 600.0
+    limits: ClientLimits = ClientLimits()
 
 
 class RoleCacheSection(Section, frozen=True, kw_only=True):

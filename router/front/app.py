@@ -22,6 +22,7 @@ from router.front.chat import chat_completions
 from router.front.completions import completions
 from router.front.errors import ApiError, RequestFailed
 from router.front.http_protocol import header_problem
+from router.front.last_answer import LastAnswer
 from router.front.metrics import RequestMetrics
 from router.front.openapi import openapi
 from router.front.serving import Serving
@@ -90,15 +91,16 @@ def _label(scope: Scope) -> str:
     return given.decode() if re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", given) else new_request_id()
 
 
-def _render(error: ApiError) -> Response:
-    return Response(error.body(), error.status, error.headers, "application/json")
+def render(error: ApiError) -> Response:
+    kind = LastAnswer if error.close else Response
+    return kind(error.body(), error.status, error.headers, "application/json")
 
 
 async def _api_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     if not isinstance(error, RequestFailed):
         _metrics(http).rejected(error.status)
-    return _render(error)
+    return render(error)
 
 
 async def _http_error(http: Request, error: Exception) -> Response:
@@ -118,7 +120,7 @@ async def _gone(http: Request, error: Exception) -> Response:
 async def _bug(http: Request, error: Exception) -> Response:
     """The traceback goes to the log; the client learns no more than that it was not its fault."""
     _metrics(http).rejected(500)
-    return _render(ApiError(500, "internal error", code="internal_error", should_retry=False))
+    return render(ApiError(500, "internal error", code="internal_error", should_retry=False))
 
 
 def _metrics(http: Request) -> RequestMetrics:

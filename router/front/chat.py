@@ -7,7 +7,6 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from router.front.body import read_body
 from router.front.choice import Choice, Delta
 from router.front.completions import check_model
 from router.front.errors import bad_request
@@ -30,7 +29,7 @@ from router.front.serving import Serving
 async def chat_completions(http: Request) -> Response:
     """The endpoint. Raises ApiError for everything that is not 200."""
     serving: Serving = http.app.state.serving
-    body = parse_body(await read_body(http), ChatBody)
+    body = parse_body(await serving.bodies.read(http), ChatBody)
     check_model(body.model, serving)
     serving.check_open()
     if body.top_logprobs is not None and not body.logprobs:

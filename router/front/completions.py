@@ -7,7 +7,6 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from router.front.body import read_body
 from router.front.choice import Choice, Delta
 from router.front.errors import ApiError, no_such_model
 from router.front.logprobs import completion_logprobs
@@ -23,7 +22,7 @@ DEFAULT_MAX_TOKENS = 16
 async def completions(http: Request) -> Response:
     """The endpoint. Raises ApiError for everything that is not 200."""
     serving: Serving = http.app.state.serving
-    body = parse_body(await read_body(http), CompletionBody)
+    body = parse_body(await serving.bodies.read(http), CompletionBody)
     check_model(body.model, serving)
     serving.check_open()
     if body.echo and body.logprobs is not None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from router.front.errors import ApiError, bad_request
+from router.front.errors import bad_request
 from router.front.schemas import MAX_PROMPTS, ChatBody, CompletionBody
 from router.front.text import ModelText
 
@@ -55,11 +55,3 @@ def _checked(token_ids: Sequence[int], vocab_size: int, param: str) -> tuple[int
         outside = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
         raise bad_request(f"{param} holds token id {outside}; the vocabulary has ids 0 to {vocab_size - 1}", param)
     return tuple(token_ids)
-
-
-def too_long(num_prompt_tokens: int, num_tokens: int, param: str) -> ApiError:
-    message = (
-        f"the prompt has {num_prompt_tokens} tokens; prompt and output together can have at most {num_tokens}, "
-        f"so the prompt at most {num_tokens - 1}"
-    )
-    return bad_request(message, param, "context_length_exceeded")

@@ -160,7 +160,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
 BodyT = TypeVar("BodyT", bound=SamplingBody)
 
 
-def parse_body(data: bytes, body_type: type[BodyT]) -> BodyT:
+def parse_body(data: bytes | bytearray, body_type: type[BodyT]) -> BodyT:
     """Return data as body_type, or raise ApiError 400 that names the parameter at fault."""
     try:
         body = msgspec.json.decode(data, type=body_type)

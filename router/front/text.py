@@ -4,7 +4,6 @@ Loaded once from the model folder. Without a tokenizer.json, only prompts of tok
 Used by the HTTP half of the router.
 """
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,10 +14,14 @@ from tokenizers import Tokenizer
 from protocol.errors import ConfigError
 from router.front.chat_template import ChatTemplate, ChatTurn, load_chat_template
 from router.front.detokenizer import Detokenizer
-from router.front.errors import bad_request
+from router.front.errors import bad_request, too_long
+from router.front.free_memory import return_free_memory
+from router.front.work_pool import WorkPool
 
 MAX_CHARS_INLINE = 2000
 """Longer texts are tokenized in a thread: at about 1 us a character, this one delays the others' tokens by 2 ms."""
+MAX_CHARS_USUAL = 100_000
+"""Longer ones still, of seconds each, wait for one another and for nobody else."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,9 @@ class ModelText:
             added = tokenizer.get_added_tokens_decoder()
             self._special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
             self._max_chars = max_context * max(map(len, tokenizer.get_vocab()), default=1)
+        self._templating = WorkPool("chat templates", num_threads=2, max_waiting=1024)
+        self._tokenizing = WorkPool("tokenizing", num_threads=2, max_waiting=1024)
+        self._tokenizing_long = WorkPool("tokenizing of long texts", num_threads=1, max_waiting=32)
         self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
 
     async def encode(self, text: str, param: str) -> list[int]:
@@ -48,7 +54,7 @@ class ModelText:
         if template is None:
             raise bad_request("this model has no chat template; use /v1/completions", "messages")
         try:
-            text = await asyncio.to_thread(template.render, messages)
+            text = await self._templating.run(template.render, messages)
         except ValueError as error:
             raise bad_request(str(error), "messages") from None
         return await self._encode(text, "messages", add_special_tokens=False)
@@ -60,6 +66,11 @@ class ModelText:
     def detokenizer(self, before: Sequence[int] = ()) -> Detokenizer | None:
         """Return a fresh one for a text that goes on from these tokens, or None when the model has no text."""
         return None if self._tokenizer is None else Detokenizer(self._tokenizer, self._special_ids, before)
+
+    def close(self) -> None:
+        """Begin no more work in threads."""
+        for pool in (self._templating, self._tokenizing, self._tokenizing_long):
+            pool.close()
 
     def _token_text(self, token_id: int) -> str:
         if self._tokenizer is None:
@@ -74,16 +85,27 @@ class ModelText:
             message = f"a text of {len(text)} characters cannot fit into the context of {self._max_context} tokens"
             raise bad_request(message, param, "context_length_exceeded")
         if len(text) <= MAX_CHARS_INLINE:
-            return _tokenize(tokenizer, text, param, add_special_tokens)
-        return await asyncio.to_thread(_tokenize, tokenizer, text, param, add_special_tokens)
+            return self._tokenize(text, param, add_special_tokens)
+        if len(text) <= MAX_CHARS_USUAL:
+            return await self._tokenizing.run(self._tokenize, text, param, add_special_tokens)
+        return await self._tokenizing_long.run(self._tokenize_long, text, param, add_special_tokens)
 
+    def _tokenize(self, text: str, param: str, add_special_tokens: bool) -> list[int]:
+        """A batch of one, because encoding a batch lets other threads run meanwhile."""
+        assert self._tokenizer is not None
+        try:
+            encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
+        except (UnicodeError, TypeError) as error:
+            raise bad_request(f"the text cannot be tokenized: {error}", param) from None
+        if len(encoding) >= self._max_context:  # before a million numbers are made of it
+            raise too_long(len(encoding), self._max_context, param)
+        return list(encoding.ids)
 
-def _tokenize(tokenizer: Tokenizer, text: str, param: str, add_special_tokens: bool) -> list[int]:
-    """A batch of one, because encoding a batch lets other threads run meanwhile."""
-    try:
-        return list(tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
-    except (UnicodeError, TypeError) as error:
-        raise bad_request(f"the text cannot be tokenized: {error}", param) from None
+    def _tokenize_long(self, text: str, param: str, add_special_tokens: bool) -> list[int]:
+        try:
+            return self._tokenize(text, param, add_special_tokens)
+        finally:
+            return_free_memory()
 
 
 def load_text(folder: Path, max_context: int, vocab_size: int) -> ModelText:

@@ -348,6 +348,26 @@ def test_hostile_http_is_refused_and_the_router_goes_on(router, pieces: tuple[by
     assert router.client.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("head", "piece", "count", "status"),
+    [
+        (b"Content-Length: 20000000", b"x" * 1_000_000, 20, b"413"),
+        (b"Transfer-Encoding: chunked", b"80000\r\n" + b"x" * 0x80000 + b"\r\n", 20, b"413"),
+        (b"Content-Length: 4000000", b"[" * 1_000_000, 4, b"400"),
+    ],
+)
+def test_a_client_that_writes_all_before_it_reads_sees_why_its_body_was_refused(
+    router: RouterUnderTest, head: bytes, piece: bytes, count: int, status: bytes
+) -> None:
+    host, port = router.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=15) as raw:
+        for part in (HEAD + head + b"\r\n\r\n", *[piece] * count):
+            raw.sendall(part)
+            time.sleep(0.01)  # or all is written before the answer is
+        answer = b"".join(iter(lambda: raw.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 " + status)
+
+
 @pytest.mark.parametrize("start", [b"2\r\n{}\r\n0\r\n", b"2\r\n{}\r\n0\r\nX: ", b"2;x="], ids=["many", "one", "chunk"])
 def test_headers_around_a_body_that_do_not_end_are_cut_off(router: RouterUnderTest, start: bytes) -> None:
     piece = b"X: y\r\n" * 10_000 if start.endswith(b"\n") else b"y" * 60_000

@@ -1,13 +1,15 @@
 """Text that comes token by token: nothing lost, no half characters, no part of a stop string."""
 
+import asyncio
 import json
 import random
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Encoding, Tokenizer, decoders, models
 
 from protocol.errors import ConfigError
 from protocol.identity import new_attempt
@@ -16,6 +18,7 @@ from router.front.chat_template import ChatTemplate, load_chat_template
 from router.front.choice import Choice, Delta
 from router.front.detokenizer import MAX_HELD, Detokenizer
 from router.front.stop_strings import StopStrings
+from router.front.text import MAX_CHARS_USUAL, ModelText
 from tests.integration.router_process import VOCAB_SIZE, tiny_tokenizer
 
 SPECIAL_IDS = frozenset({0, 1, 2})
@@ -123,6 +126,40 @@ def test_a_character_of_several_tokens_comes_whole_behind_a_prompt(tokenizer: To
     for num_before in range(len(before)):
         detokenizer = Detokenizer(tokenizer, SPECIAL_IDS, before[:num_before])
         assert "".join(detokenizer.feed(token_id) for token_id in tokenizer.encode("日x😀").ids) == "日x😀"
+
+
+class SlowTokenizer:
+    """One whose long texts take until they are let go."""
+
+    def __init__(self) -> None:
+        self.has_begun, self.go_on = threading.Event(), threading.Event()
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"x" * 100: 0}
+
+    def get_added_tokens_decoder(self) -> dict[int, object]:
+        return {}
+
+    def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> list[Encoding]:
+        if len(texts[0]) > MAX_CHARS_USUAL:
+            self.has_begun.set()
+            assert self.go_on.wait(10)
+        return [tiny_tokenizer().encode("one")]
+
+
+def test_long_texts_keep_nobody_waiting_but_one_another() -> None:
+    async def scenario() -> None:
+        tokenizer = SlowTokenizer()
+        text = ModelText(tokenizer, ChatTemplate("{{ messages[0].content }}", {}), 1 << 20)  # type: ignore[arg-type]
+        long = [asyncio.create_task(text.encode("x" * (MAX_CHARS_USUAL + 1), "prompt")) for _ in range(8)]
+        await asyncio.to_thread(tokenizer.has_begun.wait, 10)
+        assert await asyncio.wait_for(text.encode("x" * MAX_CHARS_USUAL, "prompt"), 5)
+        assert await asyncio.wait_for(text.encode_chat([{"role": "user", "content": "x" * 9000}]), 5)
+        tokenizer.go_on.set()
+        assert all(await asyncio.gather(*long))
+        text.close()
+
+    asyncio.run(scenario())
 
 
 def feed_all(choice: Choice, token_ids: list[int], reason: str | None) -> Delta:
