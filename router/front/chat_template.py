@@ -5,6 +5,7 @@ Used by text.py. The names that templates rely on (raise_exception, strftime_now
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -32,9 +33,15 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ConfigError(f"the model's chat template does not compile: {error}") from error
         self._special_tokens = dict(special_tokens)
+        self._knows_developer = bool(re.search(r"""["']developer["']""", source))
 
-    def render(self, messages: Sequence[ChatTurn]) -> str:
-        """Return the prompt up to where the assistant speaks. Raise ValueError when the template refuses messages."""
+    def render(self, messages: Sequence[Message]) -> str:
+        """Return the prompt up to where the assistant speaks. Raise ValueError when the template refuses messages.
+
+        What a developer says goes in as the system's where the template has no place for it: most would drop it.
+        """
+        if not self._knows_developer:
+            messages = [{**said, "role": "system"} if said["role"] == "developer" else said for said in messages]
         try:
             return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
         except (jinja2.TemplateError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:

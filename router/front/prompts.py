@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from router.front.errors import bad_request
-from router.front.schemas import MAX_PROMPTS, ChatBody, CompletionBody
+from router.front.schemas import MAX_PROMPTS, ChatBody, ChatMessage, CompletionBody
 from router.front.text import ModelText
 
 
@@ -32,12 +32,16 @@ async def completion_prompts(body: CompletionBody, text: ModelText, vocab_size: 
 
 async def chat_prompt(body: ChatBody, text: ModelText, vocab_size: int) -> Prompt:
     """Return the prompt that the model's chat template makes of the messages."""
-    messages = [msgspec.to_builtins(message) for message in body.messages]
-    for message in messages:
-        if isinstance(message["content"], list):  # templates expect one text
-            message["content"] = "\n".join(part["text"] for part in message["content"])
-    used = [{k: v for k, v in message.items() if v is not None} for message in messages]
-    return Prompt(_checked(await text.encode_chat(used), vocab_size, "messages"), is_chat=True)
+    messages = [_for_template(message) for message in body.messages]
+    return Prompt(_checked(await text.encode_chat(messages), vocab_size, "messages"), is_chat=True)
+
+
+def _for_template(message: ChatMessage) -> dict[str, str]:
+    """Templates expect one text of every turn, and print None when they are given it."""
+    parts = message.content or ""
+    content = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
+    more = {"name": message.name, "reasoning_content": message.reasoning_content}
+    return {"role": message.role, "content": content} | {name: text for name, text in more.items() if text is not None}
 
 
 async def _prompt(given: object, text: ModelText, vocab_size: int) -> Prompt:

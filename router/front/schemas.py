@@ -91,13 +91,18 @@ class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
-    """One turn. tool_calls and function_call are refused: this server knows no tools."""
+    """One turn; only an assistant may have said nothing. name and reasoning_content are for templates that use them."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]
+    content: str | Annotated[list[TextPart], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
     name: str | None = None
-    tool_calls: Any = None
+    reasoning_content: str | None = None
+    # known, and refused unless their value asks for nothing: this server knows no tools and writes no speech
+    audio: Any = None
     function_call: Any = None
+    refusal: Any = None
+    tool_call_id: Any = None
+    tool_calls: Any = None
 
 
 class ChatBody(SamplingBody, frozen=True, kw_only=True):
@@ -146,9 +151,11 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (),
     "prompt_logprobs": (),
     "response_format": ({"type": "text"},),
+    "refusal": ("",),
     "skip_special_tokens": (True,),
     "structured_outputs": (),
     "suffix": ("",),
+    "tool_call_id": ("",),
     "tool_calls": ([],),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
@@ -189,7 +196,13 @@ def _refuse_unsupported(body: SamplingBody) -> None:
     own_echo = isinstance(body, CompletionBody)
     refuse_values(body, skip=("echo",) if own_echo else ())
     for message in getattr(body, "messages", ()):
-        refuse_values(message, prefix="messages.")
+        _check_message(message)
+
+
+def _check_message(message: ChatMessage) -> None:
+    refuse_values(message, prefix="messages.")
+    if message.content is None and message.role != "assistant":
+        raise bad_request(f"a message of role {message.role} must have content", "messages")
 
 
 def refuse_values(fields: msgspec.Struct, prefix: str = "", skip: tuple[str, ...] = ()) -> None:

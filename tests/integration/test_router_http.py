@@ -105,6 +105,20 @@ def test_a_chat_goes_through_the_models_template(router: RouterUnderTest, client
     assert rest.usage.total_tokens == MAX_CONTEXT
 
 
+def test_everything_that_was_said_in_a_chat_is_in_its_prompt(router: RouterUnderTest) -> None:
+    said = [
+        {"role": "developer", "content": "quick"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": []},
+        {"role": "assistant"},
+        {"role": "user", "content": "two"},
+    ]
+    body = {"messages": said, "max_tokens": 1, "return_token_ids": True}
+    answer = router.client.post("/v1/chat/completions", json=body).json()
+    prompt = "<|user|>quick<|user|>one<|user|><|user|><|user|>two<|assistant|>"
+    assert TOKENIZER.decode(answer["prompt_token_ids"], skip_special_tokens=False) == prompt
+
+
 def test_a_streamed_chat_gives_the_role_once_and_then_text(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "日本 😀"}], max_completion_tokens=30, stream=True

@@ -221,6 +221,15 @@ def test_chat_templates_run_in_a_sandbox_and_their_complaints_are_errors() -> No
             ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
 
 
+@pytest.mark.parametrize("test", ["message.role == 'system'", "message['role'] in ['system']"])
+def test_what_a_developer_says_is_the_systems_where_the_template_has_no_developer(test: str) -> None:
+    body = "{% for message in messages %}{% if TEST %}<{{ message.role }}>{{ message.content }}{% endif %}{% endfor %}"
+    messages = [{"role": "developer", "content": "Be brief."}]
+    assert ChatTemplate(body.replace("TEST", test), {}).render(messages) == "<system>Be brief."
+    own = ChatTemplate(body.replace("TEST", test + ' or message.role == "developer"'), {})
+    assert own.render(messages) == "<developer>Be brief."
+
+
 @pytest.mark.parametrize("template", [7, {"a": 1}, ["x"], [{"name": "default"}], [{"name": "default", "template": 7}]])
 def test_what_is_no_chat_template_is_refused_in_a_sentence(template: object, tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
