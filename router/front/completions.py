@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from router.front.choice import Choice, Delta
 from router.front.errors import ApiError, no_such_model
-from router.front.logprobs import completion_logprobs
+from router.front.logprobs import TextOffsets, completion_logprobs
 from router.front.prompts import Prompt, completion_prompts
 from router.front.responder import Call, answer
 from router.front.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, UsageField
@@ -40,13 +40,13 @@ def check_model(name: str | None, serving: Serving) -> None:
 
 
 class CompletionForm:
-    """See router.front.responder.AnswerForm. Remembers, per choice, how many characters have been written."""
+    """See router.front.responder.AnswerForm. Remembers, per choice, where its text has come to."""
 
     def __init__(self, call: Call, body: CompletionBody) -> None:
         self._call = call
         self._body = body
         self._created = int(time.time())
-        self._offsets = [0] * len(call.prompts)
+        self._offsets = [TextOffsets() for _ in call.prompts]
         self._is_first = [True] * len(call.prompts)
 
     def whole(self, deltas: Sequence[Delta], choices: Sequence[Choice], usage: Usage) -> Completion:
@@ -90,6 +90,4 @@ class CompletionForm:
     def _logprobs(self, index: int, delta: Delta) -> CompletionLogprobs | None:
         if self._body.logprobs is None:
             return None
-        logprobs = completion_logprobs(delta.logprobs, self._call.serving.text, self._offsets[index])
-        self._offsets[index] += sum(map(len, logprobs.tokens))
-        return logprobs
+        return completion_logprobs(delta.logprobs, self._call.serving.text, self._offsets[index])

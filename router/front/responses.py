@@ -25,7 +25,7 @@ UsageField = Usage | None | UnsetType
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """Parallel lists over the tokens of a choice. text_offset counts characters, as if tokens' texts were joined."""
+    """Parallel lists over the tokens of a choice. text_offset: where each begins in it, in characters."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -59,13 +59,13 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 class TopLogprob(msgspec.Struct, frozen=True):
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
     top_logprobs: list[TopLogprob]
 
 

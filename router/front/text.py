@@ -6,7 +6,6 @@ Used by the HTTP half of the router.
 
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -16,6 +15,7 @@ from router.front.chat_template import ChatTemplate, ChatTurn, load_chat_templat
 from router.front.detokenizer import Detokenizer
 from router.front.errors import bad_request, too_long
 from router.front.free_memory import return_free_memory
+from router.front.token_pieces import Piece, TokenPieces
 from router.front.work_pool import WorkPool
 
 MAX_CHARS_INLINE = 2000
@@ -42,7 +42,7 @@ class ModelText:
         self._templating = WorkPool("chat templates", num_threads=2, max_waiting=1024)
         self._tokenizing = WorkPool("tokenizing", num_threads=2, max_waiting=1024)
         self._tokenizing_long = WorkPool("tokenizing of long texts", num_threads=1, max_waiting=32)
-        self.token_text = lru_cache(maxsize=1 << 16)(self._token_text)
+        self._pieces = None if tokenizer is None else TokenPieces(tokenizer)
 
     async def encode(self, text: str, param: str) -> list[int]:
         """Return a prompt's token ids, with the special tokens that the model expects around a text."""
@@ -63,6 +63,14 @@ class ModelText:
         """Return the text of a prompt given as token ids."""
         return "" if self._tokenizer is None else str(self._tokenizer.decode(list(token_ids)))
 
+    def piece(self, token_id: int) -> Piece:
+        """Return what a token stands for by itself."""
+        return Piece(f"token_id:{token_id}", None) if self._pieces is None else self._pieces.piece(token_id)
+
+    def visible_bytes(self, token_id: int) -> bytes:
+        """Return what a token adds to a text: special ones nothing."""
+        return b"" if token_id in self._special_ids else self.piece(token_id).data or b""
+
     def detokenizer(self, before: Sequence[int] = ()) -> Detokenizer | None:
         """Return a fresh one for a text that goes on from these tokens, or None when the model has no text."""
         return None if self._tokenizer is None else Detokenizer(self._tokenizer, self._special_ids, before)
@@ -71,11 +79,6 @@ class ModelText:
         """Begin no more work in threads."""
         for pool in (self._templating, self._tokenizing, self._tokenizing_long):
             pool.close()
-
-    def _token_text(self, token_id: int) -> str:
-        if self._tokenizer is None:
-            return f"token_id:{token_id}"
-        return str(self._tokenizer.decode([token_id], skip_special_tokens=False))
 
     async def _encode(self, text: str, param: str, add_special_tokens: bool) -> list[int]:
         tokenizer = self._tokenizer

@@ -9,17 +9,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Encoding, Tokenizer, decoders, models
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models
 
 from protocol.errors import ConfigError
 from protocol.identity import new_attempt
-from protocol.messages import TokenUpdate
+from protocol.messages import TokenLogprobs, TokenUpdate
 from router.front.chat_template import ChatTemplate, load_chat_template
 from router.front.choice import Choice, Delta
 from router.front.detokenizer import MAX_HELD, Detokenizer
+from router.front.logprobs import TextOffsets, chat_logprobs, completion_logprobs
 from router.front.stop_strings import StopStrings
 from router.front.text import MAX_CHARS_USUAL, ModelText
-from tests.integration.router_process import VOCAB_SIZE, tiny_tokenizer
+from router.front.token_pieces import Piece, TokenPieces
+from tests.integration.router_process import SPECIAL_TOKENS, VOCAB_SIZE, tiny_tokenizer
 
 SPECIAL_IDS = frozenset({0, 1, 2})
 ATTEMPT = new_attempt("r", 0, 1, 2)
@@ -118,7 +120,88 @@ def test_a_text_that_goes_on_keeps_the_space_before_its_first_word(num_before: i
     detokenizer = Detokenizer(tokenizer, frozenset({0}), before)
     text = "".join(detokenizer.feed(token_id) for token_id in after) + detokenizer.flush()
     assert text.lstrip(" ") == "time, time time"
-    assert text.startswith(" ") == (num_before > 1 and not is_cut)
+    assert text.startswith(" ") == (num_before > 1 or is_cut)
+
+
+@pytest.mark.parametrize("make", ["tiny_tokenizer", "spaces_before_words"])
+@pytest.mark.parametrize("num_before", [0, 3])
+@pytest.mark.parametrize("character", ["é", "日", "😀"])
+def test_a_character_that_begins_in_the_prompt_comes_whole(make: str, num_before: int, character: str) -> None:
+    tokenizer: Tokenizer = globals()[make]()
+    prompt = [5, 6, 7][:num_before]
+    *first, last = byte_tokens(tokenizer, character)
+    detokenizer = Detokenizer(tokenizer, frozenset(), [*prompt, *first])
+    assert detokenizer.feed(last) + detokenizer.flush() == character
+    cut_short = Detokenizer(tokenizer, frozenset(), [*prompt, *first])
+    assert "".join(map(cut_short.feed, byte_tokens(tokenizer, f",{character},"))) == f",{character},"
+
+
+def byte_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text's single bytes."""
+    pieces = TokenPieces(tokenizer)
+    ids = {pieces.piece(token_id).data: token_id for token_id in reversed(range(tokenizer.get_vocab_size()))}
+    return [ids[bytes([byte])] for byte in text.encode()]
+
+
+@pytest.mark.parametrize("before", [[], [1]])
+def test_after_bytes_that_never_become_a_character_the_text_goes_on_with_its_space(before: list[int]) -> None:
+    tokenizer = spaces_before_words()
+    bad = tokenizer.token_to_id("<0xC3>")
+    detokenizer = Detokenizer(tokenizer, frozenset({0}))
+    pieces = [detokenizer.feed(token_id) for token_id in [*before, *[bad] * MAX_HELD, 4, 5, 4]]
+    assert "".join(pieces) == "Once" * len(before) + "\ufffd" * MAX_HELD + " time, time"
+
+
+def test_a_token_has_its_own_bytes_and_text_whatever_the_vocabulary(tokenizer: Tokenizer) -> None:
+    of_bytes, of_words = TokenPieces(tokenizer), TokenPieces(spaces_before_words())
+    metaspace = Tokenizer(models.BPE({"▁cat": 0, "cat": 1}, []))
+    metaspace.decoder = decoders.Metaspace()
+    spelled = {
+        " two": of_bytes.piece(tokenizer.encode(" two").ids[0]),
+        "<|user|>": of_bytes.piece(1),
+        " Once": of_words.piece(1),
+        ",": of_words.piece(5),
+        "\n": of_words.piece(6 + 0x0A),
+        " cat": TokenPieces(metaspace).piece(0),
+        "cat": TokenPieces(metaspace).piece(1),
+    }
+    assert spelled == {text: Piece(text, text.encode()) for text in spelled}
+    half = Piece("bytes:\\xe2", b"\xe2")
+    assert (of_bytes.piece(tokenizer.token_to_id("â")), of_words.piece(6 + 0xE2)) == (half, half)
+    assert of_bytes.piece(VOCAB_SIZE + 5) == Piece(f"token_id:{VOCAB_SIZE + 5}", None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_of_tokens_add_up_to_their_text(tokenizer: Tokenizer, seed: int) -> None:
+    rng = random.Random(seed)
+    token_ids = [rng.randrange(len(SPECIAL_TOKENS), tokenizer.get_vocab_size()) for _ in range(60)]
+    pieces = TokenPieces(tokenizer)
+    data = b"".join(pieces.piece(token_id).data or b"" for token_id in token_ids)
+    assert data.decode(errors="replace") == tokenizer.decode(token_ids)
+
+
+def test_log_probabilities_name_every_token_and_say_where_it_begins() -> None:
+    tokenizer = Tokenizer(models.BPE({"▁cat": 0, "cat": 1, **{f"<0x{b:02X}>": b + 2 for b in range(256)}}, []))
+    tokenizer.decoder = spaces_before_words().decoder
+    text = ModelText(tokenizer, None, 100)
+    ids = [0, 1, *(byte + 2 for byte in "日".encode()), 0]
+    drawn = [(token_id, TokenLogprobs(-1.0, (0, 1, ord("c") + 2, 2), (-0.5, -0.6, -0.7, -0.8))) for token_id in ids]
+    offsets = TextOffsets()
+    parts = [completion_logprobs(part, text, offsets) for part in (drawn[:3], drawn[3:])]
+    assert [token for part in parts for token in part.tokens][:3] == [" cat", "cat", "bytes:\\xe6"]
+    assert [offset for part in parts for offset in part.text_offset] == [0, 4, 7, 7, 7, 8]
+    assert parts[0].top_logprobs[1] == {" cat": -0.5, "c": -0.7, "\0": -0.8, "cat": -1.0}
+    tokenizer.add_tokens([AddedToken("cat", special=False, normalized=False)])
+    chat = chat_logprobs(drawn, text)
+    assert [bytes(entry.bytes or []) for entry in chat.content] == [b" cat", b"cat", b"\xe6", b"\x97", b"\xa5", b" cat"]
+
+
+def test_two_tokens_of_one_spelling_keep_both_their_log_probabilities() -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0, "<0x61>": 1, "b": 2}, []))
+    tokenizer.decoder = decoders.ByteFallback()
+    drawn = [(2, TokenLogprobs(-3.0, (1, 0), (-0.1, -0.2)))]
+    [tops] = completion_logprobs(drawn, ModelText(tokenizer, None, 100), TextOffsets()).top_logprobs
+    assert tops == {"a": -0.1, "token_id:0": -0.2, "b": -3.0}
 
 
 def test_a_character_of_several_tokens_comes_whole_behind_a_prompt(tokenizer: Tokenizer) -> None:
@@ -136,6 +219,9 @@ class SlowTokenizer:
 
     def get_vocab(self) -> dict[str, int]:
         return {"x" * 100: 0}
+
+    def to_str(self) -> str:
+        return '{"decoder": null}'
 
     def get_added_tokens_decoder(self) -> dict[int, object]:
         return {}
