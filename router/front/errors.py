@@ -71,11 +71,17 @@ def bad_request(message: str, param: str | None = None, code: str | None = None,
 
 
 def too_long(num_prompt_tokens: int, num_tokens: int, param: str) -> ApiError:
-    message = (
-        f"the prompt has {num_prompt_tokens} tokens; prompt and output together can have at most {num_tokens}, "
-        f"so the prompt at most {num_tokens - 1}"
-    )
-    return bad_request(message, param, "context_length_exceeded")
+    """Clients know it by its code, or by the words "maximum context length is"."""
+    what = f"The prompt has {num_prompt_tokens}; it can have at most {num_tokens - 1}."
+    return bad_request(f"{_CONTEXT.format(num_tokens)} {what}", param, "context_length_exceeded")
+
+
+def text_too_long(num_characters: int, num_tokens: int, param: str) -> ApiError:
+    what = f"A text of {num_characters} characters cannot fit into it."
+    return bad_request(f"{_CONTEXT.format(num_tokens)} {what}", param, "context_length_exceeded")
+
+
+_CONTEXT = "This model's maximum context length is {} tokens, prompt and output together."
 
 
 def no_such_model(name: str, served: str) -> ApiError:

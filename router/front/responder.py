@@ -54,7 +54,7 @@ class Call:
             params = self._params(prompt, max_tokens, num_logprobs, param)
             requests.append(self._request(index, prompt, params))
             detokenizer = self.serving.text.detokenizer(before=() if prompt.is_chat else prompt.token_ids)
-            choices.append(Choice(detokenizer, stops, params.min_tokens))
+            choices.append(Choice(detokenizer, stops, params.min_tokens, params.chosen_stop_token_ids))
         serving = self.serving
         return Generation(serving.control, serving.metrics, requests, choices, serving.timeout_s)
 

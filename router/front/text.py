@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from protocol.errors import ConfigError
 from router.front.chat_template import ChatTemplate, ChatTurn, load_chat_template
 from router.front.detokenizer import Detokenizer
-from router.front.errors import bad_request, too_long
+from router.front.errors import bad_request, text_too_long, too_long
 from router.front.free_memory import return_free_memory
 from router.front.token_pieces import Piece, TokenPieces
 from router.front.work_pool import WorkPool
@@ -85,8 +85,7 @@ class ModelText:
         if tokenizer is None:
             raise bad_request("this model has no tokenizer; send the prompt as token ids", param)
         if len(text) > self._max_chars:
-            message = f"a text of {len(text)} characters cannot fit into the context of {self._max_context} tokens"
-            raise bad_request(message, param, "context_length_exceeded")
+            raise text_too_long(len(text), self._max_context, param)
         if len(text) <= MAX_CHARS_INLINE:
             return self._tokenize(text, param, add_special_tokens)
         if len(text) <= MAX_CHARS_USUAL:

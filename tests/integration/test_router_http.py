@@ -179,6 +179,7 @@ def test_stop_tokens_end_the_text_unless_told_to_go_on(client: openai.OpenAI) ->
         model="tiny", prompt=WORDS, max_tokens=30, extra_body={"stop_token_ids": [IDS[2]]}
     )
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("one two", "stop")
+    assert answer.choices[0].stop_reason == IDS[2]  # type: ignore[attr-defined]
     longer = client.completions.create(
         model="tiny", prompt=WORDS, max_tokens=30, extra_body={"stop_token_ids": [IDS[2]], "min_tokens": 4}
     )
@@ -252,6 +253,8 @@ def test_bad_completions_are_refused_in_openais_form(router, body, status, param
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (status, param, code), error
     assert set(error) == {"message", "type", "param", "code"}
+    is_too_long = f"maximum context length is {MAX_CONTEXT} tokens" in error["message"]  # what clients look for
+    assert is_too_long == (code == "context_length_exceeded")
     assert answer.headers["x-request-id"]
     good = router.client.post("/v1/completions", json={"prompt": WORDS, "max_tokens": 2})
     assert good.json()["choices"][0]["text"] == "one two"

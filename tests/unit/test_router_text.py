@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models
 from protocol.errors import ConfigError
 from protocol.identity import new_attempt
 from protocol.messages import TokenLogprobs, TokenUpdate
+from protocol.request import SamplingParams
 from router.front.chat_template import ChatTemplate, load_chat_template
 from router.front.choice import Choice, Delta
 from router.front.detokenizer import MAX_HELD, Detokenizer
@@ -282,6 +283,15 @@ def test_text_held_back_for_a_stop_string_comes_out_at_the_end(tokenizer: Tokeni
 def test_a_token_that_ends_the_text_is_no_part_of_it(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("one two three").ids
     assert feed_all(Choice(Detokenizer(tokenizer, SPECIAL_IDS)), ids, "stop").text == "one two"
+
+
+@pytest.mark.parametrize(("ignores_eos", "reason"), [(False, None), (True, 7)])
+def test_the_reason_is_the_stop_token_unless_the_model_itself_ends_with_it(ignores_eos: bool, reason: int) -> None:
+    params = SamplingParams(9, 0, stop_token_ids=(7, 8), eos_token_ids=(7, 9), ignore_eos=ignores_eos)
+    for token_id, expected in ((7, reason), (8, 8), (9, None)):
+        choice = Choice(None, stop_token_ids=params.chosen_stop_token_ids)
+        feed_all(choice, [5, token_id], "stop")
+        assert (choice.finish_reason, choice.stop_reason) == ("stop", expected)
 
 
 def test_a_model_without_a_tokenizer_has_tokens_but_no_text() -> None:
