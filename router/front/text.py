@@ -23,13 +23,16 @@ MAX_CHARS_INLINE = 2000
 MAX_CHARS_USUAL = 100_000
 """Longer ones still, of seconds each, wait for one another and for nobody else."""
 
+NO_TEMPLATE = "this model has no chat template"
+
 logger = logging.getLogger(__name__)
 
 
 class ModelText:
     """A model's tokenizer and chat template, where it has them."""
 
-    def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | None, max_context: int) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, template: ChatTemplate | str, max_context: int) -> None:
+        """template: a text says why there is none."""
         self._tokenizer = tokenizer
         self._template = template
         self._max_context = max_context
@@ -51,8 +54,8 @@ class ModelText:
     async def encode_chat(self, messages: Sequence[ChatTurn]) -> list[int]:
         """Return the token ids of a conversation; the template writes the special tokens itself."""
         template = self._template
-        if template is None:
-            raise bad_request("this model has no chat template; use /v1/completions", "messages")
+        if isinstance(template, str):
+            raise bad_request(f"{template}; use /v1/completions", "messages")
         try:
             text = await self._templating.run(template.render, messages)
         except ValueError as error:
@@ -117,7 +120,7 @@ def load_text(folder: Path, max_context: int, vocab_size: int) -> ModelText:
     """
     path = folder / "tokenizer.json"
     if not path.exists():
-        return ModelText(None, None, max_context)
+        return ModelText(None, NO_TEMPLATE, max_context)
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exceptions
@@ -125,7 +128,16 @@ def load_text(folder: Path, max_context: int, vocab_size: int) -> ModelText:
     _warn_of_strangers(tokenizer, path, vocab_size)
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return ModelText(tokenizer, load_chat_template(folder), max_context)
+    return ModelText(tokenizer, _template(folder), max_context)
+
+
+def _template(folder: Path) -> ChatTemplate | str:
+    """A broken one costs chat, and nothing else."""
+    try:
+        return load_chat_template(folder) or NO_TEMPLATE
+    except ConfigError as error:
+        logger.warning("%s; chat is not served", error)
+        return str(error)
 
 
 def _warn_of_strangers(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:

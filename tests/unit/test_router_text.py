@@ -1,21 +1,18 @@
 """Text that comes token by token: nothing lost, no half characters, no part of a stop string."""
 
 import asyncio
-import json
 import random
 import threading
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models
 
-from protocol.errors import ConfigError
 from protocol.identity import new_attempt
 from protocol.messages import TokenLogprobs, TokenUpdate
 from protocol.request import SamplingParams
-from router.front.chat_template import ChatTemplate, load_chat_template
+from router.front.chat_template import ChatTemplate
 from router.front.choice import Choice, Delta
 from router.front.detokenizer import MAX_HELD, Detokenizer
 from router.front.logprobs import TextOffsets, chat_logprobs, completion_logprobs
@@ -184,7 +181,7 @@ def test_bytes_of_tokens_add_up_to_their_text(tokenizer: Tokenizer, seed: int) -
 def test_log_probabilities_name_every_token_and_say_where_it_begins() -> None:
     tokenizer = Tokenizer(models.BPE({"▁cat": 0, "cat": 1, **{f"<0x{b:02X}>": b + 2 for b in range(256)}}, []))
     tokenizer.decoder = spaces_before_words().decoder
-    text = ModelText(tokenizer, None, 100)
+    text = ModelText(tokenizer, "", 100)
     ids = [0, 1, *(byte + 2 for byte in "日".encode()), 0]
     drawn = [(token_id, TokenLogprobs(-1.0, (0, 1, ord("c") + 2, 2), (-0.5, -0.6, -0.7, -0.8))) for token_id in ids]
     offsets = TextOffsets()
@@ -201,7 +198,7 @@ def test_two_tokens_of_one_spelling_keep_both_their_log_probabilities() -> None:
     tokenizer = Tokenizer(models.BPE({"a": 0, "<0x61>": 1, "b": 2}, []))
     tokenizer.decoder = decoders.ByteFallback()
     drawn = [(2, TokenLogprobs(-3.0, (1, 0), (-0.1, -0.2)))]
-    [tops] = completion_logprobs(drawn, ModelText(tokenizer, None, 100), TextOffsets()).top_logprobs
+    [tops] = completion_logprobs(drawn, ModelText(tokenizer, "", 100), TextOffsets()).top_logprobs
     assert tops == {"a": -0.1, "token_id:0": -0.2, "b": -3.0}
 
 
@@ -298,42 +295,3 @@ def test_a_model_without_a_tokenizer_has_tokens_but_no_text() -> None:
     choice = Choice(None, ["x"])
     delta = feed_all(choice, [7, 8, 9], "length")
     assert (delta.text, delta.token_ids, choice.finish_reason) == ("", [7, 8, 9], "length")
-
-
-def test_chat_templates_run_in_a_sandbox_and_their_complaints_are_errors() -> None:
-    assert (
-        ChatTemplate("{{ bos_token }}{{ messages[0].content }}", {"bos_token": "<s>"}).render(
-            [{"role": "user", "content": "hi"}]
-        )
-        == "<s>hi"
-    )
-    for source in (
-        "{{ raise_exception('no') }}",
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].content.no.such }}",
-    ):
-        with pytest.raises(ValueError, match="does not accept these messages"):
-            ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
-
-
-@pytest.mark.parametrize("test", ["message.role == 'system'", "message['role'] in ['system']"])
-def test_what_a_developer_says_is_the_systems_where_the_template_has_no_developer(test: str) -> None:
-    body = "{% for message in messages %}{% if TEST %}<{{ message.role }}>{{ message.content }}{% endif %}{% endfor %}"
-    messages = [{"role": "developer", "content": "Be brief."}]
-    assert ChatTemplate(body.replace("TEST", test), {}).render(messages) == "<system>Be brief."
-    own = ChatTemplate(body.replace("TEST", test + ' or message.role == "developer"'), {})
-    assert own.render(messages) == "<developer>Be brief."
-
-
-@pytest.mark.parametrize("template", [7, {"a": 1}, ["x"], [{"name": "default"}], [{"name": "default", "template": 7}]])
-def test_what_is_no_chat_template_is_refused_in_a_sentence(template: object, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    with pytest.raises(ConfigError, match="has for a chat template is none"):
-        load_chat_template(tmp_path)
-
-
-def test_a_chat_template_that_is_no_text_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="has for a chat template is none"):
-        load_chat_template(tmp_path)
