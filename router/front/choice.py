@@ -34,10 +34,14 @@ class Choice:
         stops: Sequence[str] = (),
         min_tokens: int = 0,
         stop_token_ids: Collection[int] = (),
+        shows_stop: bool = False,
     ) -> None:
-        """stop_token_ids: those that the client chose, as against the model's own."""
+        """stop_token_ids: those that the client chose, as against the model's own. shows_stop: what ends the text, a
+        stop string or a token, is part of it.
+        """
         self._detokenizer = detokenizer
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(stops, shows_stop)
+        self._shows_stop = shows_stop
         self._min_tokens = min_tokens
         self._stop_token_ids = stop_token_ids
         self.num_tokens = 0
@@ -64,8 +68,8 @@ class Choice:
     def _text_of(self, update: TokenUpdate) -> str:
         if self._detokenizer is None:
             return ""
-        # a token that ends the text is, like a stop string, no part of it
-        text = "" if update.finish_reason == "stop" else self._detokenizer.feed(update.token_id)
+        is_hidden = update.finish_reason == "stop" and not self._shows_stop
+        text = "" if is_hidden else self._detokenizer.feed(update.token_id)
         return text + self._detokenizer.flush() if update.finish_reason is not None else text
 
     def _visible(self, text: str) -> str:

@@ -10,13 +10,11 @@ from starlette.responses import Response
 from router.front.choice import Choice, Delta
 from router.front.errors import ApiError, no_such_model
 from router.front.logprobs import TextOffsets, completion_logprobs
-from router.front.prompts import Prompt, completion_prompts
+from router.front.prompts import Prompt
 from router.front.responder import Call, answer
 from router.front.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, UsageField
 from router.front.schemas import CompletionBody, parse_body
 from router.front.serving import Serving
-
-DEFAULT_MAX_TOKENS = 16
 
 
 async def completions(http: Request) -> Response:
@@ -27,9 +25,9 @@ async def completions(http: Request) -> Response:
     serving.check_open()
     if body.echo and body.logprobs is not None:
         raise ApiError(400, "echo together with logprobs is not served; ask for one of them", param="echo")
-    prompts = await completion_prompts(body, serving.text, serving.vocab_size)
+    prompts = await serving.prompts.of_completion(body)
     call = Call(serving, body, prompts)
-    generation = call.generation(body.max_tokens or DEFAULT_MAX_TOKENS, body.logprobs, "prompt")
+    generation = call.generation(body.logprobs, "prompt")
     return await answer(call, generation, CompletionForm(call, body), http)
 
 
@@ -85,9 +83,9 @@ class CompletionForm:
     def _echo(self, prompt: Prompt) -> str:
         if not self._body.echo:
             return ""
-        return self._call.serving.text.decode(prompt.token_ids) if prompt.text is None else prompt.text
+        return self._call.spelling.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
     def _logprobs(self, index: int, delta: Delta) -> CompletionLogprobs | None:
         if self._body.logprobs is None:
             return None
-        return completion_logprobs(delta.logprobs, self._call.serving.text, self._offsets[index])
+        return completion_logprobs(delta.logprobs, self._call.spelling, self._offsets[index])

@@ -1,6 +1,6 @@
 """Token ids to text, one token at a time, without ever showing half a character.
 
-Used by choice.py, one per choice. Special tokens have no text.
+Used by choice.py, one per choice. Special tokens have no text, unless they are asked for.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,11 @@ class Detokenizer:
     a first word, but not before a later one. A character that begins there and is finished here is shown here.
     """
 
-    def __init__(self, tokenizer: Tokenizer, special_ids: frozenset[int], before: Sequence[int] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, special_ids: frozenset[int] | None, before: Sequence[int] = ()) -> None:
+        """special_ids: tokens that are skipped; None: all are shown."""
         self._tokenizer = tokenizer
-        self._special_ids = special_ids
+        self._skips = special_ids is not None
+        self._special_ids = special_ids or frozenset()
         self._held: list[int] = []  # tokens whose text is not yet complete
         self._not_ours = ""  # what their text begins with if the character that began before is never finished
         context = list(before[-CONTEXT_TOKENS:])
@@ -54,7 +56,7 @@ class Detokenizer:
     def _anew(self, has_text_before: bool) -> tuple[list[int], DecodeStream]:
         """All that matters of a text before is that there is one, so any that ends with a whole character will do."""
         shown = list(self._tokenizer.encode("a", add_special_tokens=False).ids) if has_text_before else []
-        return shown, DecodeStream(ids=shown, skip_special_tokens=True)
+        return shown, DecodeStream(ids=shown, skip_special_tokens=self._skips)
 
     def _unfinished(self, context: list[int]) -> list[int]:
         """Return the tokens at the end of context that may begin a character: bytes of at most three."""
@@ -83,4 +85,4 @@ class Detokenizer:
         return own
 
     def _decode(self, token_ids: list[int]) -> str:
-        return str(self._tokenizer.decode(token_ids))
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=self._skips))

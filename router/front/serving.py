@@ -7,7 +7,7 @@ from router.control.plane import ControlPlane
 from router.front.body import BodyReader
 from router.front.errors import overloaded, too_long, unavailable
 from router.front.metrics import RequestMetrics
-from router.front.prompts import Prompt
+from router.front.prompts import Prompt, PromptMaker
 from router.front.text import ModelText
 from router.front.work_pool import WorkPool
 
@@ -36,6 +36,10 @@ class Serving:
         """Begin no more work in threads."""
         self.text.close()
         self.metrics_writing.close()
+
+    @property
+    def prompts(self) -> PromptMaker:
+        return PromptMaker(self.text, self.vocab_size, self.max_context)
 
     @property
     def why_not_ready(self) -> str | None:

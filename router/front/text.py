@@ -5,14 +5,15 @@ Used by the HTTP half of the router.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from protocol.errors import ConfigError
-from router.front.chat_template import ChatTemplate, ChatTurn, load_chat_template
-from router.front.detokenizer import Detokenizer
+from router.front.chat_template import ChatTemplate, Message, load_chat_template
+from router.front.detokenizer import UNFINISHED, Detokenizer
 from router.front.errors import bad_request, text_too_long, too_long
 from router.front.free_memory import return_free_memory
 from router.front.token_pieces import Piece, TokenPieces
@@ -47,68 +48,88 @@ class ModelText:
         self._tokenizing_long = WorkPool("tokenizing of long texts", num_threads=1, max_waiting=32)
         self._pieces = None if tokenizer is None else TokenPieces(tokenizer)
 
-    async def encode(self, text: str, param: str) -> list[int]:
-        """Return a prompt's token ids, with the special tokens that the model expects around a text."""
-        return await self._encode(text, param, add_special_tokens=True)
+    async def render(self, messages: Sequence[Message], variables: Mapping[str, Any], has_opening: bool = True) -> str:
+        """Return the text of a conversation; the template writes the special tokens itself. See ChatTemplate.render."""
+        return await self._templated(self._chat(variables).render, messages, variables, has_opening)
 
-    async def encode_chat(self, messages: Sequence[ChatTurn]) -> list[int]:
-        """Return the token ids of a conversation; the template writes the special tokens itself."""
+    async def render_unfinished(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+        """Return the text of a conversation up to the end of its last message."""
+        return await self._templated(self._chat(variables).render_unfinished, messages, variables)
+
+    def _chat(self, variables: Mapping[str, Any]) -> ChatTemplate:
         template = self._template
         if isinstance(template, str):
             raise bad_request(f"{template}; use /v1/completions", "messages")
+        unknown = next((name for name in sorted(variables) if name not in template.variables), None)
+        if unknown is not None:
+            known = ", ".join(sorted(template.variables)) or "none"
+            where = "reasoning_effort" if unknown == "reasoning_effort" else "chat_template_kwargs"
+            raise bad_request(f"{where}: the model's chat template has no {unknown[:64]}; it has {known}", where)
+        return template
+
+    async def _templated(self, render: Callable[..., str], *arguments: object) -> str:
         try:
-            text = await self._templating.run(template.render, messages)
+            return await self._templating.run(render, *arguments)
         except ValueError as error:
             raise bad_request(str(error), "messages") from None
-        return await self._encode(text, "messages", add_special_tokens=False)
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of a prompt given as token ids."""
-        return "" if self._tokenizer is None else str(self._tokenizer.decode(list(token_ids)))
+    def decode(self, token_ids: Sequence[int], skips_special: bool) -> str:
+        """Return the text of a prompt without half a character at its end, which is shown when it is finished."""
+        if self._tokenizer is None:
+            return ""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skips_special)).rstrip(UNFINISHED)
 
     def piece(self, token_id: int) -> Piece:
         """Return what a token stands for by itself."""
         return Piece(f"token_id:{token_id}", None) if self._pieces is None else self._pieces.piece(token_id)
 
-    def visible_bytes(self, token_id: int) -> bytes:
-        """Return what a token adds to a text: special ones nothing."""
-        return b"" if token_id in self._special_ids else self.piece(token_id).data or b""
+    def visible_bytes(self, token_id: int, skips_special: bool) -> bytes:
+        """Return what a token adds to a text: special ones nothing when those are skipped."""
+        is_skipped = skips_special and token_id in self._special_ids
+        return b"" if is_skipped else self.piece(token_id).data or b""
 
-    def detokenizer(self, before: Sequence[int] = ()) -> Detokenizer | None:
+    def detokenizer(self, before: Sequence[int], skips_special: bool) -> Detokenizer | None:
         """Return a fresh one for a text that goes on from these tokens, or None when the model has no text."""
-        return None if self._tokenizer is None else Detokenizer(self._tokenizer, self._special_ids, before)
+        if self._tokenizer is None:
+            return None
+        return Detokenizer(self._tokenizer, self._special_ids if skips_special else None, before)
 
     def close(self) -> None:
         """Begin no more work in threads."""
         for pool in (self._templating, self._tokenizing, self._tokenizing_long):
             pool.close()
 
-    async def _encode(self, text: str, param: str, add_special_tokens: bool) -> list[int]:
-        tokenizer = self._tokenizer
-        if tokenizer is None:
+    async def encode(
+        self, text: str, param: str, add_special_tokens: bool = True, may_be_long: bool = False
+    ) -> list[int]:
+        """Return a text's token ids. add_special_tokens: with those that the model expects around a text.
+
+        Raise ApiError 400 for what cannot be tokenized or, unless it may_be_long, does not fit into the context.
+        """
+        if self._tokenizer is None:
             raise bad_request("this model has no tokenizer; send the prompt as token ids", param)
         if len(text) > self._max_chars:
             raise text_too_long(len(text), self._max_context, param)
         if len(text) <= MAX_CHARS_INLINE:
-            return self._tokenize(text, param, add_special_tokens)
+            return self._tokenize(text, param, add_special_tokens, may_be_long)
         if len(text) <= MAX_CHARS_USUAL:
-            return await self._tokenizing.run(self._tokenize, text, param, add_special_tokens)
-        return await self._tokenizing_long.run(self._tokenize_long, text, param, add_special_tokens)
+            return await self._tokenizing.run(self._tokenize, text, param, add_special_tokens, may_be_long)
+        return await self._tokenizing_long.run(self._tokenize_long, text, param, add_special_tokens, may_be_long)
 
-    def _tokenize(self, text: str, param: str, add_special_tokens: bool) -> list[int]:
+    def _tokenize(self, text: str, param: str, add_special_tokens: bool, may_be_long: bool) -> list[int]:
         """A batch of one, because encoding a batch lets other threads run meanwhile."""
         assert self._tokenizer is not None
         try:
             encoding = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0]
         except (UnicodeError, TypeError) as error:
             raise bad_request(f"the text cannot be tokenized: {error}", param) from None
-        if len(encoding) >= self._max_context:  # before a million numbers are made of it
+        if len(encoding) >= self._max_context and not may_be_long:  # before a million numbers are made of it
             raise too_long(len(encoding), self._max_context, param)
         return list(encoding.ids)
 
-    def _tokenize_long(self, text: str, param: str, add_special_tokens: bool) -> list[int]:
+    def _tokenize_long(self, text: str, param: str, add_special_tokens: bool, may_be_long: bool) -> list[int]:
         try:
-            return self._tokenize(text, param, add_special_tokens)
+            return self._tokenize(text, param, add_special_tokens, may_be_long)
         finally:
             return_free_memory()
 

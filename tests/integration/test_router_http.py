@@ -8,7 +8,7 @@ from pathlib import Path
 
 import openai
 import pytest
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 
 from protocol.messages import Abort, Prefill, Reserve
 from router.launch import GroupSpec
@@ -191,6 +191,9 @@ def test_echo_puts_the_prompt_before_the_text(client: openai.OpenAI) -> None:
     for prompt in (WORDS, IDS):
         answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=2, echo=True)  # type: ignore[arg-type]
         assert answer.choices[0].text == WORDS + "one two"
+    cut = {"truncate_prompt_tokens": 2}
+    answer = client.completions.create(model="tiny", prompt=WORDS, max_tokens=1, echo=True, extra_body=cut)
+    assert answer.choices[0].text == " two three" + " two"
 
 
 def test_token_ids_come_back_when_asked_for(router: RouterUnderTest) -> None:
@@ -204,6 +207,74 @@ def test_token_ids_come_back_when_asked_for(router: RouterUnderTest) -> None:
     chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5, "return_token_ids": True}
     answered = router.client.post("/v1/chat/completions", json=chat).json()
     assert answered["choices"][0]["token_ids"] == expected_tokens(answered["choices"][0]["prompt_token_ids"], 5)
+
+
+def ids_of(router: RouterUnderTest, path: str, **body: object) -> list[int]:
+    """Return the prompt's token ids as the workers got them."""
+    answer = router.client.post(path, json={"max_tokens": 1, "return_token_ids": True, **body})
+    assert answer.status_code == 200, answer.text
+    return list(answer.json()["choices"][0]["prompt_token_ids"])
+
+
+def test_a_prompt_is_cut_as_asked_for(router: RouterUnderTest) -> None:
+    for prompt in (WORDS, IDS):
+        for wish, ids in (
+            ({"truncate_prompt_tokens": 2}, IDS[1:]),
+            ({"truncate_prompt_tokens": 2, "truncation_side": "right"}, IDS[:2]),
+            ({"truncate_prompt_tokens": 9}, IDS),
+        ):
+            assert ids_of(router, "/v1/completions", prompt=prompt, **wish) == ids
+    long = ids_of(router, "/v1/completions", prompt="one " * 1000, truncate_prompt_tokens=-1, max_tokens=12)
+    assert len(long) == MAX_CONTEXT - 12
+    chat = [{"role": "user", "content": "one two"}]
+    cut = ids_of(router, "/v1/chat/completions", messages=chat, truncate_prompt_tokens=2)
+    assert TOKENIZER.decode(cut, skip_special_tokens=False) == " two<|assistant|>"
+
+
+def test_a_chat_ends_where_it_is_asked_to(router: RouterUnderTest) -> None:
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two three"}]
+    for wish, ending in (
+        ({}, "two three<|assistant|>"),
+        ({"add_generation_prompt": False}, "two three"),
+        ({"continue_final_message": True}, "two three"),
+    ):
+        ids = ids_of(router, "/v1/chat/completions", messages=messages, **wish)
+        assert TOKENIZER.decode(ids, skip_special_tokens=False) == f"<|user|>one<|user|>{ending}"
+    for wish, param in (
+        ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ):
+        answer = router.client.post("/v1/chat/completions", json={"messages": messages, **wish})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_special_tokens_and_variables_of_the_template_are_as_asked_for(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("{{ enable_thinking }}{{ reasoning_effort }}{{ messages[0].content }}")
+    with (
+        RouterUnderTest(folder, (GroupSpec("colocated", 0),)) as router,
+        FakeWorker(router.control, "colocated"),
+    ):
+        router.await_ready()
+        for is_added, ids in ((None, [0, *IDS]), (True, [0, *IDS]), (False, IDS)):
+            assert ids_of(router, "/v1/completions", prompt=WORDS, add_special_tokens=is_added) == ids
+        messages = [{"role": "user", "content": " one"}]
+        wish = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
+        for is_added, begin in ((None, ""), (False, ""), (True, "<|end|>")):
+            ids = ids_of(router, "/v1/chat/completions", messages=messages, add_special_tokens=is_added, **wish)
+            assert tokenizer.decode(ids, skip_special_tokens=False) == f"{begin}Falselow one"
+        body = {"prompt": WORDS, "max_tokens": 4, "ignore_eos": True, "logprobs": 0}
+        shown = {"skip_special_tokens": False, "return_tokens_as_token_ids": True}
+        hidden, seen = (router.client.post("/v1/completions", json=body | more).json() for more in ({}, shown))
+        assert hidden["choices"][0]["text"] == WORDS
+        assert seen["choices"][0]["text"] == "<|end|>" + WORDS
+        assert hidden["choices"][0]["logprobs"]["text_offset"] == [0, 0, 3, 7]
+        assert seen["choices"][0]["logprobs"]["text_offset"] == [0, 7, 10, 14]
+        assert seen["choices"][0]["logprobs"]["tokens"] == [f"token_id:{token_id}" for token_id in [0, *IDS]]
 
 
 def test_what_the_workers_get_is_what_was_asked_for(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_a_template_that_does_not_compile_costs_chat_and_not_the_router(source: 
     text = load_text(folder, MAX_CONTEXT, VOCAB_SIZE)
     assert asyncio.run(text.encode("one", "prompt"))
     with pytest.raises(ApiError, match="template does not compile") as caught:
-        asyncio.run(text.encode_chat(MESSAGES))
+        asyncio.run(text.render(MESSAGES, {}))
     assert caught.value.status == 400
     assert "chat is not served" in caplog.text
 

@@ -1,12 +1,14 @@
 """What HTTP bodies may say: every value that cannot be served is a 400 that names its parameter."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from router.front.errors import ApiError
 from router.front.sampling import sampling_params
 from router.front.schemas import ChatBody, CompletionBody, parse_body
+from router.front.unserved import HARMLESS, IN_MESSAGES, WITHOUT_EFFECT
 
 VOCAB_SIZE = 100
 USER = [{"role": "user", "content": "hi"}]
@@ -71,6 +73,17 @@ def complaint(body: object, body_type: type = CompletionBody) -> ApiError:
         ("use_beam_search", True),
         ("prompt_logprobs", 1),
         ("structured_outputs", {"json": {}}),
+        ("truncate_prompt_tokens", -2),
+        ("truncation_side", "left"),
+        ("add_special_tokens", "no"),
+        ("allowed_token_ids", [1]),
+        ("max_completion_tokens", 5),
+        ("top_logprobs", 2),
+        ("messages", []),
+        ("priority", 1),
+        ("regex", "a+"),
+        ("kv_transfer_params", {"do_remote_decode": True}),
+        ("request_id", "mine"),
     ],
 )
 def test_a_bad_parameter_is_named(name: str, value: object) -> None:
@@ -118,7 +131,10 @@ def test_messages_that_cannot_be_served_are_refused(messages: object, param: str
         ("tool_choice", "required"),
         ("functions", [{}]),
         ("chat_template", "{{ 1 }}"),
-        ("chat_template_kwargs", {"x": 1}),
+        ("chat_template_kwargs", [1]),
+        ("prompt", "x"),
+        ("separate_reasoning", True),
+        ("documents", [{}]),
         ("top_logprobs", 21),
         ("max_completion_tokens", 0),
         ("modalities", ["audio"]),
@@ -130,13 +146,30 @@ def test_chat_parameters_that_are_not_served_are_refused(name: str, value: objec
 
 
 def test_defaults_nulls_and_what_asks_for_nothing_are_fine() -> None:
-    names = [name for name in ChatBody.__struct_fields__ if name != "messages"]
+    names = {*ChatBody.__struct_fields__, *HARMLESS, *WITHOUT_EFFECT} - {"messages"}
     parse_body(json.dumps({"messages": USER, **dict.fromkeys(names)}).encode(), ChatBody)
     harmless = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}, "n": 1, "unheard_of": {"a": 1}}
     harmless |= {"length_penalty": 1.0}
     body = parse_body(json.dumps({"messages": USER, **harmless}).encode(), ChatBody)
     params = sampling_params(body, 16, None, (3,), VOCAB_SIZE)
     assert (params.temperature, params.top_k, params.top_p, params.eos_token_ids) == (1.0, 0, 1.0, (3,))
+
+
+def test_values_that_ask_for_nothing_are_taken_and_notes_with_any_value() -> None:
+    fields: dict[str, object] = {name: values[-1] for name, values in HARMLESS.items() if values}
+    fields |= dict.fromkeys(WITHOUT_EFFECT, "anything")
+    parse_body(json.dumps({"prompt": "x", **fields}).encode(), CompletionBody)
+    parse_body(json.dumps({"messages": USER, **fields, "echo": False}).encode(), ChatBody)
+
+
+def test_the_page_says_what_becomes_of_every_field() -> None:
+    page = Path("docs/http.md").read_text()
+    served, rest = page.split("## Taken without effect")
+    taken, refused = rest.split("## Refused")
+    own = {*CompletionBody.__struct_fields__, *ChatBody.__struct_fields__}
+    for part, names in ((served, own), (taken, WITHOUT_EFFECT), (refused, {*HARMLESS, *IN_MESSAGES} - own)):
+        assert {name for name in names if f"`{name}`" not in part} == set()
+    assert (own | HARMLESS.keys()).isdisjoint(WITHOUT_EFFECT)
 
 
 def test_parameters_arrive_as_they_were_sent() -> None:

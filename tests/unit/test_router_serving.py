@@ -91,7 +91,7 @@ class Text:
     def __init__(self) -> None:
         self.befores: list[tuple[int, ...]] = []
 
-    def detokenizer(self, before: tuple[int, ...] = ()) -> None:
+    def detokenizer(self, before: tuple[int, ...], skips_special: bool) -> None:
         self.befores.append(before)
 
 
@@ -99,6 +99,6 @@ def test_a_completion_goes_on_from_its_prompt_and_an_answer_in_a_chat_from_nothi
     text = Text()
     front = serving_of(text)
     add_group(front, 1000)
-    for prompts in ([Prompt((5, 6)), Prompt((7,), "x")], [Prompt((8,), is_chat=True)]):
-        Call(front, SamplingBody(), prompts).generation(4, None, "prompt")
+    for prompts in ([Prompt((5, 6)), Prompt((7,), "x")], [Prompt((8,), begins_text=True)]):
+        Call(front, SamplingBody(), prompts).generation(None, "prompt")
     assert text.befores == [(5, 6), (7,), ()]

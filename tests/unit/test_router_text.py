@@ -15,7 +15,7 @@ from protocol.request import SamplingParams
 from router.front.chat_template import ChatTemplate
 from router.front.choice import Choice, Delta
 from router.front.detokenizer import MAX_HELD, Detokenizer
-from router.front.logprobs import TextOffsets, chat_logprobs, completion_logprobs
+from router.front.logprobs import Spelling, TextOffsets, chat_logprobs, completion_logprobs
 from router.front.stop_strings import StopStrings
 from router.front.text import MAX_CHARS_USUAL, ModelText
 from router.front.token_pieces import Piece, TokenPieces
@@ -185,12 +185,12 @@ def test_log_probabilities_name_every_token_and_say_where_it_begins() -> None:
     ids = [0, 1, *(byte + 2 for byte in "日".encode()), 0]
     drawn = [(token_id, TokenLogprobs(-1.0, (0, 1, ord("c") + 2, 2), (-0.5, -0.6, -0.7, -0.8))) for token_id in ids]
     offsets = TextOffsets()
-    parts = [completion_logprobs(part, text, offsets) for part in (drawn[:3], drawn[3:])]
+    parts = [completion_logprobs(part, Spelling(text), offsets) for part in (drawn[:3], drawn[3:])]
     assert [token for part in parts for token in part.tokens][:3] == [" cat", "cat", "bytes:\\xe6"]
     assert [offset for part in parts for offset in part.text_offset] == [0, 4, 7, 7, 7, 8]
     assert parts[0].top_logprobs[1] == {" cat": -0.5, "c": -0.7, "\0": -0.8, "cat": -1.0}
     tokenizer.add_tokens([AddedToken("cat", special=False, normalized=False)])
-    chat = chat_logprobs(drawn, text)
+    chat = chat_logprobs(drawn, Spelling(text))
     assert [bytes(entry.bytes or []) for entry in chat.content] == [b" cat", b"cat", b"\xe6", b"\x97", b"\xa5", b" cat"]
 
 
@@ -198,8 +198,12 @@ def test_two_tokens_of_one_spelling_keep_both_their_log_probabilities() -> None:
     tokenizer = Tokenizer(models.BPE({"a": 0, "<0x61>": 1, "b": 2}, []))
     tokenizer.decoder = decoders.ByteFallback()
     drawn = [(2, TokenLogprobs(-3.0, (1, 0), (-0.1, -0.2)))]
-    [tops] = completion_logprobs(drawn, ModelText(tokenizer, "", 100), TextOffsets()).top_logprobs
+    text = ModelText(tokenizer, "", 100)
+    [tops] = completion_logprobs(drawn, Spelling(text), TextOffsets()).top_logprobs
     assert tops == {"a": -0.1, "token_id:0": -0.2, "b": -3.0}
+    by_id = completion_logprobs(drawn, Spelling(text, as_ids=True), TextOffsets())
+    assert by_id.tokens == ["token_id:2"]
+    assert by_id.top_logprobs == [{"token_id:1": -0.1, "token_id:0": -0.2, "token_id:2": -3.0}]
 
 
 def test_a_character_of_several_tokens_comes_whole_behind_a_prompt(tokenizer: Tokenizer) -> None:
@@ -238,7 +242,7 @@ def test_long_texts_keep_nobody_waiting_but_one_another() -> None:
         long = [asyncio.create_task(text.encode("x" * (MAX_CHARS_USUAL + 1), "prompt")) for _ in range(8)]
         await asyncio.to_thread(tokenizer.has_begun.wait, 10)
         assert await asyncio.wait_for(text.encode("x" * MAX_CHARS_USUAL, "prompt"), 5)
-        assert await asyncio.wait_for(text.encode_chat([{"role": "user", "content": "x" * 9000}]), 5)
+        assert await asyncio.wait_for(text.render([{"role": "user", "content": "x" * 9000}], {}), 5)
         tokenizer.go_on.set()
         assert all(await asyncio.gather(*long))
         text.close()
@@ -289,6 +293,17 @@ def test_the_reason_is_the_stop_token_unless_the_model_itself_ends_with_it(ignor
         choice = Choice(None, stop_token_ids=params.chosen_stop_token_ids)
         feed_all(choice, [5, token_id], "stop")
         assert (choice.finish_reason, choice.stop_reason) == ("stop", expected)
+
+
+def test_what_ends_a_text_is_part_of_it_when_asked_for(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three").ids
+    for special_ids, text in ((SPECIAL_IDS, "one two three"), (None, "one two three<|end|>")):
+        choice = Choice(Detokenizer(tokenizer, special_ids), shows_stop=True)
+        assert feed_all(choice, [*ids, 0], "stop").text == text
+    choice = Choice(Detokenizer(tokenizer, SPECIAL_IDS), ["o th", "wo"], shows_stop=True)
+    assert feed_all(choice, ids, "length").text == "one two"
+    hidden = Choice(Detokenizer(tokenizer, None))
+    assert feed_all(hidden, [1, *ids, 0], "stop").text == "<|user|>one two three"
 
 
 def test_a_model_without_a_tokenizer_has_tokens_but_no_text() -> None:
