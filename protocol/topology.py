@@ -51,7 +51,10 @@ class ClientLimits(Section, frozen=True, kw_only=True):
 
 
 class RouterSection(Section, frozen=True, kw_only=True):
-    """Where clients connect. grace_s: how long a drain waits for running requests; timeout_s: a request's deadline."""
+    """Where clients connect. grace_s: how long a drain waits for running requests; timeout_s: a request's deadline.
+
+    cors_origins: whose pages a browser lets call us, as https://chat.example.org, or "*" for everybody's.
+    """
 
     host: str = "127.0.0.1"
     port: Port = 8000
@@ -59,6 +62,7 @@ class RouterSection(Section, frozen=True, kw_only=True):
     grace_s: Seconds = 30.0
     timeout_s: Seconds = 600.0
     limits: ClientLimits = ClientLimits()
+    cors_origins: tuple[str, ...] = ()
 
 
 class RoleCacheSection(Section, frozen=True, kw_only=True):

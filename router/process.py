@@ -97,7 +97,7 @@ def build(launch: RouterLaunch, control: ControlPlane) -> tuple[Serving, QuietSe
     registry.register(ClusterMetrics(control.controller, launch.model_name))
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
-    return serving, _server(build_app(serving, registry), launch.section.limits)
+    return serving, _server(build_app(serving, registry, launch.section.cors_origins), launch.section.limits)
 
 
 def _body_memory(limits: ClientLimits) -> Quota:

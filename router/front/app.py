@@ -5,12 +5,14 @@ Built by router/process.py. Nothing here or below logs what clients send.
 
 import logging
 import re
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -42,11 +44,11 @@ ROUTES = [
 ]
 
 
-def build_app(serving: Serving, registry: CollectorRegistry) -> Starlette:
-    """Return the application over these collaborators."""
+def build_app(serving: Serving, registry: CollectorRegistry, cors_origins: Sequence[str] = ()) -> Starlette:
+    """Return the application over these collaborators. cors_origins: whose pages a browser may let call it."""
     app = Starlette(
         routes=ROUTES,
-        middleware=[Middleware(RequestLabel)],
+        middleware=[Middleware(RequestLabel), *_cors(cors_origins)],
         exception_handlers={
             ApiError: _api_error,
             HTTPException: _http_error,
@@ -58,6 +60,20 @@ def build_app(serving: Serving, registry: CollectorRegistry) -> Starlette:
     app.state.serving = serving
     app.state.registry = registry
     return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Browsers ask first (OPTIONS) whether a page of another origin may send JSON; without an answer it may not."""
+    if not origins:
+        return []
+    answer = Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", "retry-after", "x-should-retry"),
+    )
+    return [answer]
 
 
 class RequestLabel:

@@ -5,6 +5,7 @@ Limits are of one body's bytes, of what it will be once decoded, and of the memo
 
 import asyncio
 
+from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, Request
 
 from router.front.errors import ApiError, bad_request, overloaded
@@ -28,7 +29,8 @@ class BodyReader:
         self._max_values = max(MAX_VALUES, max_prompt_tokens + 1024)
 
     async def read(self, request: Request) -> bytearray:
-        """Return the body. Raise ApiError 400, 408, 413 or 429, or ClientDisconnect when the client has gone."""
+        """Return the body. Raise ApiError 400, 408, 413, 415 or 429, or ClientDisconnect when the client has gone."""
+        _check_kind(request.headers)
         announced = request.headers.get("content-length", "0")
         if announced.isdecimal() and int(announced[:20]) > MAX_BODY_BYTES:
             raise _too_large()
@@ -67,6 +69,23 @@ class BodyReader:
             raise bad_request(f"the body holds more than {self._max_values} values", close=is_part)
         if meter.num_containers > MAX_CONTAINERS:
             raise bad_request(f"the body holds more than {MAX_CONTAINERS} lists and objects", close=is_part)
+
+
+def _check_kind(headers: Headers) -> None:
+    """Other kinds than JSON a browser sends from any page without asking first, and so it does with none."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_json = kind == "application/json" or kind.endswith("+json")
+    if not is_json and (kind or "origin" in headers):
+        raise _unsupported(f"the content-type must be application/json, not {kind[:64] or 'left out'}", "content-type")
+    coding = headers.get("content-encoding", "identity").strip().lower()
+    if coding != "identity":
+        raise _unsupported(
+            f"a body with content-encoding {coding[:64]} is not read; send it as it is", "content-encoding"
+        )
+
+
+def _unsupported(message: str, param: str) -> ApiError:
+    return ApiError(415, message, param=param, code="unsupported_media_type")
 
 
 def _too_large() -> ApiError:

@@ -12,7 +12,7 @@ from router.front.text import ModelText
 
 
 class Prompt(msgspec.Struct, frozen=True):
-    """One prompt; text is None when it was given as token ids, or cut. begins_text: what follows is a text of its own."""
+    """One prompt. text: None when it was given as ids, or cut. begins_text: what follows is a text of its own."""
 
     token_ids: tuple[int, ...]
     text: str | None = None

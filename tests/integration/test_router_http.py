@@ -529,6 +529,42 @@ def test_an_offer_of_another_protocol_is_passed_over(router: RouterUnderTest, pi
     assert answer.endswith(b'{"status":"ok"}')
 
 
+def test_pages_of_named_origins_may_call_and_no_others(router: RouterUnderTest, tmp_path: Path) -> None:
+    page, other = "https://chat.example.org", "https://example.org"
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "content-type,authorization"}
+    with (
+        RouterUnderTest(write_model(tmp_path), (GroupSpec("colocated", 0),), cors_origins=(page,)) as open_router,
+        FakeWorker(open_router.control, "colocated"),
+    ):
+        open_router.await_ready()
+        for server, origin, is_let in ((open_router, page, True), (open_router, other, False), (router, page, False)):
+            answer = server.client.options("/v1/chat/completions", headers={"origin": origin, **asks})
+            assert (answer.status_code == 200) == is_let
+            assert ("authorization" in answer.headers.get("access-control-allow-headers", "").lower()) >= is_let
+            for body, status in (({"prompt": "one"}, 200), ({"prompt": ""}, 400)):
+                got = server.client.post("/v1/completions", json=body, headers={"origin": origin})
+                assert got.status_code == status
+                assert (got.headers.get("access-control-allow-origin") == origin) == is_let
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"content-type": "application/json"}, 200),
+        ({"content-type": "Application/JSON; charset=utf-8", "content-encoding": "identity"}, 200),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+        ({"origin": "https://example.org"}, 415),
+        ({"content-type": "application/json", "content-encoding": "gzip"}, 415),
+    ],
+)
+def test_only_json_as_it_is_is_read(router: RouterUnderTest, headers: dict[str, str], status: int) -> None:
+    answer = router.client.post("/v1/completions", content=PLAIN_BODY, headers=headers)
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["error"]["message"]
+
+
 def test_without_a_tokenizer_only_token_ids_are_served(tmp_path: Path) -> None:
     with (
         RouterUnderTest(write_model(tmp_path, with_tokenizer=False)) as router,

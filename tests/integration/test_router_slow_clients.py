@@ -19,7 +19,7 @@ from router.front.app import render
 from router.front.body import BodyReader
 from router.front.choice import Delta
 from router.front.errors import ApiError
-from router.front.event_stream import EventStream
+from router.front.event_stream import EventStream, frame
 from router.front.generation import CLIENT_GONE, CLIENT_STALLED
 from router.front.http_protocol import GuardedProtocol
 from router.front.quota import Quota
@@ -49,7 +49,29 @@ class EndlessGeneration:
             await asyncio.sleep(0)
 
 
+class SilentGeneration(EndlessGeneration):
+    """Stands for a request whose tokens do not come; it fails when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.woken = asyncio.Event()
+        self.failure: ApiError | None = None
+
+    def wake(self) -> None:
+        self.woken.set()
+
+    async def deltas(self) -> AsyncIterator[dict[int, Delta]]:
+        while self.failure is None:
+            await self.woken.wait()
+            self.woken.clear()
+            yield {}
+        raise self.failure
+
+
 class LargeFrames:
+    def error(self, error: ApiError) -> bytes:
+        return frame(error.body())
+
     def frames(self, batch: dict[int, Delta]) -> bytes:
         return b"x" * 65536
 
@@ -133,6 +155,29 @@ def test_a_body_that_never_ends_is_a_408(monkeypatch: pytest.MonkeyPatch) -> Non
                 port, b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 5\r\n\r\nab"
             )
             assert answer.startswith(b"HTTP/1.1 408")
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_without_tokens_says_that_it_lives_and_then_why_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "SILENCE_S", 0.05)
+
+    async def scenario() -> None:
+        generation = SilentGeneration()
+
+        async def endpoint(request: Request) -> Response:
+            return EventStream(generation, LargeFrames())  # type: ignore[arg-type]
+
+        async with serving(Route("/", endpoint)) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            answer = b""
+            while answer.count(b": keep-alive\n\n") < 3:
+                answer += await asyncio.wait_for(reader.read(4096), 5)
+            assert answer.startswith(b"HTTP/1.1 200")
+            generation.failure = ApiError(503, "the worker is lost")
+            assert b'data: {"error":{"message":"the worker is lost"' in await asyncio.wait_for(reader.read(), 5)
+            writer.close()
 
     asyncio.run(scenario())
 
