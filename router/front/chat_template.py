@@ -31,7 +31,7 @@ END_MARK = "\ue000 "
 """Stands where a message is to be continued; a private character, and a space that tells whether the template trims."""
 
 
-class Generation(Extension):
+class GenerationTag(Extension):
     """{% generation %}: for training it marks what the assistant said; a prompt has what stands inside."""
 
     tags = {"generation"}  # noqa: RUF012 (as jinja declares it)
@@ -56,7 +56,7 @@ class ChatTemplate:
         self._knows_developer = bool(re.search(r"""["']developer["']""", source))
 
     def render(
-        self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None, has_opening: bool = True
+        self, messages: Sequence[ChatTurn], variables: Mapping[str, Any] | None = None, has_opening: bool = True
     ) -> str:
         """Return the prompt; with has_opening, up to where the assistant speaks. Raise ValueError when it cannot be."""
         turns = [self._turn(message) for message in messages]
@@ -64,7 +64,7 @@ class ChatTemplate:
         with _as_value_error():
             return self._template.render(**self._special_tokens, **(variables or {}), **given)
 
-    def render_unfinished(self, messages: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
+    def render_unfinished(self, messages: Sequence[ChatTurn], variables: Mapping[str, Any] | None = None) -> str:
         """Return the prompt up to the end of what the last message says. Raise ValueError when it cannot be."""
         *earlier, last = messages
         if not last["content"]:
@@ -75,7 +75,7 @@ class ChatTemplate:
             raise ValueError("the model's chat template leaves out the end of the last message")
         return text if rest.startswith(END_MARK[1:]) else text.rstrip()
 
-    def _turn(self, message: Message) -> Message:
+    def _turn(self, message: ChatTurn) -> ChatTurn:
         """Say what a developer says as the system where the template has no place for it: most would drop it.
 
         What was thought has two names, of which a template reads one.
@@ -96,7 +96,7 @@ def _as_value_error() -> Iterator[None]:
 
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception

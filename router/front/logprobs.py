@@ -31,7 +31,7 @@ class Spelling(NamedTuple):
         return self.text.visible_bytes(token_id, self.skips_special)
 
 
-Drawn = Sequence[tuple[int, TokenLogprobs]]
+DrawnTokens = Sequence[tuple[int, TokenLogprobs]]
 """Tokens that were drawn, with their log probabilities."""
 
 
@@ -49,7 +49,7 @@ class TextOffsets:
         return offset
 
 
-def completion_logprobs(drawn: Drawn, spelling: Spelling, offsets: TextOffsets) -> CompletionLogprobs:
+def completion_logprobs(drawn: DrawnTokens, spelling: Spelling, offsets: TextOffsets) -> CompletionLogprobs:
     """offsets: the choice's, which have come as far as these tokens. The drawn token is always among the top ones."""
     return CompletionLogprobs(
         tokens=[spelling.name(token_id) for token_id, _ in drawn],
@@ -59,7 +59,7 @@ def completion_logprobs(drawn: Drawn, spelling: Spelling, offsets: TextOffsets) 
     )
 
 
-def chat_logprobs(drawn: Drawn, spelling: Spelling) -> ChatLogprobs:
+def chat_logprobs(drawn: DrawnTokens, spelling: Spelling) -> ChatLogprobs:
     return ChatLogprobs([_token_logprob(token_id, entry, spelling) for token_id, entry in drawn])
 
 

@@ -12,11 +12,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from protocol.errors import ConfigError
-from router.front.chat_template import ChatTemplate, Message, load_chat_template
+from router.front.chat_template import ChatTemplate, ChatTurn, load_chat_template
 from router.front.detokenizer import UNFINISHED, Detokenizer
 from router.front.errors import bad_request, text_too_long, too_long
 from router.front.free_memory import return_free_memory
-from router.front.token_pieces import Piece, TokenPieces
+from router.front.token_pieces import TokenPiece, TokenPieces
 from router.front.work_pool import WorkPool
 
 MAX_CHARS_INLINE = 2000
@@ -48,11 +48,11 @@ class ModelText:
         self._tokenizing_long = WorkPool("tokenizing of long texts", num_threads=1, max_waiting=32)
         self._pieces = None if tokenizer is None else TokenPieces(tokenizer)
 
-    async def render(self, messages: Sequence[Message], variables: Mapping[str, Any], has_opening: bool = True) -> str:
+    async def render(self, messages: Sequence[ChatTurn], variables: Mapping[str, Any], has_opening: bool = True) -> str:
         """Return the text of a conversation; the template writes the special tokens itself. See ChatTemplate.render."""
         return await self._templated(self._chat(variables).render, messages, variables, has_opening)
 
-    async def render_unfinished(self, messages: Sequence[Message], variables: Mapping[str, Any]) -> str:
+    async def render_unfinished(self, messages: Sequence[ChatTurn], variables: Mapping[str, Any]) -> str:
         """Return the text of a conversation up to the end of its last message."""
         return await self._templated(self._chat(variables).render_unfinished, messages, variables)
 
@@ -79,9 +79,9 @@ class ModelText:
             return ""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skips_special)).rstrip(UNFINISHED)
 
-    def piece(self, token_id: int) -> Piece:
+    def piece(self, token_id: int) -> TokenPiece:
         """Return what a token stands for by itself."""
-        return Piece(f"token_id:{token_id}", None) if self._pieces is None else self._pieces.piece(token_id)
+        return TokenPiece(f"token_id:{token_id}", None) if self._pieces is None else self._pieces.piece(token_id)
 
     def visible_bytes(self, token_id: int, skips_special: bool) -> bytes:
         """Return what a token adds to a text: special ones nothing when those are skipped."""

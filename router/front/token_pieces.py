@@ -13,10 +13,10 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer
 
-Step = Callable[[str], str | bytes]
+DecoderStep = Callable[[str], str | bytes]
 
 
-class Piece(msgspec.Struct, frozen=True):
+class TokenPiece(msgspec.Struct, frozen=True):
     """text: "bytes:\\xe2", as OpenAI writes it, for parts of characters. data: None where the id has no token."""
 
     text: str
@@ -32,13 +32,13 @@ class TokenPieces:
         self._steps = [_step(part) for part in _parts(json.loads(tokenizer.to_str())["decoder"])]
         self.piece = lru_cache(maxsize=1 << 16)(self._piece)
 
-    def _piece(self, token_id: int) -> Piece:
+    def _piece(self, token_id: int) -> TokenPiece:
         written = self._added.get(token_id)
         if written is not None:
-            return Piece(written, written.encode())
+            return TokenPiece(written, written.encode())
         written = self._tokenizer.id_to_token(token_id)
         if written is None:  # a row that only fills up the model's embedding
-            return Piece(f"token_id:{token_id}", None)
+            return TokenPiece(f"token_id:{token_id}", None)
         return _named(self._bytes(written))
 
     def _bytes(self, written: str) -> bytes:
@@ -50,11 +50,11 @@ class TokenPieces:
         return written.encode(errors="replace")
 
 
-def _named(data: bytes) -> Piece:
+def _named(data: bytes) -> TokenPiece:
     try:
-        return Piece(data.decode(), data)
+        return TokenPiece(data.decode(), data)
     except UnicodeDecodeError:
-        return Piece("bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data)
+        return TokenPiece("bytes:" + "".join(f"\\x{byte:02x}" for byte in data), data)
 
 
 def _parts(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
@@ -67,7 +67,7 @@ def _parts(decoder: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
         yield from _parts(part)
 
 
-def _step(part: dict[str, Any]) -> Step:
+def _step(part: dict[str, Any]) -> DecoderStep:
     """Return what a step makes of one piece. What it does to a text as a whole is none of a piece's business."""
     match part:
         case {"type": "ByteLevel"}:

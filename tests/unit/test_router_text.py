@@ -18,7 +18,7 @@ from router.front.detokenizer import MAX_HELD, Detokenizer
 from router.front.logprobs import Spelling, TextOffsets, chat_logprobs, completion_logprobs
 from router.front.stop_strings import StopStrings
 from router.front.text import MAX_CHARS_USUAL, ModelText
-from router.front.token_pieces import Piece, TokenPieces
+from router.front.token_pieces import TokenPiece, TokenPieces
 from tests.integration.router_process import SPECIAL_TOKENS, VOCAB_SIZE, tiny_tokenizer
 
 SPECIAL_IDS = frozenset({0, 1, 2})
@@ -163,10 +163,10 @@ def test_a_token_has_its_own_bytes_and_text_whatever_the_vocabulary(tokenizer: T
         " cat": TokenPieces(metaspace).piece(0),
         "cat": TokenPieces(metaspace).piece(1),
     }
-    assert spelled == {text: Piece(text, text.encode()) for text in spelled}
-    half = Piece("bytes:\\xe2", b"\xe2")
+    assert spelled == {text: TokenPiece(text, text.encode()) for text in spelled}
+    half = TokenPiece("bytes:\\xe2", b"\xe2")
     assert (of_bytes.piece(tokenizer.token_to_id("â")), of_words.piece(6 + 0xE2)) == (half, half)
-    assert of_bytes.piece(VOCAB_SIZE + 5) == Piece(f"token_id:{VOCAB_SIZE + 5}", None)
+    assert of_bytes.piece(VOCAB_SIZE + 5) == TokenPiece(f"token_id:{VOCAB_SIZE + 5}", None)
 
 
 @pytest.mark.parametrize("seed", range(20))
