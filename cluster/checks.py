@@ -13,6 +13,7 @@ from pathlib import Path
 from cluster.kv_memory import block_bytes
 from cluster.ports import check_port
 from protocol.errors import ConfigError
+from protocol.generation_config import load_sampling_defaults
 from protocol.memory_size import format_memory, parse_memory, parse_share
 from protocol.messages import RoleName
 from protocol.model_config import ModelConfig, load_model_config
@@ -53,6 +54,8 @@ def check_topology(topology: Topology) -> ModelConfig:
     with _about("model.path"):
         folder = find_model(topology.model.path, TOKENIZER_FILES)
         model = load_model_config(folder)
+        if topology.router.sampling_defaults == "model":
+            load_sampling_defaults(folder)
         _check_files(folder, has_weights=Path(topology.model.path).expanduser().is_dir())
     with _about("kv_transfer.min_fetch_tokens"):
         _check_fetching(topology)

@@ -53,6 +53,7 @@ class ClientLimits(Section, frozen=True, kw_only=True):
 class RouterSection(Section, frozen=True, kw_only=True):
     """Where clients connect. grace_s: how long a drain waits for running requests; timeout_s: a request's deadline.
 
+    sampling_defaults: model takes what a request does not say from the model's generation_config.json, none does not.
     cors_origins: whose pages a browser lets call us, as https://chat.example.org, or "*" for everybody's.
     """
 
@@ -62,6 +63,7 @@ class RouterSection(Section, frozen=True, kw_only=True):
     grace_s: Seconds = 30.0
     timeout_s: Seconds = 600.0
     limits: ClientLimits = ClientLimits()
+    sampling_defaults: Literal["model", "none"] = "model"
     cors_origins: tuple[str, ...] = ()
 
 

@@ -24,6 +24,7 @@ from prometheus_client import (
 )
 
 from protocol.errors import ConfigError
+from protocol.generation_config import SamplingDefaults, load_sampling_defaults
 from protocol.memory_size import parse_memory
 from protocol.model_config import load_model_config
 from protocol.stages import Stage
@@ -92,12 +93,18 @@ def build(launch: RouterLaunch, control: ControlPlane) -> tuple[Serving, QuietSe
         eos_token_ids=load_model_config(folder).eos_token_ids,
         timeout_s=launch.section.timeout_s,
         created=int(time.time()),
+        sampling_defaults=_sampling_defaults(launch),
         metrics_writing=WorkPool("metrics", num_threads=1, max_waiting=16),
     )
     registry.register(ClusterMetrics(control.controller, launch.model_name))
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
     return serving, _server(build_app(serving, registry, launch.section.cors_origins), launch.section.limits)
+
+
+def _sampling_defaults(launch: RouterLaunch) -> SamplingDefaults:
+    is_wanted = launch.section.sampling_defaults == "model"
+    return load_sampling_defaults(Path(launch.model_folder)) if is_wanted else SamplingDefaults()
 
 
 def _body_memory(limits: ClientLimits) -> Quota:

@@ -69,7 +69,8 @@ class Call:
         serving = self.serving
         room = serving.room_for(prompt, param)
         asked = room if self.body.most_tokens is None else self.body.most_tokens
-        params = sampling_params(self.body, asked, num_logprobs, serving.eos_token_ids, serving.vocab_size)
+        facts = serving.eos_token_ids, serving.vocab_size, serving.sampling_defaults
+        params = sampling_params(self.body, asked, num_logprobs, *facts)
         return msgspec.structs.replace(params, max_tokens=min(asked, room), min_tokens=min(params.min_tokens, room))
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:

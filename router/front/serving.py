@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from protocol.generation_config import SamplingDefaults
 from router.control.dispatch import NoPair, PromptTooLong
 from router.control.plane import ControlPlane
 from router.front.body import BodyReader
@@ -29,6 +30,7 @@ class Serving:
     eos_token_ids: tuple[int, ...]
     timeout_s: float
     created: int
+    sampling_defaults: SamplingDefaults
     metrics_writing: WorkPool
     is_draining: bool = False
 

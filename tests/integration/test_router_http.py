@@ -254,14 +254,16 @@ def test_special_tokens_and_variables_of_the_template_are_as_asked_for(tmp_path:
     tokenizer = tiny_tokenizer()
     tokenizer.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 0)])
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text('{"temperature": 0.25, "eos_token_id": 0}')
     (folder / "chat_template.jinja").write_text("{{ enable_thinking }}{{ reasoning_effort }}{{ messages[0].content }}")
     with (
         RouterUnderTest(folder, (GroupSpec("colocated", 0),)) as router,
-        FakeWorker(router.control, "colocated"),
+        FakeWorker(router.control, "colocated") as worker,
     ):
         router.await_ready()
         for is_added, ids in ((None, [0, *IDS]), (True, [0, *IDS]), (False, IDS)):
             assert ids_of(router, "/v1/completions", prompt=WORDS, add_special_tokens=is_added) == ids
+        assert worker.messages(Prefill)[0].request.sampling.temperature == 0.25  # type: ignore[attr-defined]
         messages = [{"role": "user", "content": " one"}]
         wish = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
         for is_added, begin in ((None, ""), (False, ""), (True, "<|end|>")):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from protocol.generation_config import SamplingDefaults
 from protocol.layout import Endpoint, KVLayout
 from router.control.dispatch import Dispatcher
 from router.control.policies import POLICIES, ReadyGroup
@@ -29,7 +30,7 @@ class Control:
 def serving_of(text: object) -> Serving:
     parts = {"control": Control(), "text": text, "bodies": None, "metrics": None, "metrics_writing": None}
     facts = {"model_name": "m", "max_context": 64, "vocab_size": 100, "eos_token_ids": ()}
-    parts |= facts | {"timeout_s": 1.0, "created": 0}
+    parts |= facts | {"timeout_s": 1.0, "created": 0, "sampling_defaults": SamplingDefaults()}
     return Serving(**parts)  # type: ignore[arg-type]
 
 
