@@ -12,6 +12,7 @@ from pathlib import Path
 
 from cluster.ports import check_port
 from protocol.errors import ConfigError
+from protocol.generation_config import load_sampling_defaults
 from protocol.layout import KVLayout, keys_and_values
 from protocol.memory_size import format_memory, parse_memory, parse_share
 from protocol.messages import RoleName
@@ -56,6 +57,8 @@ def check_topology(topology: Topology) -> ModelConfig:
     with _about("model.path"):
         folder = find_model(topology.model.path, TOKENIZER_FILES)
         model = load_model_config(folder)
+        if topology.router.sampling_defaults == "model":
+            load_sampling_defaults(folder)
         _check_files(folder, has_weights=Path(topology.model.path).expanduser().is_dir())
     with _about("kv_transfer.min_fetch_tokens"):
         _check_fetching(topology)

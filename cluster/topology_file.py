@@ -222,7 +222,12 @@ def _check_roles(topology: Topology, places: Places) -> None:
 
 
 def _check_memory(topology: Topology, places: Places) -> None:
-    sizes = {"kv_cache.memory": topology.kv_cache.memory}
+    limits = topology.router.limits
+    sizes = {
+        "kv_cache.memory": topology.kv_cache.memory,
+        "router.limits.body_memory": limits.body_memory,
+        "router.limits.body_memory_per_address": limits.body_memory_per_address,
+    }
     for role, section in roles(topology):
         if section.kv_cache.memory:
             sizes[f"{role}.kv_cache.memory"] = section.kv_cache.memory

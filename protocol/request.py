@@ -49,6 +49,11 @@ class SamplingParams(msgspec.Struct, frozen=True):
         """Tokens that end the request once min_tokens have been drawn."""
         return self.stop_token_ids if self.ignore_eos else self.stop_token_ids + self.eos_token_ids
 
+    @property
+    def chosen_stop_token_ids(self) -> frozenset[int]:
+        """Tokens that end the request because it says so, and would not end it otherwise."""
+        return frozenset(self.stop_token_ids).difference(() if self.ignore_eos else self.eos_token_ids)
+
     def validate(self, vocab_size: int) -> None:
         """Raise ValueError, naming the parameter and its bounds, for a value no sampler could honour."""
         for name, low, high in _BOUNDS:

@@ -37,14 +37,34 @@ class ModelSection(Section, frozen=True, kw_only=True):
     max_context: Positive | None = None
 
 
+class ClientLimits(Section, frozen=True, kw_only=True):
+    """What clients may hold of the router at once, all together and those of one address.
+
+    Behind a proxy all have one address. body_memory: of bodies that are still arriving; each one's first 64 KiB are
+    not counted. An IPv6 network of 64 bits counts as one address.
+    """
+
+    connections: Positive = 8192
+    connections_per_address: Positive = 4096
+    body_memory: str = "256MiB"
+    body_memory_per_address: str = "64MiB"
+
+
 class RouterSection(Section, frozen=True, kw_only=True):
-    """Where clients connect. grace_s: how long a drain waits for running requests; timeout_s: a request's deadline."""
+    """Where clients connect. grace_s: how long a drain waits for running requests; timeout_s: a request's deadline.
+
+    sampling_defaults: model takes what a request does not say from the model's generation_config.json, none does not.
+    cors_origins: whose pages a browser lets call us, as https://chat.example.org, or "*" for everybody's.
+    """
 
     host: str = "127.0.0.1"
     port: Port = 8000
     policy: PolicyName = "least_loaded"
     grace_s: Seconds = 30.0
     timeout_s: Seconds = 600.0
+    limits: ClientLimits = ClientLimits()
+    sampling_defaults: Literal["model", "none"] = "model"
+    cors_origins: tuple[str, ...] = ()
 
 
 class RoleCacheSection(Section, frozen=True, kw_only=True):

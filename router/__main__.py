@@ -12,6 +12,7 @@ import sys
 import uvloop
 
 from protocol.errors import ConfigError
+from router.front.free_memory import keep_large_blocks_apart
 from router.launch import read_launch
 from router.process import serve
 
@@ -23,6 +24,8 @@ def main() -> int:
     gc.freeze()  # what was imported stays; to look at all of it takes some milliseconds in which no stream moves
     try:
         _allow_connections()
+        keep_large_blocks_apart()
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or texts of all threads wait in one line of the library's
         _begin_to_log(os.environ.get("TANDEM_LOG_LEVEL", "INFO").upper())
         uvloop.run(serve(read_launch(sys.stdin.fileno()), sys.stdin.fileno()))
     except ConfigError as error:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -23,17 +24,22 @@ from prometheus_client import (
 )
 
 from protocol.errors import ConfigError
+from protocol.generation_config import SamplingDefaults, load_sampling_defaults
+from protocol.memory_size import parse_memory
 from protocol.model_config import load_model_config
 from protocol.stages import Stage
-from protocol.topology import RouterSection
+from protocol.topology import ClientLimits, RouterSection
 from router.control.controller import Controller
 from router.control.events import Outcome
 from router.control.plane import ControlPlane
 from router.front.app import build_app
+from router.front.body import BodyReader
 from router.front.http_protocol import GuardedProtocol
 from router.front.metrics import ClusterMetrics, RequestMetrics
+from router.front.quota import Quota
 from router.front.serving import Serving
 from router.front.text import load_text
+from router.front.work_pool import WorkPool
 from router.launch import Addresses, RouterLaunch
 
 BACKLOG = 2048
@@ -69,6 +75,7 @@ async def serve(launch: RouterLaunch, stdin: int) -> None:
     await drain(serving, launch.section.grace_s)
     server.should_exit = True
     await running
+    serving.close()
     await control.close()
 
 
@@ -80,24 +87,37 @@ def build(launch: RouterLaunch, control: ControlPlane) -> tuple[Serving, QuietSe
     serving = Serving(
         control=control,
         metrics=RequestMetrics(registry, launch.model_name),
-        text=load_text(folder, launch.max_context),
+        bodies=BodyReader(_body_memory(launch.section.limits), launch.max_context),
+        text=load_text(folder, launch.max_context, launch.vocab_size),
         model_name=launch.model_name,
         max_context=launch.max_context,
         vocab_size=launch.vocab_size,
         eos_token_ids=load_model_config(folder).eos_token_ids,
         timeout_s=launch.section.timeout_s,
         created=int(time.time()),
+        sampling_defaults=_sampling_defaults(launch),
+        metrics_writing=WorkPool("metrics", num_threads=1, max_waiting=16),
     )
     registry.register(ClusterMetrics(control.controller, launch.model_name))
     for collector in (ProcessCollector, PlatformCollector, GCCollector):
         collector(registry=registry)
-    return serving, _server(build_app(serving, registry))
+    return serving, _server(build_app(serving, registry, launch.section.cors_origins), launch.section.limits)
 
 
-def _server(app: object) -> QuietServer:
+def _sampling_defaults(launch: RouterLaunch) -> SamplingDefaults:
+    is_wanted = launch.section.sampling_defaults == "model"
+    return load_sampling_defaults(Path(launch.model_folder)) if is_wanted else SamplingDefaults()
+
+
+def _body_memory(limits: ClientLimits) -> Quota:
+    return Quota(parse_memory(limits.body_memory), parse_memory(limits.body_memory_per_address))
+
+
+def _server(app: object, limits: ClientLimits) -> QuietServer:
+    connections = Quota(limits.connections, limits.connections_per_address)
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http=GuardedProtocol,
+        http=partial(GuardedProtocol, connections),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,

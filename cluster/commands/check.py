@@ -9,7 +9,9 @@ from cluster.ray_session import uses_existing_cluster
 from cluster.topology_file import load_topology, place_of
 from protocol.errors import ConfigError
 from protocol.model_config import ModelConfig
+from protocol.model_files import TOKENIZER_FILES, find_model
 from protocol.topology import Topology
+from router.front.chat_template import load_chat_template
 
 
 def add(commands: Any) -> None:
@@ -35,6 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Print one line when everything is fine; ConfigError says what is not."""
     topology, _ = load_and_check(arguments)
     print(f"{arguments.config}: fine. {describe(topology)}")
+    try:
+        load_chat_template(find_model(topology.model.path, TOKENIZER_FILES))
+    except ConfigError as error:
+        print(f"{arguments.config}: {error}; all but /v1/chat/completions will be served")
     return 0
 
 

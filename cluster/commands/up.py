@@ -11,6 +11,7 @@ from cluster.progress import ProgressDisplay
 from cluster.ray_session import RaySession
 from cluster.router_process import RouterProcess
 from cluster.stop_signal import StopSignal
+from protocol.generation_config import load_sampling_defaults
 from protocol.model_config import ModelConfig
 from protocol.model_files import TOKENIZER_FILES, find_model
 from protocol.topology import Topology
@@ -53,6 +54,8 @@ def _serve(
             status = supervisor.wait_until_ready(stop)
             if status is not None:
                 progress.tell_capacity(status, longest_context(topology, model))
+                if defaults := _sampling_defaults(topology):
+                    progress.say(f"unless a request says otherwise: {defaults} (the model's generation_config.json)")
                 progress.say(_invitation(router.addresses.http, _model_name(topology), session.logs))
                 supervisor.watch(stop)
                 progress.say("stopping")
@@ -83,6 +86,12 @@ def _router_launch(topology: Topology, model: ModelConfig, control_host: str) ->
         groups=tuple(groups),
         is_fetching=topology.decode is not None and topology.kv_transfer.min_fetch_tokens > 0,
     )
+
+
+def _sampling_defaults(topology: Topology) -> str:
+    """Return what requests get that say nothing, where that is not the model as it is."""
+    is_wanted = topology.router.sampling_defaults == "model"
+    return str(load_sampling_defaults(find_model(topology.model.path, TOKENIZER_FILES))) if is_wanted else ""
 
 
 def _model_name(topology: Topology) -> str:

@@ -5,12 +5,14 @@ Built by router/process.py. Nothing here or below logs what clients send.
 
 import logging
 import re
+from collections.abc import Sequence
 
 from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -22,6 +24,7 @@ from router.front.chat import chat_completions
 from router.front.completions import completions
 from router.front.errors import ApiError, RequestFailed
 from router.front.http_protocol import header_problem
+from router.front.last_answer import LastAnswer
 from router.front.metrics import RequestMetrics
 from router.front.openapi import openapi
 from router.front.serving import Serving
@@ -41,11 +44,11 @@ ROUTES = [
 ]
 
 
-def build_app(serving: Serving, registry: CollectorRegistry) -> Starlette:
-    """Return the application over these collaborators."""
+def build_app(serving: Serving, registry: CollectorRegistry, cors_origins: Sequence[str] = ()) -> Starlette:
+    """Return the application over these collaborators. cors_origins: whose pages a browser may let call it."""
     app = Starlette(
         routes=ROUTES,
-        middleware=[Middleware(RequestLabel)],
+        middleware=[Middleware(RequestLabel), *_cors(cors_origins)],
         exception_handlers={
             ApiError: _api_error,
             HTTPException: _http_error,
@@ -57,6 +60,20 @@ def build_app(serving: Serving, registry: CollectorRegistry) -> Starlette:
     app.state.serving = serving
     app.state.registry = registry
     return app
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Browsers ask first (OPTIONS) whether a page of another origin may send JSON; without an answer it may not."""
+    if not origins:
+        return []
+    answer = Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", "retry-after", "x-should-retry"),
+    )
+    return [answer]
 
 
 class RequestLabel:
@@ -90,15 +107,16 @@ def _label(scope: Scope) -> str:
     return given.decode() if re.fullmatch(rb"[A-Za-z0-9_-]{1,64}", given) else new_request_id()
 
 
-def _render(error: ApiError) -> Response:
-    return Response(error.body(), error.status, error.headers, "application/json")
+def render(error: ApiError) -> Response:
+    kind = LastAnswer if error.close else Response
+    return kind(error.body(), error.status, error.headers, "application/json")
 
 
 async def _api_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     if not isinstance(error, RequestFailed):
         _metrics(http).rejected(error.status)
-    return _render(error)
+    return render(error)
 
 
 async def _http_error(http: Request, error: Exception) -> Response:
@@ -118,7 +136,7 @@ async def _gone(http: Request, error: Exception) -> Response:
 async def _bug(http: Request, error: Exception) -> Response:
     """The traceback goes to the log; the client learns no more than that it was not its fault."""
     _metrics(http).rejected(500)
-    return _render(ApiError(500, "internal error", code="internal_error", should_retry=False))
+    return render(ApiError(500, "internal error", code="internal_error", should_retry=False))
 
 
 def _metrics(http: Request) -> RequestMetrics:

@@ -7,12 +7,10 @@ from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from router.front.body import read_body
 from router.front.choice import Choice, Delta
 from router.front.completions import check_model
 from router.front.errors import bad_request
 from router.front.logprobs import chat_logprobs
-from router.front.prompts import chat_prompt
 from router.front.responder import Call, answer
 from router.front.responses import (
     AssistantMessage,
@@ -30,14 +28,14 @@ from router.front.serving import Serving
 async def chat_completions(http: Request) -> Response:
     """The endpoint. Raises ApiError for everything that is not 200."""
     serving: Serving = http.app.state.serving
-    body = parse_body(await read_body(http), ChatBody)
+    body = parse_body(await serving.bodies.read(http), ChatBody)
     check_model(body.model, serving)
     serving.check_open()
     if body.top_logprobs is not None and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", "top_logprobs")
-    call = Call(serving, body, [await chat_prompt(body, serving.text)])
+    call = Call(serving, body, [await serving.prompts.of_chat(body)])
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    generation = call.generation(body.max_completion_tokens or body.max_tokens, num_logprobs, "messages")
+    generation = call.generation(num_logprobs, "messages")
     return await answer(call, generation, ChatForm(call, body), http)
 
 
@@ -93,4 +91,4 @@ class ChatForm:
         )
 
     def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
-        return chat_logprobs(delta.logprobs, self._call.serving.text) if self._body.logprobs else None
+        return chat_logprobs(delta.logprobs, self._call.spelling) if self._body.logprobs else None

@@ -7,30 +7,27 @@ from msgspec import UNSET
 from starlette.requests import Request
 from starlette.responses import Response
 
-from router.front.body import read_body
 from router.front.choice import Choice, Delta
 from router.front.errors import ApiError, no_such_model
-from router.front.logprobs import completion_logprobs
-from router.front.prompts import Prompt, completion_prompts
+from router.front.logprobs import TextOffsets, completion_logprobs
+from router.front.prompts import Prompt
 from router.front.responder import Call, answer
 from router.front.responses import Completion, CompletionChoice, CompletionLogprobs, Usage, UsageField
 from router.front.schemas import CompletionBody, parse_body
 from router.front.serving import Serving
 
-DEFAULT_MAX_TOKENS = 16
-
 
 async def completions(http: Request) -> Response:
     """The endpoint. Raises ApiError for everything that is not 200."""
     serving: Serving = http.app.state.serving
-    body = parse_body(await read_body(http), CompletionBody)
+    body = parse_body(await serving.bodies.read(http), CompletionBody)
     check_model(body.model, serving)
     serving.check_open()
     if body.echo and body.logprobs is not None:
         raise ApiError(400, "echo together with logprobs is not served; ask for one of them", param="echo")
-    prompts = await completion_prompts(body, serving.text, serving.vocab_size)
+    prompts = await serving.prompts.of_completion(body)
     call = Call(serving, body, prompts)
-    generation = call.generation(body.max_tokens or DEFAULT_MAX_TOKENS, body.logprobs, "prompt")
+    generation = call.generation(body.logprobs, "prompt")
     return await answer(call, generation, CompletionForm(call, body), http)
 
 
@@ -41,13 +38,13 @@ def check_model(name: str | None, serving: Serving) -> None:
 
 
 class CompletionForm:
-    """See router.front.responder.AnswerForm. Remembers, per choice, how many characters have been written."""
+    """See router.front.responder.AnswerForm. Remembers, per choice, where its text has come to."""
 
     def __init__(self, call: Call, body: CompletionBody) -> None:
         self._call = call
         self._body = body
         self._created = int(time.time())
-        self._offsets = [0] * len(call.prompts)
+        self._offsets = [TextOffsets() for _ in call.prompts]
         self._is_first = [True] * len(call.prompts)
 
     def whole(self, deltas: Sequence[Delta], choices: Sequence[Choice], usage: Usage) -> Completion:
@@ -86,11 +83,9 @@ class CompletionForm:
     def _echo(self, prompt: Prompt) -> str:
         if not self._body.echo:
             return ""
-        return self._call.serving.text.decode(prompt.token_ids) if prompt.text is None else prompt.text
+        return self._call.spelling.decode(prompt.token_ids) if prompt.text is None else prompt.text
 
     def _logprobs(self, index: int, delta: Delta) -> CompletionLogprobs | None:
         if self._body.logprobs is None:
             return None
-        logprobs = completion_logprobs(delta.logprobs, self._call.serving.text, self._offsets[index])
-        self._offsets[index] += sum(map(len, logprobs.tokens))
-        return logprobs
+        return completion_logprobs(delta.logprobs, self._call.spelling, self._offsets[index])

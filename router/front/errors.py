@@ -40,6 +40,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
+        self.close = close
         self.detail = ErrorDetail(message, _TYPES.get(status, _type_of_class(status)), param, code)
         self.headers: dict[str, str] = {}
         if retry_after_s is not None:
@@ -64,9 +65,23 @@ def _type_of_class(status: int) -> str:
     return "invalid_request_error" if status < 500 else "server_error"
 
 
-def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+def bad_request(message: str, param: str | None = None, code: str | None = None, *, close: bool = False) -> ApiError:
     """The client must change its request; sending it again cannot help."""
-    return ApiError(400, message, param=param, code=code)
+    return ApiError(400, message, param=param, code=code, close=close)
+
+
+def too_long(num_prompt_tokens: int, num_tokens: int, param: str) -> ApiError:
+    """Clients know it by its code, or by the words "maximum context length is"."""
+    what = f"The prompt has {num_prompt_tokens}; it can have at most {num_tokens - 1}."
+    return bad_request(f"{_CONTEXT.format(num_tokens)} {what}", param, "context_length_exceeded")
+
+
+def text_too_long(num_characters: int, num_tokens: int, param: str) -> ApiError:
+    what = f"A text of {num_characters} characters cannot fit into it."
+    return bad_request(f"{_CONTEXT.format(num_tokens)} {what}", param, "context_length_exceeded")
+
+
+_CONTEXT = "This model's maximum context length is {} tokens, prompt and output together."
 
 
 def no_such_model(name: str, served: str) -> ApiError:
@@ -77,6 +92,11 @@ def no_such_model(name: str, served: str) -> ApiError:
 def unavailable(reason: str, code: str = "no_worker") -> ApiError:
     """Nobody can serve this now, but somebody may soon."""
     return ApiError(503, reason, code=code, retry_after_s=RETRY_AFTER_S, should_retry=True)
+
+
+def overloaded(reason: str, *, close: bool = False) -> ApiError:
+    """There is too much of something at this moment."""
+    return ApiError(429, reason, code="overloaded", retry_after_s=RETRY_AFTER_S, should_retry=True, close=close)
 
 
 # Status, and whether the same request may well succeed next time. What another attempt can mend was attempted already.

@@ -81,13 +81,19 @@ class Generation:
         for index in sorted(self._running):
             self._control.cancel(self.requests[index].request_id, outcome)
 
+    def wake(self) -> None:
+        """Have deltas yield now, whatever has come."""
+        self._mailbox.wake()
+
     async def deltas(self) -> AsyncIterator[dict[int, Delta]]:
-        """Yield what came, by choice, until all are complete. Raise ApiError or ClientGone when one cannot be."""
+        """Yield what came, by choice, until all are complete; nothing when woken. Raise ApiError or ClientGone when one
+        cannot be.
+        """
         num_complete = 0
         while num_complete < len(self.requests):
             items = await self._mailbox.take()
             batch, failure = self._digest(items)
-            if batch:
+            if batch or not items:
                 yield batch
             if failure is not None:
                 raise ClientGone if failure.stage is Stage.CANCELLED else from_outcome(failure)

@@ -6,12 +6,14 @@ Given to uvicorn by router/process.py. Limits on bodies are body.py's.
 """
 
 import asyncio
+from typing import Any
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from router.front.errors import bad_request
+from router.front.errors import ApiError, bad_request, overloaded
+from router.front.quota import Quota, owner_of
 
 HEADER_TIMEOUT_S = 10.0
 MAX_HEADER_BYTES = 32 << 10
@@ -22,17 +24,30 @@ _TOO_LARGE = f"the request's headers are larger than {MAX_HEADER_BYTES >> 10} Ki
 class GuardedProtocol(HttpToolsProtocol):
     """A connection between two requests, or with half a header, is closed when its time is up."""
 
+    _owner: str | None = None
     _timer: asyncio.TimerHandle | None = None
     _is_in_header = False
     _has_body_come = False  # with the last data
     _num_header_bytes = 0
 
+    def __init__(self, connections: Quota, *arguments: Any, **named: Any) -> None:
+        """connections: how many there may be; the rest is uvicorn's."""
+        super().__init__(*arguments, **named)
+        self._quota = connections
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._requests: list[RequestResponseCycle] = []  # since one last came while none was under way
+        owner = owner_of(self.client)
+        if not self._quota.take(owner, 1):
+            self._refuse(overloaded("too many connections"))
+            return
+        self._owner = owner
         self._await_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self._owner is not None:
+            self._quota.give_back(self._owner, 1)
         self._stop_timer()
         super().connection_lost(exc)
         for request in self._requests:
@@ -88,15 +103,15 @@ class GuardedProtocol(HttpToolsProtocol):
             super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
+        self._refuse(bad_request(msg))
+
+    def _refuse(self, error: ApiError) -> None:
+        """Say so and close, without having a request to answer."""
         self._stop_timer()
-        body = bad_request(msg).body()
-        lines = (
-            STATUS_LINE[400],
-            b"content-type: application/json\r\nconnection: close\r\n",
-            b"content-length: %d\r\n\r\n" % len(body),
-            body,
-        )
-        self.transport.write(b"".join(lines))
+        body = error.body()
+        headers = {"content-type": "application/json", "connection": "close", "content-length": len(body)}
+        lines = "".join(f"{name}: {value}\r\n" for name, value in (headers | error.headers).items())
+        self.transport.write(STATUS_LINE[error.status] + lines.encode() + b"\r\n" + body)
         self.transport.close()
 
     def _parse(self, data: bytes) -> None:

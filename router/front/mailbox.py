@@ -23,8 +23,12 @@ class CallMailbox:
         self._items.append((index, item))
         self._has_items.set()
 
+    def wake(self) -> None:
+        """Let whoever waits take what there is, which may be nothing."""
+        self._has_items.set()
+
     async def take(self) -> list[tuple[int, Item]]:
-        """Return everything that has come, waiting until there is something."""
+        """Return everything that has come, waiting until there is something, or somebody is woken."""
         await self._has_items.wait()
         self._has_items.clear()
         items, self._items = self._items, []

@@ -16,7 +16,7 @@ _POSTS: dict[str, tuple[type, type]] = {
     "/v1/chat/completions": (ChatBody, ChatCompletion),
 }
 _GETS: dict[str, type] = {"/v1/models": ModelList, "/health": Health, "/ready": Health, "/status": Status}
-_POST_ERRORS = ("400", "404", "408", "413", "429", "500", "503", "504")
+_POST_ERRORS = ("400", "404", "408", "413", "415", "429", "500", "503", "504")
 
 
 def build_openapi() -> dict[str, Any]:

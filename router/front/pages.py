@@ -1,6 +1,5 @@
 """The GET endpoints: models, health, readiness, the cluster's state, metrics."""
 
-import asyncio
 from typing import Any, get_args
 
 import msgspec
@@ -93,7 +92,8 @@ async def status(http: Request) -> Response:
 async def metrics(http: Request) -> Response:
     """Read where it changes, and written by a thread: the text of a thousand groups takes a tenth of a second."""
     collected = _Collected(list(http.app.state.registry.collect()))
-    return Response(await asyncio.to_thread(generate_latest, collected), media_type=CONTENT_TYPE_LATEST)
+    text = await _serving(http).metrics_writing.run(generate_latest, collected)
+    return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
 class _Collected:

@@ -17,6 +17,7 @@ from router.front.choice import Choice, Delta
 from router.front.errors import ApiError
 from router.front.event_stream import EventStream, frame
 from router.front.generation import ClientGone, Generation
+from router.front.logprobs import Spelling
 from router.front.prompts import Prompt
 from router.front.responses import CachedTokens, Usage, UsageField
 from router.front.sampling import sampling_params, stop_strings
@@ -45,25 +46,31 @@ class Call:
         self.body = body
         self.prompts = prompts
         self.request_id = new_request_id()
+        self.spelling = Spelling(
+            serving.text, body.skip_special_tokens is not False, bool(body.return_tokens_as_token_ids)
+        )
 
-    def generation(self, max_tokens: int | None, num_logprobs: int | None, param: str) -> Generation:
-        """Return the call's generation, not yet started. max_tokens None: the rest of the context."""
+    def generation(self, num_logprobs: int | None, param: str) -> Generation:
+        """Return the call's generation, not yet started."""
         stops = stop_strings(self.body)
         requests, choices = [], []
         for index, prompt in enumerate(self.prompts):
-            params = self._params(prompt, max_tokens, num_logprobs, param)
+            params = self._params(prompt, num_logprobs, param)
             requests.append(self._request(index, prompt, params))
-            detokenizer = self.serving.text.detokenizer(before=() if prompt.is_chat else prompt.token_ids)
-            choices.append(Choice(detokenizer, stops, params.min_tokens))
+            before = () if prompt.begins_text else prompt.token_ids
+            detokenizer = self.serving.text.detokenizer(before, self.spelling.skips_special)
+            own_ends = params.chosen_stop_token_ids
+            choices.append(Choice(detokenizer, stops, params.min_tokens, own_ends, self.body.shows_stop))
         serving = self.serving
         return Generation(serving.control, serving.metrics, requests, choices, serving.timeout_s)
 
-    def _params(self, prompt: Prompt, max_tokens: int | None, num_logprobs: int | None, param: str) -> SamplingParams:
-        """What was asked for is checked before it is cut to what fits."""
+    def _params(self, prompt: Prompt, num_logprobs: int | None, param: str) -> SamplingParams:
+        """What was asked for is checked before it is cut to what fits; by itself it is the rest of the context."""
         serving = self.serving
         room = serving.room_for(prompt, param)
-        asked = room if max_tokens is None else max_tokens
-        params = sampling_params(self.body, asked, num_logprobs, serving.eos_token_ids, serving.vocab_size)
+        asked = room if self.body.most_tokens is None else self.body.most_tokens
+        facts = serving.eos_token_ids, serving.vocab_size, serving.sampling_defaults
+        params = sampling_params(self.body, asked, num_logprobs, *facts)
         return msgspec.structs.replace(params, max_tokens=min(asked, room), min_tokens=min(params.min_tokens, room))
 
     def _request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:

@@ -25,7 +25,7 @@ UsageField = Usage | None | UnsetType
 
 
 class CompletionLogprobs(msgspec.Struct, frozen=True):
-    """Parallel lists over the tokens of a choice. text_offset counts characters, as if tokens' texts were joined."""
+    """Parallel lists over the tokens of a choice. text_offset: where each begins in it, in characters."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -34,13 +34,13 @@ class CompletionLogprobs(msgspec.Struct, frozen=True):
 
 
 class CompletionChoice(msgspec.Struct, frozen=True, kw_only=True):
-    """A choice, or what one chunk adds to it."""
+    """A choice, or what one chunk adds to it. stop_reason: the stop string or token that was asked for and came."""
 
     index: int
     text: str
     logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
-    stop_reason: str | None = None
+    stop_reason: str | int | None = None
     prompt_token_ids: list[int] | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
@@ -59,13 +59,13 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 class TopLogprob(msgspec.Struct, frozen=True):
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
     token: str
     logprob: float
-    bytes: list[int]
+    bytes: list[int] | None
     top_logprobs: list[TopLogprob]
 
 
@@ -92,7 +92,7 @@ class ChatChoice(msgspec.Struct, frozen=True, kw_only=True):
     delta: ChatDelta | UnsetType = UNSET
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
-    stop_reason: str | None = None
+    stop_reason: str | int | None = None
     prompt_token_ids: list[int] | UnsetType = UNSET
     token_ids: list[int] | UnsetType = UNSET
 

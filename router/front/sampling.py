@@ -8,6 +8,7 @@ import secrets
 from collections.abc import Sequence
 from typing import TypeVar
 
+from protocol.generation_config import SamplingDefaults
 from protocol.request import SamplingParams
 from router.front.errors import ApiError, bad_request
 from router.front.schemas import SamplingBody
@@ -18,19 +19,27 @@ _DEFAULTS = SamplingParams(max_tokens=1, seed=0)
 
 
 def sampling_params(
-    body: SamplingBody, max_tokens: int, num_logprobs: int | None, eos_token_ids: tuple[int, ...], vocab_size: int
+    body: SamplingBody,
+    max_tokens: int,
+    num_logprobs: int | None,
+    eos_token_ids: tuple[int, ...],
+    vocab_size: int,
+    defaults: SamplingDefaults,
 ) -> SamplingParams:
-    """Return the parameters that body asks for, or raise ApiError 400 naming the one that cannot be honoured."""
+    """Return the parameters that body asks for, or raise ApiError 400 naming the one that cannot be honoured.
+
+    defaults: what holds where body says nothing.
+    """
     params = SamplingParams(
         max_tokens=max_tokens,
         seed=secrets.randbits(62) if body.seed is None else body.seed,
-        temperature=_or(body.temperature, _DEFAULTS.temperature),
-        top_k=0 if body.top_k == -1 else _or(body.top_k, _DEFAULTS.top_k),
-        top_p=_or(body.top_p, _DEFAULTS.top_p),
-        min_p=_or(body.min_p, _DEFAULTS.min_p),
+        temperature=_or(body.temperature, defaults.temperature),
+        top_k=0 if body.top_k == -1 else _or(body.top_k, defaults.top_k),
+        top_p=_or(body.top_p, defaults.top_p),
+        min_p=_or(body.min_p, defaults.min_p),
         presence_penalty=_or(body.presence_penalty, _DEFAULTS.presence_penalty),
         frequency_penalty=_or(body.frequency_penalty, _DEFAULTS.frequency_penalty),
-        repetition_penalty=_or(body.repetition_penalty, _DEFAULTS.repetition_penalty),
+        repetition_penalty=_or(body.repetition_penalty, defaults.repetition_penalty),
         logit_bias=_logit_bias(body),
         stop_token_ids=tuple(body.stop_token_ids or ()),
         eos_token_ids=eos_token_ids,

@@ -1,7 +1,7 @@
-"""HTTP bodies of requests as checked types: what is accepted, with bounds, and what is known but not served.
+"""HTTP bodies of requests as checked types: what is accepted, with bounds.
 
-msgspec decodes bodies straight into these; /openapi.json is generated from them. Fields not listed are ignored.
-What needs the model (vocabulary, context) is checked in sampling.py and prompts.py.
+msgspec decodes bodies straight into these; /openapi.json is generated from them. What is known elsewhere and not served
+here is refused by unserved.py. What needs the model (vocabulary, context) is checked in sampling.py and prompts.py.
 """
 
 import re
@@ -11,7 +11,9 @@ import msgspec
 
 from protocol.errors import UNPARSABLE
 from router.front.errors import ApiError, bad_request
+from router.front.unserved import refuse_in_message, refuse_unserved
 
+DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 16
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
@@ -55,23 +57,23 @@ class SamplingBody(msgspec.Struct, frozen=True, kw_only=True):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     cache_salt: Annotated[str, msgspec.Meta(max_length=256)] | None = None
-    user: str | None = None
-    # known, and refused unless their value asks for nothing (see _HARMLESS)
-    allowed_token_ids: Any = None
-    bad_words: Any = None
-    guided_choice: Any = None
-    guided_grammar: Any = None
-    guided_json: Any = None
-    guided_regex: Any = None
-    include_stop_str_in_output: Any = None
-    length_penalty: Any = None
-    logits_processors: Any = None
-    prompt_logprobs: Any = None
-    response_format: Any = None
-    skip_special_tokens: Any = None
-    structured_outputs: Any = None
-    truncate_prompt_tokens: Any = None
-    use_beam_search: Any = None
+    include_stop_str_in_output: bool | None = None
+    no_stop_trim: bool | None = None  # SGLang's name for the same
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Annotated[int, msgspec.Meta(ge=-1, le=(1 << 31) - 1)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    return_tokens_as_token_ids: bool | None = None
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many tokens were asked for at most."""
+        return self.max_tokens
+
+    @property
+    def shows_stop(self) -> bool:
+        """Whether what ends the text is part of it."""
+        return bool(self.include_stop_str_in_output or self.no_stop_trim)
 
 
 class CompletionBody(SamplingBody, frozen=True, kw_only=True):
@@ -80,10 +82,10 @@ class CompletionBody(SamplingBody, frozen=True, kw_only=True):
     prompt: str | list[str | Int | list[Int]]
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
     echo: bool | None = None
-    # known, and refused unless their value asks for nothing
-    best_of: Any = None
-    prompt_embeds: Any = None
-    suffix: Any = None
+
+    @property
+    def most_tokens(self) -> int:
+        return self.max_tokens or DEFAULT_MAX_TOKENS
 
 
 class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
@@ -91,13 +93,19 @@ class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
-    """One turn. tool_calls and function_call are refused: this server knows no tools."""
+    """One turn; only an assistant may have said nothing. name and reasoning_content are for templates that use them."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)]
+    content: str | Annotated[list[TextPart], msgspec.Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
     name: str | None = None
-    tool_calls: Any = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    # known, and refused unless their value asks for nothing (see unserved.py)
+    audio: Any = None
     function_call: Any = None
+    refusal: Any = None
+    tool_call_id: Any = None
+    tool_calls: Any = None
 
 
 class ChatBody(SamplingBody, frozen=True, kw_only=True):
@@ -107,60 +115,20 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-    # known, and refused unless their value asks for nothing
-    add_generation_prompt: Any = None
-    audio: Any = None
-    chat_template: Any = None
-    chat_template_kwargs: Any = None
-    continue_final_message: Any = None
-    documents: Any = None
-    echo: Any = None
-    function_call: Any = None
-    functions: Any = None
-    modalities: Any = None
-    tool_choice: Any = None
-    tools: Any = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
 
+    @property
+    def most_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
-_HARMLESS: dict[str, tuple[Any, ...]] = {
-    "add_generation_prompt": (True,),
-    "allowed_token_ids": (),
-    "audio": (),
-    "bad_words": ([],),
-    "best_of": (1,),
-    "chat_template": (),
-    "chat_template_kwargs": ({},),
-    "continue_final_message": (False,),
-    "documents": ([],),
-    "echo": (False,),
-    "function_call": ("none",),
-    "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1, 1.0),
-    "logits_processors": ([],),
-    "modalities": (["text"],),
-    "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "response_format": ({"type": "text"},),
-    "skip_special_tokens": (True,),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "tool_calls": ([],),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-}
-"""Values besides null that ask for nothing of a parameter that is known but not served."""
 
 BodyT = TypeVar("BodyT", bound=SamplingBody)
 
 
-def parse_body(data: bytes, body_type: type[BodyT]) -> BodyT:
+def parse_body(data: bytes | bytearray, body_type: type[BodyT]) -> BodyT:
     """Return data as body_type, or raise ApiError 400 that names the parameter at fault."""
     try:
         body = msgspec.json.decode(data, type=body_type)
@@ -168,7 +136,8 @@ def parse_body(data: bytes, body_type: type[BodyT]) -> BodyT:
         raise _invalid(str(error)) from None
     except UNPARSABLE as error:
         raise bad_request(f"the body is not valid JSON: {error}") from None
-    _refuse_unsupported(body)
+    refuse_unserved(data, frozenset(body_type.__struct_fields__))
+    _check_together(body)
     return body
 
 
@@ -181,22 +150,19 @@ def _invalid(message: str) -> ApiError:
     return bad_request(f"{path}: {what}" if path else what, param)
 
 
-def _refuse_unsupported(body: SamplingBody) -> None:
+def _check_together(body: SamplingBody) -> None:
+    """What no field can say of itself."""
     if body.n not in (None, 1):
         raise bad_request(f"n must be 1, not {body.n}: more than one choice per prompt is not served", "n")
     if body.stream_options is not None and not body.stream:
         raise bad_request("stream_options needs stream to be true", "stream_options")
-    own_echo = isinstance(body, CompletionBody)
-    refuse_values(body, skip=("echo",) if own_echo else ())
+    if body.truncation_side is not None and body.truncate_prompt_tokens is None:
+        raise bad_request("truncation_side needs truncate_prompt_tokens", "truncation_side")
     for message in getattr(body, "messages", ()):
-        refuse_values(message, prefix="messages.")
+        _check_message(message)
 
 
-def refuse_values(fields: msgspec.Struct, prefix: str = "", skip: tuple[str, ...] = ()) -> None:
-    """Raise ApiError 400 for a known parameter whose value asks for something that is not served."""
-    for name in fields.__struct_fields__:
-        value = getattr(fields, name)
-        if value is None or name not in _HARMLESS or name in skip:
-            continue
-        if not any(value == harmless and type(value) is type(harmless) for harmless in _HARMLESS[name]):
-            raise bad_request(f"{prefix}{name} is not served with this value; leave it out", f"{prefix}{name}")
+def _check_message(message: ChatMessage) -> None:
+    refuse_in_message(message)
+    if message.content is None and message.role != "assistant":
+        raise bad_request(f"a message of role {message.role} must have content", "messages")

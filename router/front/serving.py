@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 
+from protocol.generation_config import SamplingDefaults
 from router.control.dispatch import NoPair, PromptTooLong
 from router.control.plane import ControlPlane
-from router.front.errors import RETRY_AFTER_S, ApiError, unavailable
+from router.front.body import BodyReader
+from router.front.errors import overloaded, too_long, unavailable
 from router.front.metrics import RequestMetrics
-from router.front.prompts import Prompt, too_long
+from router.front.prompts import Prompt, PromptMaker
 from router.front.text import ModelText
+from router.front.work_pool import WorkPool
 
 MAX_REQUESTS = 4096
 """Under way at once. It bounds memory, not yet waiting: that needs an estimate of when queues will be served."""
@@ -20,13 +23,25 @@ class Serving:
     control: ControlPlane
     metrics: RequestMetrics
     text: ModelText
+    bodies: BodyReader
     model_name: str
     max_context: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     timeout_s: float
     created: int
+    sampling_defaults: SamplingDefaults
+    metrics_writing: WorkPool
     is_draining: bool = False
+
+    def close(self) -> None:
+        """Begin no more work in threads."""
+        self.text.close()
+        self.metrics_writing.close()
+
+    @property
+    def prompts(self) -> PromptMaker:
+        return PromptMaker(self.text, self.vocab_size, self.max_context)
 
     @property
     def why_not_ready(self) -> str | None:
@@ -38,8 +53,7 @@ class Serving:
         if self.is_draining:
             raise unavailable("the server is shutting down", "shutting_down")
         if len(self.control.controller.attempts) >= MAX_REQUESTS:
-            message = f"{MAX_REQUESTS} requests are under way already"
-            raise ApiError(429, message, code="overloaded", retry_after_s=RETRY_AFTER_S, should_retry=True)
+            raise overloaded(f"{MAX_REQUESTS} requests are under way already")
 
     def room_for(self, prompt: Prompt, param: str) -> int:
         """Return how many tokens may follow prompt: at least one. Raise ApiError 400 or 503."""

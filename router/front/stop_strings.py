@@ -9,8 +9,10 @@ from collections.abc import Sequence
 class StopStrings:
     """feed pieces, get back what is safe to show; once matched is set, nothing more is."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], shows_match: bool = False) -> None:
+        """shows_match: the stop string that was found is given out as well."""
         self._stops = tuple(stops)
+        self._shows_match = shows_match
         self._held = ""
         self.matched: str | None = None
 
@@ -22,7 +24,7 @@ class StopStrings:
         start, stop = self._first(text)
         if stop is not None:
             self.matched, self._held = stop, ""
-            return text[:start]
+            return text[: start + len(stop)] if self._shows_match else text[:start]
         cut = len(text) - self._num_held(text)
         self._held = text[cut:]
         return text[:cut]

@@ -241,7 +241,7 @@ def test_a_prompt_that_no_group_can_hold_is_refused_and_output_is_cut_to_what_fi
         router.await_ready()
         answer = router.client.post("/v1/completions", json={"prompt": [5] * 40, "max_tokens": 4})
         assert answer.json()["error"]["code"] == "context_length_exceeded"
-        assert "at most 32" in answer.json()["error"]["message"]
+        assert "is 32 tokens" in answer.json()["error"]["message"]
         answer = router.client.post("/v1/completions", json={"prompt": [5] * 20, "max_tokens": 100})
         assert answer.json()["usage"]["completion_tokens"] == 12
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import openai
 import pytest
+from tokenizers import AddedToken, processors
 
 from protocol.messages import Abort, Prefill, Reserve
 from router.launch import GroupSpec
@@ -104,6 +105,20 @@ def test_a_chat_goes_through_the_models_template(router: RouterUnderTest, client
     assert rest.usage.total_tokens == MAX_CONTEXT
 
 
+def test_everything_that_was_said_in_a_chat_is_in_its_prompt(router: RouterUnderTest) -> None:
+    said = [
+        {"role": "developer", "content": "quick"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": []},
+        {"role": "assistant"},
+        {"role": "user", "content": "two"},
+    ]
+    body = {"messages": said, "max_tokens": 1, "return_token_ids": True}
+    answer = router.client.post("/v1/chat/completions", json=body).json()
+    prompt = "<|user|>quick<|user|>one<|user|><|user|><|user|>two<|assistant|>"
+    assert TOKENIZER.decode(answer["prompt_token_ids"], skip_special_tokens=False) == prompt
+
+
 def test_a_streamed_chat_gives_the_role_once_and_then_text(client: openai.OpenAI) -> None:
     stream = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "日本 😀"}], max_completion_tokens=30, stream=True
@@ -164,6 +179,7 @@ def test_stop_tokens_end_the_text_unless_told_to_go_on(client: openai.OpenAI) ->
         model="tiny", prompt=WORDS, max_tokens=30, extra_body={"stop_token_ids": [IDS[2]]}
     )
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("one two", "stop")
+    assert answer.choices[0].stop_reason == IDS[2]  # type: ignore[attr-defined]
     longer = client.completions.create(
         model="tiny", prompt=WORDS, max_tokens=30, extra_body={"stop_token_ids": [IDS[2]], "min_tokens": 4}
     )
@@ -175,6 +191,9 @@ def test_echo_puts_the_prompt_before_the_text(client: openai.OpenAI) -> None:
     for prompt in (WORDS, IDS):
         answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=2, echo=True)  # type: ignore[arg-type]
         assert answer.choices[0].text == WORDS + "one two"
+    cut = {"truncate_prompt_tokens": 2}
+    answer = client.completions.create(model="tiny", prompt=WORDS, max_tokens=1, echo=True, extra_body=cut)
+    assert answer.choices[0].text == " two three" + " two"
 
 
 def test_token_ids_come_back_when_asked_for(router: RouterUnderTest) -> None:
@@ -188,6 +207,76 @@ def test_token_ids_come_back_when_asked_for(router: RouterUnderTest) -> None:
     chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 5, "return_token_ids": True}
     answered = router.client.post("/v1/chat/completions", json=chat).json()
     assert answered["choices"][0]["token_ids"] == expected_tokens(answered["choices"][0]["prompt_token_ids"], 5)
+
+
+def ids_of(router: RouterUnderTest, path: str, **body: object) -> list[int]:
+    """Return the prompt's token ids as the workers got them."""
+    answer = router.client.post(path, json={"max_tokens": 1, "return_token_ids": True, **body})
+    assert answer.status_code == 200, answer.text
+    return list(answer.json()["choices"][0]["prompt_token_ids"])
+
+
+def test_a_prompt_is_cut_as_asked_for(router: RouterUnderTest) -> None:
+    for prompt in (WORDS, IDS):
+        for wish, ids in (
+            ({"truncate_prompt_tokens": 2}, IDS[1:]),
+            ({"truncate_prompt_tokens": 2, "truncation_side": "right"}, IDS[:2]),
+            ({"truncate_prompt_tokens": 9}, IDS),
+        ):
+            assert ids_of(router, "/v1/completions", prompt=prompt, **wish) == ids
+    long = ids_of(router, "/v1/completions", prompt="one " * 1000, truncate_prompt_tokens=-1, max_tokens=12)
+    assert len(long) == MAX_CONTEXT - 12
+    chat = [{"role": "user", "content": "one two"}]
+    cut = ids_of(router, "/v1/chat/completions", messages=chat, truncate_prompt_tokens=2)
+    assert TOKENIZER.decode(cut, skip_special_tokens=False) == " two<|assistant|>"
+
+
+def test_a_chat_ends_where_it_is_asked_to(router: RouterUnderTest) -> None:
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two three"}]
+    for wish, ending in (
+        ({}, "two three<|assistant|>"),
+        ({"add_generation_prompt": False}, "two three"),
+        ({"continue_final_message": True}, "two three"),
+    ):
+        ids = ids_of(router, "/v1/chat/completions", messages=messages, **wish)
+        assert TOKENIZER.decode(ids, skip_special_tokens=False) == f"<|user|>one<|user|>{ending}"
+    for wish, param in (
+        ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ):
+        answer = router.client.post("/v1/chat/completions", json={"messages": messages, **wish})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_special_tokens_and_variables_of_the_template_are_as_asked_for(tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing("<|end|> $A", special_tokens=[("<|end|>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text('{"temperature": 0.25, "eos_token_id": 0}')
+    (folder / "chat_template.jinja").write_text("{{ enable_thinking }}{{ reasoning_effort }}{{ messages[0].content }}")
+    with (
+        RouterUnderTest(folder, (GroupSpec("colocated", 0),)) as router,
+        FakeWorker(router.control, "colocated") as worker,
+    ):
+        router.await_ready()
+        for is_added, ids in ((None, [0, *IDS]), (True, [0, *IDS]), (False, IDS)):
+            assert ids_of(router, "/v1/completions", prompt=WORDS, add_special_tokens=is_added) == ids
+        assert worker.messages(Prefill)[0].request.sampling.temperature == 0.25  # type: ignore[attr-defined]
+        messages = [{"role": "user", "content": " one"}]
+        wish = {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
+        for is_added, begin in ((None, ""), (False, ""), (True, "<|end|>")):
+            ids = ids_of(router, "/v1/chat/completions", messages=messages, add_special_tokens=is_added, **wish)
+            assert tokenizer.decode(ids, skip_special_tokens=False) == f"{begin}Falselow one"
+        body = {"prompt": WORDS, "max_tokens": 4, "ignore_eos": True, "logprobs": 0}
+        shown = {"skip_special_tokens": False, "return_tokens_as_token_ids": True}
+        hidden, seen = (router.client.post("/v1/completions", json=body | more).json() for more in ({}, shown))
+        assert hidden["choices"][0]["text"] == WORDS
+        assert seen["choices"][0]["text"] == "<|end|>" + WORDS
+        assert hidden["choices"][0]["logprobs"]["text_offset"] == [0, 0, 3, 7]
+        assert seen["choices"][0]["logprobs"]["text_offset"] == [0, 7, 10, 14]
+        assert seen["choices"][0]["logprobs"]["tokens"] == [f"token_id:{token_id}" for token_id in [0, *IDS]]
 
 
 def test_what_the_workers_get_is_what_was_asked_for(tmp_path: Path) -> None:
@@ -237,9 +326,37 @@ def test_bad_completions_are_refused_in_openais_form(router, body, status, param
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (status, param, code), error
     assert set(error) == {"message", "type", "param", "code"}
+    is_too_long = f"maximum context length is {MAX_CONTEXT} tokens" in error["message"]  # what clients look for
+    assert is_too_long == (code == "context_length_exceeded")
     assert answer.headers["x-request-id"]
     good = router.client.post("/v1/completions", json={"prompt": WORDS, "max_tokens": 2})
     assert good.json()["choices"][0]["text"] == "one two"
+
+
+def test_a_text_with_a_token_that_the_model_lacks_is_refused_before_it_meets_a_worker(tmp_path: Path) -> None:
+    """As fine-tunes have it that add a padding token to the tokenizer and no row to the model."""
+    folder = write_model(tmp_path)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens([AddedToken(f"<|more{index}|>", special=True) for index in range(VOCAB_SIZE)])
+    beyond = next(token for token, token_id in tokenizer.get_vocab().items() if token_id == VOCAB_SIZE)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    with (
+        RouterUnderTest(folder, (GroupSpec("colocated", 0),)) as router,
+        FakeWorker(router.control, "colocated") as worker,
+    ):
+        router.await_ready()
+        for path, body in (
+            ("/v1/completions", {"prompt": f"one {beyond}"}),
+            ("/v1/completions", {"prompt": ["one", f"two {beyond}"]}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": f"one {beyond} two"}]}),
+        ):
+            answer = router.client.post(path, json=body)
+            assert answer.status_code == 400
+            said = f"holds token id {VOCAB_SIZE}; the vocabulary has ids 0 to {VOCAB_SIZE - 1}"
+            assert said in answer.json()["error"]["message"]
+        assert router.client.post("/v1/completions", json={"prompt": "one"}).status_code == 200
+        assert len(worker.messages(Prefill)) == 1
+        assert f"from id {VOCAB_SIZE} ({beyond!r}) on" in router.log.read_text()
 
 
 def test_a_template_that_refuses_messages_is_the_clients_error(router: RouterUnderTest) -> None:
@@ -321,6 +438,26 @@ def test_hostile_http_is_refused_and_the_router_goes_on(router, pieces: tuple[by
     assert router.client.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("head", "piece", "count", "status"),
+    [
+        (b"Content-Length: 20000000", b"x" * 1_000_000, 20, b"413"),
+        (b"Transfer-Encoding: chunked", b"80000\r\n" + b"x" * 0x80000 + b"\r\n", 20, b"413"),
+        (b"Content-Length: 4000000", b"[" * 1_000_000, 4, b"400"),
+    ],
+)
+def test_a_client_that_writes_all_before_it_reads_sees_why_its_body_was_refused(
+    router: RouterUnderTest, head: bytes, piece: bytes, count: int, status: bytes
+) -> None:
+    host, port = router.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=15) as raw:
+        for part in (HEAD + head + b"\r\n\r\n", *[piece] * count):
+            raw.sendall(part)
+            time.sleep(0.01)  # or all is written before the answer is
+        answer = b"".join(iter(lambda: raw.recv(65536), b""))
+    assert answer.startswith(b"HTTP/1.1 " + status)
+
+
 @pytest.mark.parametrize("start", [b"2\r\n{}\r\n0\r\n", b"2\r\n{}\r\n0\r\nX: ", b"2;x="], ids=["many", "one", "chunk"])
 def test_headers_around_a_body_that_do_not_end_are_cut_off(router: RouterUnderTest, start: bytes) -> None:
     piece = b"X: y\r\n" * 10_000 if start.endswith(b"\n") else b"y" * 60_000
@@ -392,6 +529,42 @@ def test_an_offer_of_another_protocol_is_passed_over(router: RouterUnderTest, pi
     assert answer.count(b"HTTP/1.1 200") == 3, answer
     assert answer.count(b'"text":"one two"') == 2
     assert answer.endswith(b'{"status":"ok"}')
+
+
+def test_pages_of_named_origins_may_call_and_no_others(router: RouterUnderTest, tmp_path: Path) -> None:
+    page, other = "https://chat.example.org", "https://example.org"
+    asks = {"access-control-request-method": "POST", "access-control-request-headers": "content-type,authorization"}
+    with (
+        RouterUnderTest(write_model(tmp_path), (GroupSpec("colocated", 0),), cors_origins=(page,)) as open_router,
+        FakeWorker(open_router.control, "colocated"),
+    ):
+        open_router.await_ready()
+        for server, origin, is_let in ((open_router, page, True), (open_router, other, False), (router, page, False)):
+            answer = server.client.options("/v1/chat/completions", headers={"origin": origin, **asks})
+            assert (answer.status_code == 200) == is_let
+            assert ("authorization" in answer.headers.get("access-control-allow-headers", "").lower()) >= is_let
+            for body, status in (({"prompt": "one"}, 200), ({"prompt": ""}, 400)):
+                got = server.client.post("/v1/completions", json=body, headers={"origin": origin})
+                assert got.status_code == status
+                assert (got.headers.get("access-control-allow-origin") == origin) == is_let
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"content-type": "application/json"}, 200),
+        ({"content-type": "Application/JSON; charset=utf-8", "content-encoding": "identity"}, 200),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+        ({"origin": "https://example.org"}, 415),
+        ({"content-type": "application/json", "content-encoding": "gzip"}, 415),
+    ],
+)
+def test_only_json_as_it_is_is_read(router: RouterUnderTest, headers: dict[str, str], status: int) -> None:
+    answer = router.client.post("/v1/completions", content=PLAIN_BODY, headers=headers)
+    assert answer.status_code == status
+    assert status == 200 or answer.json()["error"]["message"]
 
 
 def test_without_a_tokenizer_only_token_ids_are_served(tmp_path: Path) -> None:

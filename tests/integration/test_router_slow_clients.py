@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
 import uvicorn
@@ -14,12 +15,14 @@ from starlette.routing import Route
 from protocol.topology import RouterSection
 from router.control.events import Outcome
 from router.front import body, event_stream, http_protocol
-from router.front.body import read_body
+from router.front.app import render
+from router.front.body import BodyReader
 from router.front.choice import Delta
 from router.front.errors import ApiError
-from router.front.event_stream import EventStream
+from router.front.event_stream import EventStream, frame
 from router.front.generation import CLIENT_GONE, CLIENT_STALLED
 from router.front.http_protocol import GuardedProtocol
+from router.front.quota import Quota
 from router.process import QuietServer, bind
 
 SHORT_S = 0.2
@@ -46,16 +49,39 @@ class EndlessGeneration:
             await asyncio.sleep(0)
 
 
+class SilentGeneration(EndlessGeneration):
+    """Stands for a request whose tokens do not come; it fails when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.woken = asyncio.Event()
+        self.failure: ApiError | None = None
+
+    def wake(self) -> None:
+        self.woken.set()
+
+    async def deltas(self) -> AsyncIterator[dict[int, Delta]]:
+        while self.failure is None:
+            await self.woken.wait()
+            self.woken.clear()
+            yield {}
+        raise self.failure
+
+
 class LargeFrames:
+    def error(self, error: ApiError) -> bytes:
+        return frame(error.body())
+
     def frames(self, batch: dict[int, Delta]) -> bytes:
         return b"x" * 65536
 
 
 @contextlib.asynccontextmanager
-async def serving(*routes: Route) -> AsyncIterator[int]:
+async def serving(*routes: Route, connections: Quota | None = None) -> AsyncIterator[int]:
     """The server as the router configures it, around other endpoints; yields its port."""
-    app = Starlette(routes=list(routes), exception_handlers={ApiError: lambda _, error: Response(b"", error.status)})
-    config = uvicorn.Config(app, http=GuardedProtocol, ws="none", lifespan="off", log_config=None, access_log=False)
+    protocol = partial(GuardedProtocol, connections or Quota(100, 100))
+    app = Starlette(routes=list(routes), exception_handlers={ApiError: lambda _, error: render(error)})
+    config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False)
     server = QuietServer(config)
     listener = bind(RouterSection(port=0))
     running = asyncio.create_task(server.serve(sockets=[listener]))
@@ -121,7 +147,7 @@ def test_a_body_that_never_ends_is_a_408(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(body, "BODY_TIMEOUT_S", SHORT_S)
 
     async def endpoint(request: Request) -> Response:
-        return Response(await read_body(request))
+        return Response(bytes(await BodyReader(Quota(1 << 20, 1 << 20), 100).read(request)))
 
     async def scenario() -> None:
         async with serving(Route("/", endpoint, methods=["POST"])) as port:
@@ -129,6 +155,72 @@ def test_a_body_that_never_ends_is_a_408(monkeypatch: pytest.MonkeyPatch) -> Non
                 port, b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 5\r\n\r\nab"
             )
             assert answer.startswith(b"HTTP/1.1 408")
+
+    asyncio.run(scenario())
+
+
+def test_a_stream_without_tokens_says_that_it_lives_and_then_why_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "SILENCE_S", 0.05)
+
+    async def scenario() -> None:
+        generation = SilentGeneration()
+
+        async def endpoint(request: Request) -> Response:
+            return EventStream(generation, LargeFrames())  # type: ignore[arg-type]
+
+        async with serving(Route("/", endpoint)) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            answer = b""
+            while answer.count(b": keep-alive\n\n") < 3:
+                answer += await asyncio.wait_for(reader.read(4096), 5)
+            assert answer.startswith(b"HTTP/1.1 200")
+            generation.failure = ApiError(503, "the worker is lost")
+            assert b'data: {"error":{"message":"the worker is lost"' in await asyncio.wait_for(reader.read(), 5)
+            writer.close()
+
+    asyncio.run(scenario())
+
+
+def test_unfinished_bodies_of_one_address_have_a_bound_and_small_ones_still_come_in() -> None:
+    memory = Quota(1 << 30, 1 << 20)
+
+    async def endpoint(request: Request) -> Response:
+        return Response(b"%d" % len(await BodyReader(memory, 100).read(request)))
+
+    async def scenario() -> None:
+        async with serving(Route("/", endpoint, methods=["POST"])) as port:
+            head = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(head % 1_050_000 + b" " * 1_000_000)
+            await writer.drain()
+            while memory.take("127.0.0.1", 200_000):  # until no second one fits beside the first
+                memory.give_back("127.0.0.1", 200_000)
+                await asyncio.sleep(0.001)
+            assert (await closed_after(port, head % 1_000_000 + b" " * 300_000)).startswith(b"HTTP/1.1 429")
+            assert (await closed_after(port, head % 60_000 + b" " * 60_000)).endswith(b"60000")
+            writer.write(b" " * 50_000)
+            assert (await asyncio.wait_for(reader.read(), 5)).endswith(b"1050000")
+            assert (await closed_after(port, head % 1_000_000 + b" " * 1_000_000)).endswith(b"1000000")
+            writer.close()
+
+    asyncio.run(scenario())
+
+
+def test_connections_beyond_an_addresss_share_are_told_so_and_closed() -> None:
+    async def scenario() -> None:
+        get = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+        async with serving(Route("/", lambda request: Response(b"fine")), connections=Quota(100, 2)) as port:
+            held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+            refused = await closed_after(port, b"")
+            assert refused.startswith(b"HTTP/1.1 429")
+            assert b"retry-after: 1" in refused
+            held.pop()[1].close()
+            for _ in range(100):  # one place is free once the server has seen that
+                if (await closed_after(port, get)).endswith(b"fine"):
+                    break
+            assert (await closed_after(port, get)).endswith(b"fine")
+            held.pop()[1].close()
 
     asyncio.run(scenario())
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from cluster.__main__ import main
 from cluster.commands.status import format_table
 from cluster.progress import ProgressDisplay
 from cluster.ray_session import connected
@@ -31,6 +32,18 @@ class Terminal(io.StringIO):
 
 def show(progress: ProgressDisplay, *workers: WorkerStatus) -> None:
     progress.show(ClusterStatus(workers))
+
+
+def test_a_check_says_of_a_broken_chat_template_that_it_costs_chat(tmp_path: Path, capsys):
+    for path in Path("configs/demo_model").iterdir():
+        (tmp_path / path.name).symlink_to(path.resolve())
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    (tmp_path / "chat_template.jinja").write_text("{% for %}")
+    sets = [word for key in (f"model.path={tmp_path}", "router.port=0") for word in ("--set", key)]
+    assert main(["check", "configs/cpu_1p1d.yaml", *sets]) == 0
+    fine, complaint = capsys.readouterr().out.splitlines()
+    assert ": fine." in fine
+    assert "does not compile" in complaint
 
 
 def test_a_log_gets_one_line_for_every_change_and_none_for_none():

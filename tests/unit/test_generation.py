@@ -54,6 +54,29 @@ def test_a_worker_lost_after_the_stop_string_is_no_failure() -> None:
     assert delta.text == "one two"
 
 
+def test_a_call_that_is_woken_yields_nothing_and_goes_on() -> None:
+    class Silent:
+        def submit(self, request: Request, deadline_s: float, client: Any) -> None:
+            self.client = client
+
+        def cancel(self, request_id: str, outcome: Outcome) -> None: ...
+
+    async def scenario() -> list[str | None]:
+        control: Any = Silent()
+        request = Request("r", (1, 2), SamplingParams(max_tokens=100, seed=0))
+        metrics = RequestMetrics(CollectorRegistry(), "m")
+        generation = Generation(control, metrics, [request], [Choice(None)], 60).watch(asyncio.Event().wait)  # type: ignore[arg-type]
+        seen = []
+        async with generation:
+            generation.wake()
+            async for batch in generation.deltas():
+                seen.append(batch[0].token_ids if batch else None)
+                control.client(TokenUpdate(new_attempt("r", 0, 1, 2), 0, 7, finish_reason="length"))
+        return seen
+
+    assert asyncio.run(scenario()) == [None, [7]]
+
+
 def test_a_worker_lost_before_the_stop_string_is_one() -> None:
     with pytest.raises(ApiError, match="decode worker of this request was lost"):
         asyncio.run(generate("one two three four", stop="five"))

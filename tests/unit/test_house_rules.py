@@ -17,9 +17,10 @@ from protocol.topology import Topology
 ROOT = Path(__file__).parents[2]
 
 MAY_IMPORT = {
-    "cluster": {"worker", "router.launch", "protocol"},
+    "cluster": {"worker", "router.launch", "router.front.chat_template", "protocol"},
     "router": {"router.launch", "router.front", "router.control", "protocol"},
-    "router.front": {"router.control", "protocol"},
+    "router.front": {"router.control", "router.front.chat_template", "protocol"},
+    "router.front.chat_template": {"protocol"},
     "router.control": {"router.launch", "protocol"},
     "router.launch": {"protocol"},
     "worker": {"prefill_worker", "decode_worker", "engine", "kv_transfer", "kernels", "protocol"},

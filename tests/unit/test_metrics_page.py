@@ -5,6 +5,7 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 from prometheus_client import CollectorRegistry
@@ -18,6 +19,7 @@ from protocol.topology import RouterSection
 from router.control.controller import Controller
 from router.front import pages
 from router.front.metrics import ClusterMetrics, RequestMetrics
+from router.front.work_pool import WorkPool
 from router.launch import RouterLaunch
 from tests.unit.test_roles import decode_role, fetching_role
 
@@ -76,6 +78,7 @@ def test_streams_go_on_while_the_page_is_written() -> None:
     registry.register(Collector())
     app = Starlette(routes=[Route("/metrics", pages.metrics)])
     app.state.registry = registry
+    app.state.serving = SimpleNamespace(metrics_writing=WorkPool("metrics", num_threads=1, max_waiting=0))
 
     async def scenario() -> str:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://router") as client:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from protocol.generation_config import SamplingDefaults
 from protocol.layout import Endpoint, KVLayout, keys_and_values
 from router.control.dispatch import Dispatcher
 from router.control.policies import POLICIES, ReadyGroup
@@ -26,9 +27,16 @@ class Control:
         self.controller = Controller()
 
 
+def serving_of(text: object) -> Serving:
+    parts = {"control": Control(), "text": text, "bodies": None, "metrics": None, "metrics_writing": None}
+    facts = {"model_name": "m", "max_context": 64, "vocab_size": 100, "eos_token_ids": ()}
+    parts |= facts | {"timeout_s": 1.0, "created": 0, "sampling_defaults": SamplingDefaults()}
+    return Serving(**parts)  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def front() -> Serving:
-    return Serving(Control(), None, None, "m", 64, 100, (), 1.0, 0)  # type: ignore[arg-type]
+    return serving_of(None)
 
 
 def add_group(front: Serving, num_tokens: int) -> None:
@@ -84,14 +92,14 @@ class Text:
     def __init__(self) -> None:
         self.befores: list[tuple[int, ...]] = []
 
-    def detokenizer(self, before: tuple[int, ...] = ()) -> None:
+    def detokenizer(self, before: tuple[int, ...], skips_special: bool) -> None:
         self.befores.append(before)
 
 
 def test_a_completion_goes_on_from_its_prompt_and_an_answer_in_a_chat_from_nothing() -> None:
     text = Text()
-    front = Serving(Control(), None, text, "m", 64, 100, (), 1.0, 0)  # type: ignore[arg-type]
+    front = serving_of(text)
     add_group(front, 1000)
-    for prompts in ([Prompt((5, 6)), Prompt((7,), "x")], [Prompt((8,), is_chat=True)]):
-        Call(front, SamplingBody(), prompts).generation(4, None, "prompt")
+    for prompts in ([Prompt((5, 6)), Prompt((7,), "x")], [Prompt((8,), begins_text=True)]):
+        Call(front, SamplingBody(), prompts).generation(None, "prompt")
     assert text.befores == [(5, 6), (7,), ()]

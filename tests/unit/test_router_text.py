@@ -1,22 +1,25 @@
 """Text that comes token by token: nothing lost, no half characters, no part of a stop string."""
 
-import json
+import asyncio
 import random
-from pathlib import Path
+import threading
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models
 
-from protocol.errors import ConfigError
 from protocol.identity import new_attempt
-from protocol.messages import TokenUpdate
-from router.front.chat_template import ChatTemplate, load_chat_template
+from protocol.messages import TokenLogprobs, TokenUpdate
+from protocol.request import SamplingParams
+from router.front.chat_template import ChatTemplate
 from router.front.choice import Choice, Delta
 from router.front.detokenizer import MAX_HELD, Detokenizer
+from router.front.logprobs import Spelling, TextOffsets, chat_logprobs, completion_logprobs
 from router.front.stop_strings import StopStrings
-from tests.integration.router_process import VOCAB_SIZE, tiny_tokenizer
+from router.front.text import MAX_CHARS_USUAL, ModelText
+from router.front.token_pieces import TokenPiece, TokenPieces
+from tests.integration.router_process import SPECIAL_TOKENS, VOCAB_SIZE, tiny_tokenizer
 
 SPECIAL_IDS = frozenset({0, 1, 2})
 ATTEMPT = new_attempt("r", 0, 1, 2)
@@ -115,7 +118,92 @@ def test_a_text_that_goes_on_keeps_the_space_before_its_first_word(num_before: i
     detokenizer = Detokenizer(tokenizer, frozenset({0}), before)
     text = "".join(detokenizer.feed(token_id) for token_id in after) + detokenizer.flush()
     assert text.lstrip(" ") == "time, time time"
-    assert text.startswith(" ") == (num_before > 1 and not is_cut)
+    assert text.startswith(" ") == (num_before > 1 or is_cut)
+
+
+@pytest.mark.parametrize("make", ["tiny_tokenizer", "spaces_before_words"])
+@pytest.mark.parametrize("num_before", [0, 3])
+@pytest.mark.parametrize("character", ["é", "日", "😀"])
+def test_a_character_that_begins_in_the_prompt_comes_whole(make: str, num_before: int, character: str) -> None:
+    tokenizer: Tokenizer = globals()[make]()
+    prompt = [5, 6, 7][:num_before]
+    *first, last = byte_tokens(tokenizer, character)
+    detokenizer = Detokenizer(tokenizer, frozenset(), [*prompt, *first])
+    assert detokenizer.feed(last) + detokenizer.flush() == character
+    cut_short = Detokenizer(tokenizer, frozenset(), [*prompt, *first])
+    assert "".join(map(cut_short.feed, byte_tokens(tokenizer, f",{character},"))) == f",{character},"
+
+
+def byte_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text's single bytes."""
+    pieces = TokenPieces(tokenizer)
+    ids = {pieces.piece(token_id).data: token_id for token_id in reversed(range(tokenizer.get_vocab_size()))}
+    return [ids[bytes([byte])] for byte in text.encode()]
+
+
+@pytest.mark.parametrize("before", [[], [1]])
+def test_after_bytes_that_never_become_a_character_the_text_goes_on_with_its_space(before: list[int]) -> None:
+    tokenizer = spaces_before_words()
+    bad = tokenizer.token_to_id("<0xC3>")
+    detokenizer = Detokenizer(tokenizer, frozenset({0}))
+    pieces = [detokenizer.feed(token_id) for token_id in [*before, *[bad] * MAX_HELD, 4, 5, 4]]
+    assert "".join(pieces) == "Once" * len(before) + "\ufffd" * MAX_HELD + " time, time"
+
+
+def test_a_token_has_its_own_bytes_and_text_whatever_the_vocabulary(tokenizer: Tokenizer) -> None:
+    of_bytes, of_words = TokenPieces(tokenizer), TokenPieces(spaces_before_words())
+    metaspace = Tokenizer(models.BPE({"▁cat": 0, "cat": 1}, []))
+    metaspace.decoder = decoders.Metaspace()
+    spelled = {
+        " two": of_bytes.piece(tokenizer.encode(" two").ids[0]),
+        "<|user|>": of_bytes.piece(1),
+        " Once": of_words.piece(1),
+        ",": of_words.piece(5),
+        "\n": of_words.piece(6 + 0x0A),
+        " cat": TokenPieces(metaspace).piece(0),
+        "cat": TokenPieces(metaspace).piece(1),
+    }
+    assert spelled == {text: TokenPiece(text, text.encode()) for text in spelled}
+    half = TokenPiece("bytes:\\xe2", b"\xe2")
+    assert (of_bytes.piece(tokenizer.token_to_id("â")), of_words.piece(6 + 0xE2)) == (half, half)
+    assert of_bytes.piece(VOCAB_SIZE + 5) == TokenPiece(f"token_id:{VOCAB_SIZE + 5}", None)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_bytes_of_tokens_add_up_to_their_text(tokenizer: Tokenizer, seed: int) -> None:
+    rng = random.Random(seed)
+    token_ids = [rng.randrange(len(SPECIAL_TOKENS), tokenizer.get_vocab_size()) for _ in range(60)]
+    pieces = TokenPieces(tokenizer)
+    data = b"".join(pieces.piece(token_id).data or b"" for token_id in token_ids)
+    assert data.decode(errors="replace") == tokenizer.decode(token_ids)
+
+
+def test_log_probabilities_name_every_token_and_say_where_it_begins() -> None:
+    tokenizer = Tokenizer(models.BPE({"▁cat": 0, "cat": 1, **{f"<0x{b:02X}>": b + 2 for b in range(256)}}, []))
+    tokenizer.decoder = spaces_before_words().decoder
+    text = ModelText(tokenizer, "", 100)
+    ids = [0, 1, *(byte + 2 for byte in "日".encode()), 0]
+    drawn = [(token_id, TokenLogprobs(-1.0, (0, 1, ord("c") + 2, 2), (-0.5, -0.6, -0.7, -0.8))) for token_id in ids]
+    offsets = TextOffsets()
+    parts = [completion_logprobs(part, Spelling(text), offsets) for part in (drawn[:3], drawn[3:])]
+    assert [token for part in parts for token in part.tokens][:3] == [" cat", "cat", "bytes:\\xe6"]
+    assert [offset for part in parts for offset in part.text_offset] == [0, 4, 7, 7, 7, 8]
+    assert parts[0].top_logprobs[1] == {" cat": -0.5, "c": -0.7, "\0": -0.8, "cat": -1.0}
+    tokenizer.add_tokens([AddedToken("cat", special=False, normalized=False)])
+    chat = chat_logprobs(drawn, Spelling(text))
+    assert [bytes(entry.bytes or []) for entry in chat.content] == [b" cat", b"cat", b"\xe6", b"\x97", b"\xa5", b" cat"]
+
+
+def test_two_tokens_of_one_spelling_keep_both_their_log_probabilities() -> None:
+    tokenizer = Tokenizer(models.BPE({"a": 0, "<0x61>": 1, "b": 2}, []))
+    tokenizer.decoder = decoders.ByteFallback()
+    drawn = [(2, TokenLogprobs(-3.0, (1, 0), (-0.1, -0.2)))]
+    text = ModelText(tokenizer, "", 100)
+    [tops] = completion_logprobs(drawn, Spelling(text), TextOffsets()).top_logprobs
+    assert tops == {"a": -0.1, "token_id:0": -0.2, "b": -3.0}
+    by_id = completion_logprobs(drawn, Spelling(text, as_ids=True), TextOffsets())
+    assert by_id.tokens == ["token_id:2"]
+    assert by_id.top_logprobs == [{"token_id:1": -0.1, "token_id:0": -0.2, "token_id:2": -3.0}]
 
 
 def test_a_character_of_several_tokens_comes_whole_behind_a_prompt(tokenizer: Tokenizer) -> None:
@@ -123,6 +211,43 @@ def test_a_character_of_several_tokens_comes_whole_behind_a_prompt(tokenizer: To
     for num_before in range(len(before)):
         detokenizer = Detokenizer(tokenizer, SPECIAL_IDS, before[:num_before])
         assert "".join(detokenizer.feed(token_id) for token_id in tokenizer.encode("日x😀").ids) == "日x😀"
+
+
+class SlowTokenizer:
+    """One whose long texts take until they are let go."""
+
+    def __init__(self) -> None:
+        self.has_begun, self.go_on = threading.Event(), threading.Event()
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"x" * 100: 0}
+
+    def to_str(self) -> str:
+        return '{"decoder": null}'
+
+    def get_added_tokens_decoder(self) -> dict[int, object]:
+        return {}
+
+    def encode_batch_fast(self, texts: list[str], add_special_tokens: bool) -> list[Encoding]:
+        if len(texts[0]) > MAX_CHARS_USUAL:
+            self.has_begun.set()
+            assert self.go_on.wait(10)
+        return [tiny_tokenizer().encode("one")]
+
+
+def test_long_texts_keep_nobody_waiting_but_one_another() -> None:
+    async def scenario() -> None:
+        tokenizer = SlowTokenizer()
+        text = ModelText(tokenizer, ChatTemplate("{{ messages[0].content }}", {}), 1 << 20)  # type: ignore[arg-type]
+        long = [asyncio.create_task(text.encode("x" * (MAX_CHARS_USUAL + 1), "prompt")) for _ in range(8)]
+        await asyncio.to_thread(tokenizer.has_begun.wait, 10)
+        assert await asyncio.wait_for(text.encode("x" * MAX_CHARS_USUAL, "prompt"), 5)
+        assert await asyncio.wait_for(text.render([{"role": "user", "content": "x" * 9000}], {}), 5)
+        tokenizer.go_on.set()
+        assert all(await asyncio.gather(*long))
+        text.close()
+
+    asyncio.run(scenario())
 
 
 def feed_all(choice: Choice, token_ids: list[int], reason: str | None) -> Delta:
@@ -161,37 +286,27 @@ def test_a_token_that_ends_the_text_is_no_part_of_it(tokenizer: Tokenizer) -> No
     assert feed_all(Choice(Detokenizer(tokenizer, SPECIAL_IDS)), ids, "stop").text == "one two"
 
 
+@pytest.mark.parametrize(("ignores_eos", "reason"), [(False, None), (True, 7)])
+def test_the_reason_is_the_stop_token_unless_the_model_itself_ends_with_it(ignores_eos: bool, reason: int) -> None:
+    params = SamplingParams(9, 0, stop_token_ids=(7, 8), eos_token_ids=(7, 9), ignore_eos=ignores_eos)
+    for token_id, expected in ((7, reason), (8, 8), (9, None)):
+        choice = Choice(None, stop_token_ids=params.chosen_stop_token_ids)
+        feed_all(choice, [5, token_id], "stop")
+        assert (choice.finish_reason, choice.stop_reason) == ("stop", expected)
+
+
+def test_what_ends_a_text_is_part_of_it_when_asked_for(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("one two three").ids
+    for special_ids, text in ((SPECIAL_IDS, "one two three"), (None, "one two three<|end|>")):
+        choice = Choice(Detokenizer(tokenizer, special_ids), shows_stop=True)
+        assert feed_all(choice, [*ids, 0], "stop").text == text
+    choice = Choice(Detokenizer(tokenizer, SPECIAL_IDS), ["o th", "wo"], shows_stop=True)
+    assert feed_all(choice, ids, "length").text == "one two"
+    hidden = Choice(Detokenizer(tokenizer, None))
+    assert feed_all(hidden, [1, *ids, 0], "stop").text == "<|user|>one two three"
+
+
 def test_a_model_without_a_tokenizer_has_tokens_but_no_text() -> None:
     choice = Choice(None, ["x"])
     delta = feed_all(choice, [7, 8, 9], "length")
     assert (delta.text, delta.token_ids, choice.finish_reason) == ("", [7, 8, 9], "length")
-
-
-def test_chat_templates_run_in_a_sandbox_and_their_complaints_are_errors() -> None:
-    assert (
-        ChatTemplate("{{ bos_token }}{{ messages[0].content }}", {"bos_token": "<s>"}).render(
-            [{"role": "user", "content": "hi"}]
-        )
-        == "<s>hi"
-    )
-    for source in (
-        "{{ raise_exception('no') }}",
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].content.no.such }}",
-    ):
-        with pytest.raises(ValueError, match="does not accept these messages"):
-            ChatTemplate(source, {}).render([{"role": "user", "content": "hi"}])
-
-
-@pytest.mark.parametrize("template", [7, {"a": 1}, ["x"], [{"name": "default"}], [{"name": "default", "template": 7}]])
-def test_what_is_no_chat_template_is_refused_in_a_sentence(template: object, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    with pytest.raises(ConfigError, match="has for a chat template is none"):
-        load_chat_template(tmp_path)
-
-
-def test_a_chat_template_that_is_no_text_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="has for a chat template is none"):
-        load_chat_template(tmp_path)
