@@ -16,6 +16,7 @@ from protocol.identity import Epoch, new_epoch
 from protocol.messages import (
     AnyMessage,
     Committed,
+    Departing,
     Envelope,
     Failed,
     Fence,
@@ -147,9 +148,17 @@ class Controller:
         self.membership.hear(sender)
         if isinstance(message, Progress):
             return self.membership.progress(sender, message)
+        if isinstance(message, Departing):
+            return self._depart(sender)
         if not self.membership.leads(sender):
             return [Drop("not_a_leader")]
         return self._from_leader(sender, message)
+
+    def _depart(self, sender: Epoch) -> Iterable[Action | MemberAction]:
+        """A rank ends because somebody wants it to: what its group holds goes on elsewhere, and nothing is to blame."""
+        leader = self.membership.leader_of(sender)
+        moved = self.attempts.leave(leader) if leader else []
+        return [*moved, *self.membership.lose(sender, "it was asked to end", is_reachable=True)]
 
     def _from_leader(self, sender: Epoch, message: AnyMessage) -> Iterable[Action | MemberAction]:
         match message:

@@ -119,6 +119,11 @@ class Membership:
         """As identity, but also for lives that are over: a fenced rank has yet to hear of it."""
         return self.identity(epoch) or self._past.get(epoch)
 
+    def leader_of(self, epoch: Epoch) -> Epoch | None:
+        """Return the epoch of the leader of a living rank's group."""
+        leader = self._living[epoch][0].leader
+        return leader.info.epoch if leader else None
+
     def leads(self, epoch: Epoch) -> bool:
         """Whether this epoch is that of a living leader."""
         found = self._living.get(epoch)

@@ -22,7 +22,19 @@ import zmq
 
 from protocol.codec import encode
 from protocol.layout import keys_and_values
-from protocol.messages import Abort, BlockCounts, Committed, Failed, Fence, Heartbeat, PeerLost, Reserve, Stop, Welcome
+from protocol.messages import (
+    Abort,
+    BlockCounts,
+    Committed,
+    Departing,
+    Failed,
+    Fence,
+    Heartbeat,
+    PeerLost,
+    Reserve,
+    Stop,
+    Welcome,
+)
 from protocol.topology import RouterSection
 from router.control.course import MAX_CRASHES
 from router.launch import GroupSpec, RouterLaunch
@@ -419,3 +431,30 @@ def test_more_clients_and_ranks_may_connect_than_a_process_may_have_files_by_def
         for _ in range(200):
             clients.enter_context(connect(router, LONG))
         assert router.client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_that_is_asked_to_end_loses_no_stream_and_is_no_crash(folder: Path, rank: int) -> None:
+    """A rank of a group of two says so; both are told to end, and the stream goes on in the other group."""
+    layout = msgspec.structs.replace(LAYOUT, tensor_parallel=2)
+    specs = (GroupSpec("prefill", 0), GroupSpec("decode", 0, 2), GroupSpec("decode", 1))
+    with (
+        RouterUnderTest(folder, specs) as router,
+        FakeWorker(router.control, "prefill"),
+        FakeWorker(router.control, "decode", 0, 1, layout) as follower,
+        FakeWorker(router.control, "decode", 0, 0, layout, is_assembling=False, step_s=0.01) as leader,
+    ):
+        wait_until(lambda: follower.messages(Welcome))
+        leader.become_ready()
+        router.await_ready()
+        with ThreadPoolExecutor(1) as pool:
+            body = {"prompt": "one two", "max_tokens": 100, "return_token_ids": True}
+            answer = pool.submit(router.client.post, "/v1/completions", json=body)
+            wait_until(lambda: leader.next_index)
+            with FakeWorker(router.control, "decode", 1):
+                wait_until(lambda: router.status()["workers"][2]["state"] == "ready")
+                (leader, follower)[rank].say(Departing())
+                ids = answer.result(10).json()["choices"][0]["token_ids"]
+        assert ids == (ids[:2] * 50)
+        wait_until(lambda: isinstance(leader.ended_by, Fence) and isinstance(follower.ended_by, Fence), 1)
+        assert counted(router, "tandem_requests_continued", "reason") == {"worker_leaving": 1}
