@@ -149,7 +149,8 @@ def test_everything_that_can_be_said_is_in_its_union(base: type, union: Any):
 
 
 def test_nothing_of_ours_extends_messagepack():
-    found = {path: word for path in PRODUCT for word in FORBIDDEN if word in Path(path).read_text(encoding="utf-8")}
+    wire = [path for path in PRODUCT if "front" not in path.parts]  # HTTP speaks JSON
+    found = {path: word for path in wire for word in FORBIDDEN if word in path.read_text(encoding="utf-8")}
     assert found == {}
 
 
