@@ -86,14 +86,26 @@ class ProcessCluster(WorkerCluster):
     def revive(self) -> None:
         """Begin the next life of every rank whose process is gone, as Ray would, and wait until all serve."""
         deadline = time.monotonic() + 60
-        while not self._are_all_ready():
-            for name, process in list(self._processes.items()):
-                if not process.is_alive():
-                    self._start_rank(self._launches[name])
+        while not self.are_all_ready():
+            self.begin_missing()
             assert time.monotonic() < deadline, "not all came back"
             time.sleep(0.02)
 
-    def _are_all_ready(self) -> bool:
+    def begin_missing(self) -> None:
+        """Begin the next life of every rank whose process is gone, or that the router has given up."""
+        for launch in list(self._launches.values()):
+            if self._is_given_up(launch):
+                self.kill(launch.role, launch.group, launch.rank)
+            if not self._processes[launch.name].is_alive():
+                self._start_rank(launch)
+
+    def _is_given_up(self, launch: WorkerLaunch) -> bool:
+        """Whether the router has buried the life that this process is."""
+        member = self.controller.membership.groups[launch.role, launch.group].ranks.get(launch.rank)
+        pid = self._processes[launch.name].pid
+        return member is not None and not member.is_alive and member.info.pid == pid
+
+    def are_all_ready(self) -> bool:
         are_alive = all(process.is_alive() for process in self._processes.values())
         return are_alive and self._num_ready() == self._num_ranks
 

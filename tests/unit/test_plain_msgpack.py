@@ -6,7 +6,6 @@ Values are made from the types, so a message, a field or a kind of worker that i
 import struct
 from collections.abc import Callable
 from itertools import count
-from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import msgpack
