@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from protocol.topology import RouterSection
 from router.launch import Addresses, GroupSpec, RouterLaunch
+from tests.members import SECRET
 
 REPOSITORY = Path(__file__).parents[2]
 CORPUS = ["the quick brown fox jumps over the lazy dog", "one two three four five six seven eight nine ten", "日本 😀"]
@@ -75,6 +76,7 @@ class RouterUnderTest:
             max_context=MAX_CONTEXT,
             vocab_size=VOCAB_SIZE,
             groups=groups,
+            secret=SECRET,
         )
         self.log = folder / f"router-{time.monotonic_ns()}.log"
         with self.log.open("wb") as log:

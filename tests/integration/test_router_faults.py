@@ -40,6 +40,7 @@ from router.control.course import MAX_CRASHES
 from router.launch import GroupSpec, RouterLaunch
 from tests.integration.fake_worker import LAYOUT, FakeWorker
 from tests.integration.router_process import ONE_PAIR, REPOSITORY, RouterUnderTest, wait_until, write_model
+from tests.members import SECRET, member
 
 LONG = {"prompt": "one two three", "max_tokens": 500}
 
@@ -263,8 +264,7 @@ def test_garbage_on_the_control_socket_is_counted_and_changes_nothing(router, pr
     prefill.say_bytes(b"")
     prefill.say_bytes(b"\xc1" * 1000)
     prefill.say(Heartbeat(BlockCounts(), 0, 0, 0), epoch=decode.epoch)
-    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
-        stranger.linger = 0
+    with zmq.Context() as context, member(context, zmq.DEALER) as stranger:
         stranger.connect(router.control)
         stranger.send_multipart([b"a", b"b", b"c"])
         stranger.send(b"\xff" * 100_000)
@@ -388,6 +388,7 @@ def launch_bytes(folder: Path, **changed: object) -> bytes:
         max_context=64,
         vocab_size=100,
         groups=ONE_PAIR,
+        secret=SECRET,
     )
     return msgspec.json.encode(msgspec.structs.replace(launch, **changed)) + b"\n"
 
