@@ -13,9 +13,7 @@ from protocol.messages import PROTOCOL_VERSION, AnyMessage, Envelope
 MAX_MESSAGE_BYTES = 16 << 20
 """A prompt of a million token ids is 5 MB; nothing on the control plane is larger than a few of these."""
 MAX_BYTES_TO_ROUTER = 1 << 20
-"""Of what workers say nothing grows with a prompt; the most are MAX_UPDATES tokens of 442 bytes, with 20 logprobs."""
-MAX_UPDATES = 1024
-"""In one Tokens. A step that brings more needs several."""
+"""What workers say does not grow with prompts; the most is a full Tokens, 1,024 of 442 bytes with 20 logprobs each."""
 
 
 class _Head(msgspec.Struct, frozen=True, array_like=True):

@@ -17,7 +17,7 @@ bytes directly. A request's way through these messages:
     either -> router    Failed       I cannot finish this attempt
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -26,6 +26,9 @@ from protocol.layout import Endpoint
 from protocol.request import Request
 
 PROTOCOL_VERSION = 4
+MAX_COUNTERS = 256
+MAX_UPDATES = 1024
+"""Messages with more counters, or more tokens, are refused before they are parsed: nobody sends them in good faith."""
 
 RoleName = Literal["prefill", "decode", "colocated"]
 WorkerState = Literal["starting", "ready", "draining", "dead"]
@@ -97,7 +100,7 @@ class Heartbeat(Message, frozen=True):
     running: int
     waiting: int
     steps: int
-    counters: dict[str, int] = {}
+    counters: Annotated[dict[str, int], msgspec.Meta(max_length=MAX_COUNTERS)] = {}
 
 
 class Ping(Message, frozen=True):
@@ -241,9 +244,9 @@ class TokenUpdate(msgspec.Struct, frozen=True):
 
 
 class Tokens(Message, frozen=True):
-    """Worker -> router: what one step brought, for all requests at once."""
+    """Worker -> router: what one step brought, for all requests at once; where these are very many, in several."""
 
-    updates: tuple[TokenUpdate, ...]
+    updates: Annotated[tuple[TokenUpdate, ...], msgspec.Meta(max_length=MAX_UPDATES)]
 
 
 class Failed(Message, frozen=True):

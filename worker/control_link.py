@@ -10,10 +10,10 @@ from typing import Protocol
 
 import zmq
 
-from protocol.codec import MAX_UPDATES, decode, encode
+from protocol.codec import decode, encode
 from protocol.errors import ConfigError, TandemError, VersionError, WireError
 from protocol.identity import Epoch
-from protocol.messages import AnyMessage, Fence, Stop, Tokens, TokenUpdate, Welcome, WorkerInfo
+from protocol.messages import MAX_UPDATES, AnyMessage, Fence, Stop, Tokens, TokenUpdate, Welcome, WorkerInfo
 from protocol.secret import Secret
 from protocol.sockets import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, connect, prepare_for_members
 

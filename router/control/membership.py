@@ -32,7 +32,6 @@ from router.launch import GroupSpec
 
 MAX_REMEMBERED = 4096
 MAX_DOING_CHARS = 200
-MAX_COUNTERS = 64
 
 GroupKey = tuple[RoleName, int]
 
@@ -197,8 +196,7 @@ class Membership:
 
     def heartbeat(self, epoch: Epoch, message: Heartbeat) -> list[MemberAction]:
         rank = self._living[epoch][1]
-        counters = {name: message.counters[name] for name in sorted(message.counters)[:MAX_COUNTERS]}
-        rank.load = msgspec.structs.replace(message, counters=counters)
+        rank.load = message
         return []
 
     # --- what becomes of them -----------------------------------------------------------------------------------------

@@ -116,6 +116,16 @@ class RouterUnderTest:
         return self
 
 
+def counted(router: RouterUnderTest, metric: str, label: str) -> dict[str, float]:
+    """Return a counter of /metrics by the values of one of its labels."""
+    lines = [line for line in router.client.get("/metrics").text.splitlines() if line.startswith(f"{metric}_total{{")]
+    return {line.split(f'{label}="')[1].split('"')[0]: float(line.split()[-1]) for line in lines}
+
+
+def drops(router: RouterUnderTest) -> dict[str, float]:
+    return counted(router, "tandem_dropped_messages", "reason")
+
+
 def wait_until(is_true: Callable[[], bool], timeout_s: float = 10.0) -> float:
     """Return how long it took; fail when it never came true."""
     started_s = time.monotonic()

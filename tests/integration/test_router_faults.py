@@ -39,7 +39,15 @@ from protocol.topology import RouterSection
 from router.control.course import MAX_CRASHES
 from router.launch import GroupSpec, RouterLaunch
 from tests.integration.fake_worker import LAYOUT, FakeWorker
-from tests.integration.router_process import ONE_PAIR, REPOSITORY, RouterUnderTest, wait_until, write_model
+from tests.integration.router_process import (
+    ONE_PAIR,
+    REPOSITORY,
+    RouterUnderTest,
+    counted,
+    drops,
+    wait_until,
+    write_model,
+)
 from tests.members import SECRET, member
 
 LONG = {"prompt": "one two three", "max_tokens": 500}
@@ -75,16 +83,6 @@ def connect(router: RouterUnderTest, body: dict[str, object], times: int = 1) ->
     data = json.dumps(body).encode()
     raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data) * times)
     return raw
-
-
-def counted(router: RouterUnderTest, metric: str, label: str) -> dict[str, float]:
-    """Return a counter of /metrics by the values of one of its labels."""
-    lines = [line for line in router.client.get("/metrics").text.splitlines() if line.startswith(f"{metric}_total{{")]
-    return {line.split(f'{label}="')[1].split('"')[0]: float(line.split()[-1]) for line in lines}
-
-
-def drops(router: RouterUnderTest) -> dict[str, float]:
-    return counted(router, "tandem_dropped_messages", "reason")
 
 
 @pytest.mark.parametrize("stream", [False, True])
