@@ -175,3 +175,20 @@ def test_whoever_is_no_rank_of_the_group_is_not_taken_for_one() -> None:
             assert leader.reports() == []
         follower.report(Enlist(1, 5, "the follower's"))
         assert leader.await_followers(lambda: None) == ["the follower's"]
+
+
+def test_a_stranger_is_not_heard_by_a_leader_however_much_he_says() -> None:
+    with (
+        closing(Leader(LEADER, SECRET)) as leader,
+        closing(Follower(FOLLOWER, leader.rendezvous, SECRET)) as follower,
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as stranger,
+    ):
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.connect(str(leader.pollable.getsockopt_string(zmq.LAST_ENDPOINT)))
+        for _ in range(1000):
+            stranger.send(encode_report(Enlist(1, 5, "his own")))
+        follower.report(Enlist(1, 5, "the follower's"))
+        assert leader.await_followers(lambda: None) == ["the follower's"]
+        assert not leader.pollable.poll(500)
+        assert set(leader.counters.values()) == {0}
