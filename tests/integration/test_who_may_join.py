@@ -173,10 +173,10 @@ def flood(control: str, prepare: Callable[["zmq.Socket[bytes]"], None], seconds:
                 with context.socket(zmq.DEALER) as stranger:
                     prepare(stranger)
                     stranger.setsockopt(zmq.LINGER, 0)
-                    stranger.setsockopt(zmq.SNDHWM, 20_000)
+                    stranger.setsockopt(zmq.SNDHWM, 60_000)
                     stranger.connect(control)
                     with contextlib.suppress(zmq.Again):
-                        for _ in range(20_000):
+                        for _ in range(60_000):
                             stranger.send(b"x" * 10, zmq.NOBLOCK)
                     time.sleep(0.1)
 
