@@ -27,7 +27,7 @@ from protocol.request import Request
 
 PROTOCOL_VERSION = 4
 MAX_COUNTERS = 256
-MAX_UPDATES = 1024
+MAX_UPDATES = 256
 """Messages with more counters, or more tokens, are refused before they are parsed: nobody sends them in good faith."""
 
 RoleName = Literal["prefill", "decode", "colocated"]

@@ -9,7 +9,7 @@ from typing import TypeVar
 import zmq
 from zmq.utils import z85
 
-from protocol.codec import MAX_MESSAGE_BYTES
+from protocol.codec import MAX_MESSAGE_BYTES, MAX_REPORT_BYTES
 
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 2000
@@ -36,14 +36,15 @@ def prepare(socket: SocketT, max_bytes: int = MAX_MESSAGE_BYTES, queue: int = 10
     return socket
 
 
-def prepare_for_members(socket: SocketT, key: bytes, max_bytes: int = MAX_MESSAGE_BYTES, queue: int = 1000) -> SocketT:
+def prepare_for_members(socket: SocketT, key: bytes, queue: int = 1000) -> SocketT:
     """As prepare, and nothing is received of whoever does not have the same key, and a dead peer is noticed.
 
-    key: 32 bytes. queue bounds what waits to be sent. What has come waits for its reader without bound, for a socket
-    with heartbeats must never stop reading: its peers' answers would be among what it does not read, and ZMQ aborts the
-    process when a connection breaks on which it has stopped.
+    A ROUTER is the router's or a leader's, and takes no more than ranks have to say. key: 32 bytes. queue bounds what
+    waits to be sent. What has come waits for its reader without bound, for a socket with heartbeats must never stop
+    reading: its peers' answers would be among what it does not read, and ZMQ aborts the process when a connection
+    breaks on which it has stopped.
     """
-    prepare(socket, max_bytes, queue)
+    prepare(socket, MAX_REPORT_BYTES if socket.type == zmq.ROUTER else MAX_MESSAGE_BYTES, queue)
     require_key(socket, key)
     socket.setsockopt(zmq.RCVHWM, 0)
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
@@ -52,13 +53,13 @@ def prepare_for_members(socket: SocketT, key: bytes, max_bytes: int = MAX_MESSAG
 
 
 def require_key(socket: "zmq.Socket[bytes]", key: bytes) -> None:
-    """Let the socket talk to those only who have the same 32 bytes. A ROUTER asks for them, others show them.
+    """Let the socket talk to those only who have the same 32 bytes. ROUTER and PULL ask for them, others show them.
 
     They are the private key of a CURVE server. Whoever does not know its public key, which is told to nobody, cannot
     make the first message of CURVE's handshake, and is not read beyond that; nor could he answer one.
     """
     server = z85.encode(key)
-    if socket.type == zmq.ROUTER:
+    if socket.type in (zmq.ROUTER, zmq.PULL):
         socket.setsockopt(zmq.CURVE_SERVER, 1)
         socket.setsockopt(zmq.CURVE_SECRETKEY, server)
         return

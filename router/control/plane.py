@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import zmq
 
-from protocol import codec, sockets
+from protocol import sockets
 from protocol.errors import ConfigError
 from protocol.messages import PromptLogprobs, TokenUpdate
 from protocol.request import Request
@@ -38,9 +38,8 @@ class ControlPlane:
         """Bind to a free port of host; address says which. Raise ConfigError when host is not ours."""
         self.controller = controller
         self._context = zmq.Context(io_threads=1)
-        self._socket = sockets.prepare_for_members(
-            self._context.socket(zmq.ROUTER), secret.key("control"), codec.MAX_BYTES_TO_ROUTER, MAX_QUEUED
-        )
+        socket = self._context.socket(zmq.ROUTER)
+        self._socket = sockets.prepare_for_members(socket, secret.key("control"), MAX_QUEUED)
         try:
             self.address = sockets.bind(self._socket, host)
         except zmq.ZMQError as error:
