@@ -27,8 +27,9 @@ from protocol.request import Request
 
 PROTOCOL_VERSION = 4
 MAX_COUNTERS = 256
-MAX_UPDATES = 256
-"""Messages with more counters, or more tokens, are refused before they are parsed: nobody sends them in good faith."""
+MAX_POSITIONS = 256
+"""Of one message: whoever has more to tell sends several, and those that claim more are refused before the rest of them
+is parsed."""
 
 RoleName = Literal["prefill", "decode", "colocated"]
 WorkerState = Literal["starting", "ready", "draining", "dead"]
@@ -225,7 +226,7 @@ class PromptLogprobs(Message, frozen=True):
 
     attempt: Attempt
     first_position: int
-    logprobs: tuple[TokenLogprobs, ...]
+    logprobs: Annotated[tuple[TokenLogprobs, ...], msgspec.Meta(max_length=MAX_POSITIONS)]
 
 
 class TokenUpdate(msgspec.Struct, frozen=True):
@@ -246,7 +247,7 @@ class TokenUpdate(msgspec.Struct, frozen=True):
 class Tokens(Message, frozen=True):
     """Worker -> router: what one step brought, for all requests at once; where these are very many, in several."""
 
-    updates: Annotated[tuple[TokenUpdate, ...], msgspec.Meta(max_length=MAX_UPDATES)]
+    updates: Annotated[tuple[TokenUpdate, ...], msgspec.Meta(max_length=MAX_POSITIONS)]
 
 
 class Failed(Message, frozen=True):

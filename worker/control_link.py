@@ -13,7 +13,7 @@ import zmq
 from protocol.codec import decode, encode
 from protocol.errors import ConfigError, TandemError, VersionError, WireError
 from protocol.identity import Epoch
-from protocol.messages import MAX_UPDATES, AnyMessage, Fence, Stop, Tokens, TokenUpdate, Welcome, WorkerInfo
+from protocol.messages import MAX_POSITIONS, AnyMessage, Fence, Stop, Tokens, TokenUpdate, Welcome, WorkerInfo
 from protocol.secret import Secret
 from protocol.sockets import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, connect, prepare_for_members
 
@@ -104,7 +104,7 @@ class ControlLink:
     def emit(self, update: TokenUpdate) -> None:
         """Queue a token; neighbours in the queue travel together."""
         self._updates.append(update)
-        if len(self._updates) == MAX_UPDATES:
+        if len(self._updates) == MAX_POSITIONS:
             self._close_updates()
 
     def flush(self) -> None:

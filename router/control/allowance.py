@@ -6,10 +6,11 @@ parsed would fill the memory with what waits, and hold up every stream. Used by 
 
 from collections import Counter
 
-MOST_BYTES = 32 << 20
-"""What a rank may have sent in a moment, as when the router has stood still: three seconds of 256 requests that draw a
+MOST_BYTES = 64 << 20
+"""What a rank may have sent in a moment, as when the router has stood still: six seconds of 256 requests that draw a
 hundred tokens a second each, with the most logprobs."""
-BYTES_PER_TICK = 4 << 20
+BYTES_PER_TICK = 8 << 20
+"""Fifty megabytes a second: the router could not act on so many tokens."""
 MESSAGE_BYTES = 256
 """What a message costs beside its bytes."""
 

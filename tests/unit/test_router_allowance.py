@@ -5,7 +5,7 @@ import pytest
 from protocol.codec import MAX_REPORT_BYTES, decode, encode
 from protocol.identity import new_attempt, new_epoch
 from protocol.messages import (
-    MAX_UPDATES,
+    MAX_POSITIONS,
     BlockCounts,
     Fence,
     Heartbeat,
@@ -78,7 +78,7 @@ def test_a_rank_that_says_too_much_is_fenced_once_and_others_are_heard(controlle
     for info in (wild, sound):
         controller.receive(identity_of(info), encode(Join(info, "a:1"), info.epoch))
     beat = encode(Heartbeat(BlockCounts(), 0, 0, 0, {}), wild.epoch) + bytes(MAX_REPORT_BYTES)
-    effects = [effect for _ in range(300) for effect in controller.receive(identity_of(wild), beat)]
+    effects = [effect for _ in range(600) for effect in controller.receive(identity_of(wild), beat)]
     told = [decode(effect.data).message for effect in effects if isinstance(effect, Transmit)]
     [fence] = [message for message in told if isinstance(message, Fence)]
     assert "more than the router can read" in fence.reason
@@ -93,7 +93,7 @@ def test_a_step_of_very_many_requests_with_all_logprobs_reaches_the_router_whole
     logprobs = TokenLogprobs(-0.5, tuple(range(100_000, 100_020)), tuple(-0.5 - rank for rank in range(20)))
     wire = Kept()
     link = ControlLink(wire, new_epoch())
-    updates = [TokenUpdate(attempt, index, 100_000, logprobs, "length") for index in range(2 * MAX_UPDATES + 1)]
+    updates = [TokenUpdate(attempt, index, 100_000, logprobs, "length") for index in range(2 * MAX_POSITIONS + 1)]
     for update in updates:
         link.emit(update)
     link.flush()
