@@ -39,7 +39,8 @@ from protocol.messages import (
     WorkerInfo,
 )
 from protocol.request import Request
-from protocol.sockets import prepare
+from protocol.secret import own_secret
+from protocol.sockets import prepare_for_members
 
 HEARTBEAT_S = 0.25
 MAX_TOKENS = 1 << 30
@@ -56,10 +57,10 @@ Context = zmq.Context["zmq.Socket[bytes]"]
 class FakeRank:
     """One rank and its connection."""
 
-    def __init__(self, context: Context, role: RoleName, group: int, rank: int, size: int) -> None:
+    def __init__(self, context: Context, key: bytes, role: RoleName, group: int, rank: int, size: int) -> None:
         self.info = WorkerInfo(role, group, rank, size, new_epoch(), 1, "here")
         self.is_welcome = False
-        self.socket = prepare(context.socket(zmq.DEALER), queue=100_000)
+        self.socket = prepare_for_members(context.socket(zmq.DEALER), key, queue=100_000)
         self.socket.setsockopt(zmq.IDENTITY, f"{role}-{group}-{rank}-{self.info.epoch:x}".encode())
         self._beat = encode(Progress("serving") if rank else _HEARTBEAT, self.info.epoch)
         self._requests: dict[Attempt, Request] = {}
@@ -119,8 +120,8 @@ class FakeRank:
 class FakeGroup:
     """Its ranks, the leader first."""
 
-    def __init__(self, context: Context, role: RoleName, group: int, size: int) -> None:
-        self.ranks = [FakeRank(context, role, group, rank, size) for rank in range(size)]
+    def __init__(self, context: Context, key: bytes, role: RoleName, group: int, size: int) -> None:
+        self.ranks = [FakeRank(context, key, role, group, rank, size) for rank in range(size)]
         self.is_ready = False
 
     def get_ready(self) -> None:
@@ -138,7 +139,8 @@ def assemble(control: str, role: RoleName, num_groups: int, size: int) -> list[F
     """Let all groups join, a few at a time, and say that they are ready."""
     context = zmq.Context()
     context.set(zmq.MAX_SOCKETS, 65_000)
-    groups = [FakeGroup(context, role, number, size) for number in range(num_groups)]
+    key = own_secret().key("control")
+    groups = [FakeGroup(context, key, role, number, size) for number in range(num_groups)]
     print("made", flush=True)
     sys.stdin.readline()
     for start in range(0, len(groups), JOIN_AT_ONCE):

@@ -18,6 +18,7 @@ from protocol.memory_size import format_memory, parse_memory, parse_share
 from protocol.messages import RoleName
 from protocol.model_config import ModelConfig, load_model_config
 from protocol.model_files import TOKENIZER_FILES, find_model
+from protocol.sockets import has_encryption
 from protocol.topology import GPU_TRANSPORTS, AnyRoleSection, DecodeSection, RoleSection, Topology
 
 _MAX_SOCKET_PATH = 107  # bytes, of any socket with a path
@@ -81,7 +82,9 @@ def check_topology(topology: Topology) -> ModelConfig:
 
 
 def check_this_machine(topology: Topology, has_cluster: bool) -> None:
-    """Raise ConfigError when the router's port is taken, or when no cluster helps and Ray cannot run all this here."""
+    """Raise ConfigError when the router cannot run here, or when no cluster helps and Ray cannot run all this here."""
+    if not has_encryption():
+        raise ConfigError("pyzmq was built here without CURVE, which keeps strangers out; install its wheel instead")
     with _about("router.port"):
         check_port(topology.router.host, topology.router.port)
     if not has_cluster:

@@ -17,6 +17,7 @@ from cluster.checks import gpu_share, roles
 from protocol.errors import TandemError
 from protocol.memory_size import parse_memory, parse_share
 from protocol.messages import RoleName
+from protocol.secret import Secret
 from protocol.topology import AnyRoleSection, Topology
 from worker import launch
 from worker.actor import WorkerActor
@@ -55,13 +56,13 @@ class RankActor:
         ray.kill(self.actor, no_restart=True)
 
 
-def start_ranks(topology: Topology, max_context: int, control: str, host: str) -> list[RankActor]:
+def start_ranks(topology: Topology, max_context: int, control: str, secret: Secret, host: str) -> list[RankActor]:
     """Create the actors of every group. control is the router's address for them; host their own, "" to find it out."""
     ranks = []
     for role, section in roles(topology):
         for group in range(section.groups):
             launches = [
-                _launch(topology, role, section, group, rank, max_context, control, host)
+                _launch(topology, role, section, group, rank, max_context, control, secret, host)
                 for rank in range(section.tensor_parallel)
             ]
             ranks += _start_group(launches, section.cpus, gpu_share(topology, section))
@@ -76,6 +77,7 @@ def _launch(
     rank: int,
     max_context: int,
     control: str,
+    secret: Secret,
     host: str,
 ) -> WorkerLaunch:
     cache, model = topology.cache_of(section), topology.model
@@ -92,6 +94,7 @@ def _launch(
         kv_transfer=topology.kv_transfer,
         device=topology.device,
         control=control,
+        secret=secret,
         host=host,
     )
 

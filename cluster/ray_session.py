@@ -10,8 +10,9 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster.checks import check_resources, num_local_cpus, num_local_gpus
 from cluster.deadline import run_within
@@ -105,6 +106,7 @@ def _join(topology: Topology) -> RaySession:
 def _start(topology: Topology) -> RaySession:
     import ray
 
+    close_token(Path.home() / ".ray")
     # A terminal that closes tells all processes that it started. Ray's are to live until what runs has finished.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     ray.init(
@@ -117,6 +119,13 @@ def _start(topology: Topology) -> RaySession:
         logging_level=logging.ERROR,
     )
     return RaySession("127.0.0.1", is_local=True, logs=_logs())
+
+
+def close_token(folder: Path) -> None:
+    """Let nobody else read the token that Ray keeps, or is about to draw, in this folder; by itself it lets all."""
+    with suppress(OSError):  # where Ray can write nothing there is nothing to read
+        folder.mkdir(mode=0o700, exist_ok=True)
+        (folder / "auth_token").chmod(0o600)
 
 
 def _leave(shutdown: Callable[[], None], within_s: float) -> None:

@@ -31,7 +31,8 @@ from protocol.orders import (
     decode_report,
     encode,
 )
-from protocol.sockets import bind, connect, prepare
+from protocol.secret import Secret
+from protocol.sockets import bind, connect, prepare_for_members
 
 ASSEMBLY_TIMEOUT_S = 60.0
 LOADING_TIMEOUT_S = 600.0
@@ -64,11 +65,11 @@ class Place:
 class Leader:
     """Rank 0's end of the group's channel. counters: what came here that was not used."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: Place, secret: Secret) -> None:
         self._place = place
         self.counters = {"unparsed_reports": 0, "stray_reports": 0}
         self._context = zmq.Context()
-        self._socket = prepare(self._context.socket(zmq.ROUTER), queue=_MAX_ORDERS)
+        self._socket = _prepared(self._context.socket(zmq.ROUTER), secret)
         self._store = open_store(place.host, 0, is_server=True, timeout_s=ASSEMBLY_TIMEOUT_S)
         self._store.set(_ORDERS_KEY, bind(self._socket, place.host))
         self._addresses: dict[int, str] = {}  # for KV, of the ranks that have enlisted
@@ -143,7 +144,7 @@ class Leader:
 class Follower:
     """Any other rank's end of the group's channel."""
 
-    def __init__(self, place: Place, rendezvous: str) -> None:
+    def __init__(self, place: Place, rendezvous: str, secret: Secret) -> None:
         self._place = place
         host, _, port = rendezvous.rpartition(":")
         try:
@@ -152,7 +153,7 @@ class Follower:
         except (RuntimeError, ValueError) as error:
             raise GroupError(f"no leader at {rendezvous}: {error}") from error
         self._context = zmq.Context()
-        self._socket = prepare(self._context.socket(zmq.DEALER), queue=_MAX_ORDERS)
+        self._socket = _prepared(self._context.socket(zmq.DEALER), secret)
         self._socket.setsockopt(zmq.IDENTITY, _identity_of(place.rank))
         connect(self._socket, orders_address)
 
@@ -229,6 +230,10 @@ class GroupRanks:
     def counters(self) -> dict[str, int]:
         """Return what all ranks have counted, added up; followers' counts are a heartbeat old at most."""
         return sums([self._leader.counters, self._own_rank.mover.counters(), *self._counted.values()])
+
+
+def _prepared(socket: "zmq.Socket[bytes]", secret: Secret) -> "zmq.Socket[bytes]":
+    return prepare_for_members(socket, secret.key("orders"), queue=_MAX_ORDERS)
 
 
 def _identity_of(rank: int) -> bytes:

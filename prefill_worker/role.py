@@ -21,6 +21,7 @@ from prefill_worker.outbox import Outbox
 from protocol.errors import FailureCode
 from protocol.identity import Attempt
 from protocol.messages import (
+    MAX_POSITIONS,
     Abort,
     AnyMessage,
     Committed,
@@ -196,7 +197,9 @@ class PrefillRole:
     def _say_prompt_logprobs(self, chunk: Chunk, drawn: list[Drawn]) -> None:
         given = drawn[:-1] if chunk.is_drawn else drawn
         logprobs = tuple(token.logprobs for token in given if token.logprobs is not None)
-        self._outlet.send(PromptLogprobs(chunk.sequence.attempt, chunk.wanted.start + 1, logprobs))
+        for start in range(0, len(logprobs), MAX_POSITIONS):
+            told = logprobs[start : start + MAX_POSITIONS]
+            self._outlet.send(PromptLogprobs(chunk.sequence.attempt, chunk.wanted.start + 1 + start, told))
 
     def _say_first_token(self, job: Job, sequence: Sequence, drawn: Drawn) -> None:
         job.first_token_id = drawn.token_id

@@ -12,6 +12,9 @@ from protocol.messages import PROTOCOL_VERSION, AnyMessage, Envelope
 
 MAX_MESSAGE_BYTES = 16 << 20
 """A prompt of a million token ids is 5 MB; nothing on the control plane is larger than a few of these."""
+MAX_REPORT_BYTES = 128 << 10
+"""What ranks say, to the router or to their leader, does not grow with prompts; the most is a full Tokens, 256 of 442
+bytes with 20 logprobs each. Strangers can make the other end keep so much for as long as a handshake may last."""
 
 
 class _Head(msgspec.Struct, frozen=True, array_like=True):

@@ -17,7 +17,7 @@ bytes directly. A request's way through these messages:
     either -> router    Failed       I cannot finish this attempt
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -26,6 +26,10 @@ from protocol.layout import Endpoint
 from protocol.request import Request
 
 PROTOCOL_VERSION = 4
+MAX_COUNTERS = 256
+MAX_POSITIONS = 256
+"""Of one message: whoever has more to tell sends several, and those that claim more are refused before the rest of them
+is parsed."""
 
 RoleName = Literal["prefill", "decode", "colocated"]
 WorkerState = Literal["starting", "ready", "draining", "dead"]
@@ -97,7 +101,7 @@ class Heartbeat(Message, frozen=True):
     running: int
     waiting: int
     steps: int
-    counters: dict[str, int] = {}
+    counters: Annotated[dict[str, int], msgspec.Meta(max_length=MAX_COUNTERS)] = {}
 
 
 class Ping(Message, frozen=True):
@@ -222,7 +226,7 @@ class PromptLogprobs(Message, frozen=True):
 
     attempt: Attempt
     first_position: int
-    logprobs: tuple[TokenLogprobs, ...]
+    logprobs: Annotated[tuple[TokenLogprobs, ...], msgspec.Meta(max_length=MAX_POSITIONS)]
 
 
 class TokenUpdate(msgspec.Struct, frozen=True):
@@ -241,9 +245,9 @@ class TokenUpdate(msgspec.Struct, frozen=True):
 
 
 class Tokens(Message, frozen=True):
-    """Worker -> router: what one step brought, for all requests at once."""
+    """Worker -> router: what one step brought, for all requests at once; where these are very many, in several."""
 
-    updates: tuple[TokenUpdate, ...]
+    updates: Annotated[tuple[TokenUpdate, ...], msgspec.Meta(max_length=MAX_POSITIONS)]
 
 
 class Failed(Message, frozen=True):

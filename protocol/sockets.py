@@ -1,13 +1,15 @@
-"""How ZMQ sockets are made here: bounded queues, heartbeats, size limits, the configured address only.
+"""How ZMQ sockets are made here: size limits, bounded queues, members only, heartbeats, the configured address only.
 
-Used by the router's and the workers' control plane and by kv_transfer. Knows nothing of what is sent.
+prepare is for kv_transfer, prepare_for_members for the control plane and for orders within a group. Nothing here knows
+what is sent. Why strangers are kept out in this way, and what it costs: docs/decisions/0016-who-may-join.md.
 """
 
 from typing import TypeVar
 
 import zmq
+from zmq.utils import z85
 
-from protocol.codec import MAX_MESSAGE_BYTES
+from protocol.codec import MAX_MESSAGE_BYTES, MAX_REPORT_BYTES
 
 HEARTBEAT_MS = 500
 HEARTBEAT_TIMEOUT_MS = 2000
@@ -22,18 +24,54 @@ SocketT = TypeVar("SocketT", bound="zmq.Socket[bytes]")
 
 
 def prepare(socket: SocketT, max_bytes: int = MAX_MESSAGE_BYTES, queue: int = 1000) -> SocketT:
-    """Set what every socket of ours needs: nothing lingers, nothing grows without bound, a dead peer is noticed."""
+    """Set what every socket of ours needs: nothing lingers, and nothing grows without bound."""
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, queue)
     socket.setsockopt(zmq.RCVHWM, queue)
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
     socket.setsockopt(zmq.CONNECT_TIMEOUT, CONNECT_MS)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
     if socket.type == zmq.ROUTER:
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
     return socket
+
+
+def prepare_for_members(socket: SocketT, key: bytes, queue: int = 1000) -> SocketT:
+    """As prepare, and nothing is received of whoever does not have the same key, and a dead peer is noticed.
+
+    A ROUTER is the router's or a leader's, and takes no more than ranks have to say. key: 32 bytes. queue bounds what
+    waits to be sent. What has come waits for its reader without bound, for a socket with heartbeats must never stop
+    reading: its peers' answers would be among what it does not read, and ZMQ aborts the process when a connection
+    breaks on which it has stopped.
+    """
+    prepare(socket, MAX_REPORT_BYTES if socket.type == zmq.ROUTER else MAX_MESSAGE_BYTES, queue)
+    require_key(socket, key)
+    socket.setsockopt(zmq.RCVHWM, 0)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    return socket
+
+
+def require_key(socket: "zmq.Socket[bytes]", key: bytes) -> None:
+    """Let the socket talk to those only who have the same 32 bytes. ROUTER and PULL ask for them, others show them.
+
+    They are the private key of a CURVE server. Whoever does not know its public key, which is told to nobody, cannot
+    make the first message of CURVE's handshake, and is not read beyond that; nor could he answer one.
+    """
+    server = z85.encode(key)
+    if socket.type in (zmq.ROUTER, zmq.PULL):
+        socket.setsockopt(zmq.CURVE_SERVER, 1)
+        socket.setsockopt(zmq.CURVE_SECRETKEY, server)
+        return
+    public, private = zmq.curve_keypair()
+    socket.setsockopt(zmq.CURVE_PUBLICKEY, public)
+    socket.setsockopt(zmq.CURVE_SECRETKEY, private)
+    socket.setsockopt(zmq.CURVE_SERVERKEY, zmq.curve_public(server))
+
+
+def has_encryption() -> bool:
+    """Whether this machine's ZMQ was built with what require_key needs."""
+    return bool(zmq.has("curve"))
 
 
 def bind(socket: "zmq.Socket[bytes]", host: str) -> str:

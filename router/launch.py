@@ -10,6 +10,7 @@ import msgspec
 
 from protocol.errors import ConfigError
 from protocol.messages import RoleName
+from protocol.secret import Secret
 from protocol.topology import Positive, RouterSection
 
 MAX_LAUNCH_BYTES = 1 << 20
@@ -27,7 +28,7 @@ class RouterLaunch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """section: where clients connect and how to choose groups. control_host: interface of the workers' socket.
 
     model_folder is absolute and resolved; model_name is what clients call it. is_fetching: whether prefill groups fetch
-    from decode groups, and want to know when that may pay.
+    from decode groups, and want to know when that may pay. secret: of the cluster; None: the user's own.
     """
 
     section: RouterSection
@@ -38,6 +39,7 @@ class RouterLaunch(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     vocab_size: Positive
     groups: tuple[GroupSpec, ...]
     is_fetching: bool = False
+    secret: Secret | None = None
 
 
 class Addresses(msgspec.Struct, frozen=True):

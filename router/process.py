@@ -27,6 +27,7 @@ from protocol.errors import ConfigError
 from protocol.generation_config import SamplingDefaults, load_sampling_defaults
 from protocol.memory_size import parse_memory
 from protocol.model_config import load_model_config
+from protocol.secret import own_secret
 from protocol.stages import Stage
 from protocol.topology import ClientLimits, RouterSection
 from router.control.controller import Controller
@@ -65,7 +66,7 @@ class QuietServer(uvicorn.Server):
 async def serve(launch: RouterLaunch, stdin: int) -> None:
     """Run until stdin ends or a signal comes, and all requests have ended. Raise ConfigError when it cannot start."""
     listener = bind(launch.section)
-    control = ControlPlane(Controller(launch), launch.control_host)
+    control = ControlPlane(Controller(launch), launch.control_host, launch.secret or own_secret())
     serving, server = build(launch, control)
     control.start()
     drain_wanted = _watch_ends(stdin, launch.section.grace_s + END_WITHIN_S)

@@ -35,6 +35,7 @@ from router.control.events import Outcome
 from router.control.membership import Group, Member
 from router.control.plane import ControlPlane
 from router.launch import GroupSpec, RouterLaunch
+from tests.members import SECRET
 from worker.launch import CacheLaunch, ModelLaunch, WorkerLaunch
 from worker.life import run_worker
 
@@ -280,6 +281,7 @@ class WorkerCluster:
             kv_transfer=self._kv_transfer,
             device=self._device,
             control=self._control.address,
+            secret=SECRET,
             host=HOST,
         )
 
@@ -312,7 +314,7 @@ class WorkerCluster:
             is_fetching=self._kv_transfer.min_fetch_tokens > 0,
         )
         self.controller = WatchedController(launch, self._watch)
-        self._control = ControlPlane(self.controller, HOST)
+        self._control = ControlPlane(self.controller, HOST, SECRET)
         self._control.start()
 
     def _start_rank(self, launch: WorkerLaunch) -> None:

@@ -13,8 +13,9 @@ import zmq
 from protocol.codec import decode, encode
 from protocol.errors import ConfigError, TandemError, VersionError, WireError
 from protocol.identity import Epoch
-from protocol.messages import AnyMessage, Fence, Stop, Tokens, TokenUpdate, Welcome, WorkerInfo
-from protocol.sockets import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, connect, prepare
+from protocol.messages import MAX_POSITIONS, AnyMessage, Fence, Stop, Tokens, TokenUpdate, Welcome, WorkerInfo
+from protocol.secret import Secret
+from protocol.sockets import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, connect, prepare_for_members
 
 WELCOME_TIMEOUT_S = 60.0
 RECONNECT_MS = HEARTBEAT_TIMEOUT_MS + 2 * HEARTBEAT_MS
@@ -55,9 +56,10 @@ class ControlSocket:
     notices by heartbeats that a worker has gone. This end sends none, for a router that stands still is not gone.
     """
 
-    def __init__(self, address: str, worker: WorkerInfo) -> None:
+    def __init__(self, address: str, worker: WorkerInfo, secret: Secret) -> None:
         self._context = zmq.Context()
-        self.pollable = prepare(self._context.socket(zmq.DEALER), queue=_MAX_MESSAGES)
+        socket = self._context.socket(zmq.DEALER)
+        self.pollable = prepare_for_members(socket, secret.key("control"), queue=_MAX_MESSAGES)
         identity = f"{worker.role}-{worker.group}-{worker.rank}-{worker.epoch:x}"
         self.pollable.setsockopt(zmq.IDENTITY, identity.encode())
         self.pollable.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
@@ -102,6 +104,8 @@ class ControlLink:
     def emit(self, update: TokenUpdate) -> None:
         """Queue a token; neighbours in the queue travel together."""
         self._updates.append(update)
+        if len(self._updates) == MAX_POSITIONS:
+            self._close_updates()
 
     def flush(self) -> None:
         """Send everything that is queued, in order. Raise Fenced when the router takes nothing any more."""

@@ -7,6 +7,7 @@ start, and a restarted worker gets the same bytes again.
 import msgspec
 
 from protocol.messages import RoleName
+from protocol.secret import Secret
 from protocol.topology import AnyRoleSection, Device, Dtype, KVTransferSection
 
 
@@ -28,7 +29,7 @@ class CacheLaunch(msgspec.Struct, frozen=True):
 
 
 class WorkerLaunch(msgspec.Struct, frozen=True):
-    """One rank of one group. control is the router's address for workers, "tcp://host:port".
+    """One rank of one group. control is the router's address for workers, "tcp://host:port"; secret the cluster's.
 
     host: the address of this node that peers can reach; the actor fills it in, for only it knows where Ray put it.
     """
@@ -42,6 +43,7 @@ class WorkerLaunch(msgspec.Struct, frozen=True):
     kv_transfer: KVTransferSection
     device: Device
     control: str
+    secret: Secret
     host: str = ""
 
     @property

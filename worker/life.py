@@ -75,7 +75,7 @@ class WorkerLife:
         self._departure = departure
         self._info = _describe(launch)
         self._place = Place(launch.rank, self._info.tensor_parallel, launch.host, launch.device)
-        self._socket = ControlSocket(launch.control, self._info)
+        self._socket = ControlSocket(launch.control, self._info, launch.secret)
         cleanup.callback(self._socket.close)
         self._link = ControlLink(self._socket, self._info.epoch)
 
@@ -88,7 +88,7 @@ class WorkerLife:
 
     def _lead(self) -> None:
         """Be rank 0: assemble the group, then serve requests."""
-        leader = Leader(self._place)
+        leader = Leader(self._place, self._launch.secret)
         self._cleanup.callback(leader.close)
         self._join(leader.rendezvous)
         loaded = self._load(leader.connect())
@@ -97,7 +97,7 @@ class WorkerLife:
 
     def _follow(self) -> None:
         """Be any other rank: find the leader, then carry out its orders."""
-        follower = Follower(self._place, self._join(None).rendezvous)
+        follower = Follower(self._place, self._join(None).rendezvous, self._launch.secret)
         self._cleanup.callback(follower.close)
         loaded = self._load(follower.connect())
         follower.report(Enlist(self._launch.rank, self._info.epoch, loaded.rank.mover.address))

@@ -14,6 +14,7 @@ from cluster.stop_signal import StopSignal
 from protocol.generation_config import load_sampling_defaults
 from protocol.model_config import ModelConfig
 from protocol.model_files import TOKENIZER_FILES, find_model
+from protocol.secret import Secret, new_secret
 from protocol.topology import Topology
 from router.launch import GroupSpec, RouterLaunch
 
@@ -45,10 +46,11 @@ def _serve(
     from cluster.placement import start_ranks  # these two import Ray, which takes a second and reads its settings then
     from cluster.supervisor import RayLost, Supervisor
 
-    router = RouterProcess(_router_launch(topology, model, session.host))
+    secret = new_secret()
+    router = RouterProcess(_router_launch(topology, model, session.host, secret))
     try:
         host = session.host if session.is_local else ""
-        ranks = start_ranks(topology, longest_context(topology, model), router.addresses.control, host)
+        ranks = start_ranks(topology, longest_context(topology, model), router.addresses.control, secret, host)
         supervisor = Supervisor(router, ranks, progress, session.logs, session.lost_part)
         try:
             status = supervisor.wait_until_ready(stop)
@@ -70,7 +72,7 @@ def _serve(
         router.end()
 
 
-def _router_launch(topology: Topology, model: ModelConfig, control_host: str) -> RouterLaunch:
+def _router_launch(topology: Topology, model: ModelConfig, control_host: str, secret: Secret) -> RouterLaunch:
     groups = (
         GroupSpec(role, group, section.tensor_parallel)
         for role, section in roles(topology)
@@ -85,6 +87,7 @@ def _router_launch(topology: Topology, model: ModelConfig, control_host: str) ->
         vocab_size=model.vocab_size,
         groups=tuple(groups),
         is_fetching=topology.decode is not None and topology.kv_transfer.min_fetch_tokens > 0,
+        secret=secret,
     )
 
 

@@ -33,6 +33,7 @@ from protocol.messages import (
     Unfetched,
 )
 from protocol.request import Request
+from router.control.allowance import Allowances
 from router.control.attempts import Attempts
 from router.control.dispatch import Dispatcher
 from router.control.events import Action, Deliver, Drop, End, Outcome, Send
@@ -69,10 +70,14 @@ class Controller:
         self.attempts = Attempts(self.dispatcher, launch.vocab_size, held)
         self.drops: Counter[str] = Counter()
         self._is_pairing_due = False
+        self._allowances = Allowances()
         self._is_colocated = any(spec.role == "colocated" for spec in launch.groups)
 
     def receive(self, identity: bytes, data: bytes) -> list[Effect]:
         """A worker's socket sent data, which may be anything at all."""
+        if not self._allowances.spend(identity, len(data)):
+            self.drops["too_much"] += 1
+            return self._resolve(self.membership.silence(identity, "it sent more than the router can read"))
         try:
             envelope = codec.decode(data)
         except VersionError as error:
@@ -123,6 +128,7 @@ class Controller:
 
     def tick(self, now_s: float) -> list[Effect]:
         """Called a few times a second: see that no deadline has passed, and that whoever is silent is still there."""
+        self._allowances.tick()
         pings = [Send(epoch, Ping()) for epoch in self.membership.silent()]
         return self._resolve([*self.attempts.expire(now_s), *pings])
 

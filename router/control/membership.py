@@ -32,7 +32,6 @@ from router.launch import GroupSpec
 
 MAX_REMEMBERED = 4096
 MAX_DOING_CHARS = 200
-MAX_COUNTERS = 64
 
 GroupKey = tuple[RoleName, int]
 
@@ -99,6 +98,7 @@ class Membership:
     def __init__(self, specs: Iterable[GroupSpec]) -> None:
         self.groups: dict[GroupKey, Group] = {(spec.role, spec.group): Group(spec) for spec in specs}
         self._living: dict[Epoch, tuple[Group, Member]] = {}
+        self._epochs: dict[bytes, Epoch] = {}  # of the living, by the identity of their sockets
         self._past: OrderedDict[Epoch, bytes] = OrderedDict()
         self._heard: set[Epoch] = set()
         self._heard_before: set[Epoch] = set()
@@ -162,6 +162,7 @@ class Membership:
         rank = Member(info, message.rendezvous)
         group.ranks[info.rank] = rank
         self._living[info.epoch] = (group, rank)
+        self._epochs[identity_of(info)] = info.epoch
         return actions + _welcomes(group, rank)
 
     def _join_problem(self, message: Join) -> str | None:
@@ -195,8 +196,7 @@ class Membership:
 
     def heartbeat(self, epoch: Epoch, message: Heartbeat) -> list[MemberAction]:
         rank = self._living[epoch][1]
-        counters = {name: message.counters[name] for name in sorted(message.counters)[:MAX_COUNTERS]}
-        rank.load = msgspec.structs.replace(message, counters=counters)
+        rank.load = message
         return []
 
     # --- what becomes of them -----------------------------------------------------------------------------------------
@@ -204,6 +204,11 @@ class Membership:
     def lose(self, epoch: Epoch, reason: str, is_reachable: bool = False) -> list[MemberAction]:
         """A rank's life is over, and with it its group's. is_reachable: it must be told too."""
         return self._tell_leaders(self._end(epoch, reason, is_reachable))
+
+    def silence(self, identity: bytes, reason: str) -> list[MemberAction]:
+        """Nothing more will be read of whoever sends under this identity: the life is over, if it is a rank's."""
+        epoch = self._epochs.get(identity)
+        return [] if epoch is None else self.lose(epoch, reason, is_reachable=True)
 
     def lose_all(self, reasons: Mapping[Epoch, str]) -> list[MemberAction]:
         """As lose, of several at once: none of them is told of the others."""
@@ -225,8 +230,9 @@ class Membership:
     def _bury(self, rank: Member, reason: str) -> None:
         rank.state, rank.doing = "dead", reason
         rank.load = Heartbeat(BlockCounts(), 0, 0, 0)
-        self._past[rank.info.epoch] = identity_of(rank.info)
-        del self._living[rank.info.epoch]
+        identity = identity_of(rank.info)
+        self._past[rank.info.epoch] = identity
+        del self._living[rank.info.epoch], self._epochs[identity]
         while len(self._past) > MAX_REMEMBERED:
             self._past.popitem(last=False)
 

@@ -15,6 +15,7 @@ from protocol import sockets
 from protocol.errors import ConfigError
 from protocol.messages import PromptLogprobs, TokenUpdate
 from protocol.request import Request
+from protocol.secret import Secret
 from router.control.controller import Controller, Effect, Transmit
 from router.control.events import Deliver, End, Outcome
 
@@ -33,11 +34,12 @@ logger = logging.getLogger(__name__)
 class ControlPlane:
     """Owns the socket and the clients' callbacks; decides nothing."""
 
-    def __init__(self, controller: Controller, host: str) -> None:
+    def __init__(self, controller: Controller, host: str, secret: Secret) -> None:
         """Bind to a free port of host; address says which. Raise ConfigError when host is not ours."""
         self.controller = controller
         self._context = zmq.Context(io_threads=1)
-        self._socket = sockets.prepare(self._context.socket(zmq.ROUTER), queue=MAX_QUEUED)
+        socket = self._context.socket(zmq.ROUTER)
+        self._socket = sockets.prepare_for_members(socket, secret.key("control"), MAX_QUEUED)
         try:
             self.address = sockets.bind(self._socket, host)
         except zmq.ZMQError as error:

@@ -38,7 +38,7 @@ from protocol.messages import (
     WorkerInfo,
 )
 from protocol.request import Request
-from protocol.sockets import prepare
+from tests.members import member
 
 LAYOUT = KVLayout("fake", 2, keys_and_values(2, 8, "float32"), 16, 1)
 
@@ -101,7 +101,7 @@ class FakeWorker:
 
     def _run(self) -> None:
         context = zmq.Context()
-        socket = prepare(context.socket(zmq.DEALER))
+        socket = member(context, zmq.DEALER)
         info = self.info
         socket.setsockopt(zmq.IDENTITY, f"{info.role}-{info.group}-{info.rank}-{info.epoch:x}".encode())
         socket.connect(self._control)

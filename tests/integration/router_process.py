@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from protocol.topology import RouterSection
 from router.launch import Addresses, GroupSpec, RouterLaunch
+from tests.members import SECRET
 
 REPOSITORY = Path(__file__).parents[2]
 CORPUS = ["the quick brown fox jumps over the lazy dog", "one two three four five six seven eight nine ten", "日本 😀"]
@@ -75,6 +76,7 @@ class RouterUnderTest:
             max_context=MAX_CONTEXT,
             vocab_size=VOCAB_SIZE,
             groups=groups,
+            secret=SECRET,
         )
         self.log = folder / f"router-{time.monotonic_ns()}.log"
         with self.log.open("wb") as log:
@@ -112,6 +114,16 @@ class RouterUnderTest:
     def await_ready(self) -> "RouterUnderTest":
         wait_until(lambda: self.client.get("/ready").status_code == 200)
         return self
+
+
+def counted(router: RouterUnderTest, metric: str, label: str) -> dict[str, float]:
+    """Return a counter of /metrics by the values of one of its labels."""
+    lines = [line for line in router.client.get("/metrics").text.splitlines() if line.startswith(f"{metric}_total{{")]
+    return {line.split(f'{label}="')[1].split('"')[0]: float(line.split()[-1]) for line in lines}
+
+
+def drops(router: RouterUnderTest) -> dict[str, float]:
+    return counted(router, "tandem_dropped_messages", "reason")
 
 
 def wait_until(is_true: Callable[[], bool], timeout_s: float = 10.0) -> float:

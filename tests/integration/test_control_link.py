@@ -18,8 +18,9 @@ from protocol.codec import encode
 from protocol.errors import ConfigError
 from protocol.identity import new_attempt, new_epoch
 from protocol.messages import PROTOCOL_VERSION, Abort, Join, Progress, Stop, WorkerInfo
-from protocol.sockets import bind, prepare
+from protocol.sockets import bind
 from router.control.membership import identity_of
+from tests.members import SECRET, member
 from worker.control_link import RECONNECT_MS, ControlLink, ControlSocket, Stopped
 
 HOST = "127.0.0.1"
@@ -77,7 +78,7 @@ def _shut(end: socket.socket) -> None:
 @pytest.fixture
 def router() -> Iterator[tuple["zmq.Socket[bytes]", Proxy]]:
     with zmq.Context() as context:
-        router = prepare(context.socket(zmq.ROUTER))
+        router = member(context, zmq.ROUTER)
         proxy = Proxy(int(bind(router, HOST).rpartition(":")[2]))
         yield router, proxy
         router.close()
@@ -95,7 +96,7 @@ def test_after_a_cut_the_worker_stays_away_until_the_router_has_found_out(router
     """Were it back at once, an Abort that was lost with the connection would leave its blocks held for ever."""
     router, proxy = router
     info = WorkerInfo("decode", 0, 0, 1, new_epoch(), 1, "node")
-    wire = ControlSocket(proxy.address, info)
+    wire = ControlSocket(proxy.address, info, SECRET)
     link = ControlLink(wire, info.epoch)
     link.send(Progress("here"))
     link.flush()
@@ -124,8 +125,8 @@ def test_after_a_cut_the_worker_stays_away_until_the_router_has_found_out(router
 def test_a_router_that_says_stop_and_closes_at_once_is_understood() -> None:
     info = WorkerInfo("decode", 0, 0, 1, new_epoch(), 1, "node")
     with zmq.Context() as context:
-        router = prepare(context.socket(zmq.ROUTER))
-        wire = ControlSocket(bind(router, HOST), info)
+        router = member(context, zmq.ROUTER)
+        wire = ControlSocket(bind(router, HOST), info, SECRET)
         link = ControlLink(wire, info.epoch)
         link.send(Progress("here"))
         link.flush()
@@ -143,8 +144,8 @@ def test_a_router_that_says_stop_and_closes_at_once_is_understood() -> None:
 def test_a_router_of_another_version_ends_the_start_with_both_versions() -> None:
     info = WorkerInfo("decode", 0, 0, 1, new_epoch(), 1, "node")
     with zmq.Context() as context:
-        router = prepare(context.socket(zmq.ROUTER))
-        wire = ControlSocket(bind(router, HOST), info)
+        router = member(context, zmq.ROUTER)
+        wire = ControlSocket(bind(router, HOST), info, SECRET)
         link = ControlLink(wire, info.epoch)
         link.send(Join(info, "rendezvous"))
         link.flush()

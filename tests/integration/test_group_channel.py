@@ -18,8 +18,9 @@ from protocol.errors import GroupError
 from protocol.messages import Fence, Join, Welcome
 from protocol.orders import Counted, Enlist
 from protocol.orders import encode as encode_report
-from protocol.sockets import bind, prepare
+from protocol.sockets import bind
 from protocol.topology import KVTransferSection, PrefillSection
+from tests.members import SECRET, member
 from tests.ranks import run_ranks
 from worker import life as worker
 from worker.control_link import Fenced
@@ -35,7 +36,7 @@ class OwnRouter:
 
     def __init__(self) -> None:
         self._context = zmq.Context()
-        self._socket = prepare(self._context.socket(zmq.ROUTER))
+        self._socket = member(self._context, zmq.ROUTER)
         self.address = bind(self._socket, HOST)
 
     def welcome(self) -> str:
@@ -89,6 +90,7 @@ def leaders_launch(control: str) -> WorkerLaunch:
         kv_transfer=KVTransferSection(),
         device="cpu",
         control=control,
+        secret=SECRET,
         host=HOST,
     )
 
@@ -107,7 +109,7 @@ def test_a_leader_whose_follower_was_lost_while_loading_hears_that_its_life_is_o
 
     monkeypatch.setattr(worker, "load_rank", load)
     life = alongside(lambda: run_worker(leaders_launch(router.address)))
-    with closing(Follower(FOLLOWER, router.welcome())) as lost:
+    with closing(Follower(FOLLOWER, router.welcome(), SECRET)) as lost:
         lost.connect()
         assert is_loaded.wait(10)
         router.say(Fence("rank 1 of prefill group 0 is lost"))
@@ -117,7 +119,7 @@ def test_a_leader_whose_follower_was_lost_while_loading_hears_that_its_life_is_o
 
 def test_ranks_that_never_enlist_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "LOADING_TIMEOUT_S", 0.1)
-    with closing(Leader(Place(0, 3, HOST, "cpu"))) as leader:
+    with closing(Leader(Place(0, 3, HOST, "cpu"), SECRET)) as leader:
         leader._addresses[2] = "as if rank 2 had enlisted"
         with pytest.raises(GroupError, match=r"ranks \[1\] of this group did not load their weights within 0.1 s"):
             leader.await_followers(lambda: None)
@@ -145,12 +147,12 @@ def test_a_rank_that_dies_in_the_middle_of_a_step_ends_the_others_in_a_sentence_
 
 def test_a_follower_whose_leader_takes_no_reports_ends_instead_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group, "_MAX_ORDERS", 1)
-    report = Counted(1, {"x" * (1 << 20): 1})
-    with closing(Leader(LEADER)) as leader, closing(Follower(FOLLOWER, leader.rendezvous)) as follower:
+    with closing(Leader(LEADER, SECRET)) as leader, closing(Follower(FOLLOWER, leader.rendezvous, SECRET)) as follower:
+        leader._socket.close()
 
         def report_on() -> None:
             for _ in range(1000):
-                follower.report(report)
+                follower.report(Counted(1, {}))
 
         with pytest.raises(GroupError, match="the leader takes no more reports"):
             alongside(report_on).result(20)
@@ -158,10 +160,10 @@ def test_a_follower_whose_leader_takes_no_reports_ends_instead_of_waiting(monkey
 
 def test_whoever_is_no_rank_of_the_group_is_not_taken_for_one() -> None:
     with (
-        closing(Leader(LEADER)) as leader,
-        closing(Follower(FOLLOWER, leader.rendezvous)) as follower,
+        closing(Leader(LEADER, SECRET)) as leader,
+        closing(Follower(FOLLOWER, leader.rendezvous, SECRET)) as follower,
         zmq.Context() as context,
-        context.socket(zmq.DEALER) as stranger,
+        member(context, zmq.DEALER, "orders") as stranger,
     ):
         stranger.setsockopt(zmq.IDENTITY, b"rank-2")  # of two
         stranger.connect(str(leader.pollable.getsockopt_string(zmq.LAST_ENDPOINT)))
@@ -173,3 +175,20 @@ def test_whoever_is_no_rank_of_the_group_is_not_taken_for_one() -> None:
             assert leader.reports() == []
         follower.report(Enlist(1, 5, "the follower's"))
         assert leader.await_followers(lambda: None) == ["the follower's"]
+
+
+def test_a_stranger_is_not_heard_by_a_leader_however_much_he_says() -> None:
+    with (
+        closing(Leader(LEADER, SECRET)) as leader,
+        closing(Follower(FOLLOWER, leader.rendezvous, SECRET)) as follower,
+        zmq.Context() as context,
+        context.socket(zmq.DEALER) as stranger,
+    ):
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.connect(str(leader.pollable.getsockopt_string(zmq.LAST_ENDPOINT)))
+        for _ in range(1000):
+            stranger.send(encode_report(Enlist(1, 5, "his own")))
+        follower.report(Enlist(1, 5, "the follower's"))
+        assert leader.await_followers(lambda: None) == ["the follower's"]
+        assert not leader.pollable.poll(500)
+        assert set(leader.counters.values()) == {0}

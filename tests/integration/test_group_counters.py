@@ -10,6 +10,7 @@ from kv_transfer.frames import FRAME_VERSION
 from protocol.orders import Counted, StopRank, encode
 from protocol.request import SamplingParams
 from router.front.metrics import ClusterMetrics
+from tests.members import member
 from tests.models import make_model
 from tests.unit.test_metrics_page import PAGE
 from tests.worker_cluster import WorkerCluster
@@ -61,7 +62,7 @@ def test_reports_to_a_leader_that_do_not_parse_show_in_metrics_and_stop_nobody(t
         assert leader
         host, _, port = str(leader.rendezvous).rpartition(":")
         address = open_store(host, int(port), is_server=False, timeout_s=10).get("orders").decode()
-        with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        with zmq.Context() as context, member(context, zmq.DEALER, "orders") as stranger:
             stranger.connect(address)
             for parts in NO_REPORTS:
                 stranger.send_multipart(parts)

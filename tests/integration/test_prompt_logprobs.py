@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from protocol.messages import RoleName
-from protocol.request import SamplingParams
+from protocol.request import MAX_LOGPROBS, SamplingParams
 from tests.models import make_model, reference_model
 from tests.worker_cluster import Answer, WorkerCluster
 
@@ -59,3 +59,12 @@ def test_every_position_of_a_prompt_has_its_log_probabilities_also_where_a_prefi
             assert of_token.logprob == pytest.approx(float(logprobs[position - 1, prompt[position]]), abs=1e-3)
             assert of_token.top_token_ids == tuple(best.indices.tolist())
             assert of_token.top_logprobs == pytest.approx(tuple(best.values.tolist()), abs=1e-3)
+
+
+def test_those_of_a_long_chunk_come_whole_although_the_router_takes_no_long_messages(model: Path) -> None:
+    prompt = random.Random(3).choices(range(500), k=500)
+    most = SamplingParams(1, seed=0, temperature=0.0, num_prompt_logprobs=MAX_LOGPROBS)
+    with WorkerCluster(model, TOPOLOGIES["colocated"], batch_tokens=1024) as cluster:
+        answer = cluster.submit(prompt, most).result(20)
+        assert len(answer.prompt) == 2, "one chunk, in two messages"
+        assert positions(answer) == list(range(1, len(prompt)))

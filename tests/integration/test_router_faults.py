@@ -39,7 +39,16 @@ from protocol.topology import RouterSection
 from router.control.course import MAX_CRASHES
 from router.launch import GroupSpec, RouterLaunch
 from tests.integration.fake_worker import LAYOUT, FakeWorker
-from tests.integration.router_process import ONE_PAIR, REPOSITORY, RouterUnderTest, wait_until, write_model
+from tests.integration.router_process import (
+    ONE_PAIR,
+    REPOSITORY,
+    RouterUnderTest,
+    counted,
+    drops,
+    wait_until,
+    write_model,
+)
+from tests.members import SECRET, member
 
 LONG = {"prompt": "one two three", "max_tokens": 500}
 
@@ -74,16 +83,6 @@ def connect(router: RouterUnderTest, body: dict[str, object], times: int = 1) ->
     data = json.dumps(body).encode()
     raw.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data) * times)
     return raw
-
-
-def counted(router: RouterUnderTest, metric: str, label: str) -> dict[str, float]:
-    """Return a counter of /metrics by the values of one of its labels."""
-    lines = [line for line in router.client.get("/metrics").text.splitlines() if line.startswith(f"{metric}_total{{")]
-    return {line.split(f'{label}="')[1].split('"')[0]: float(line.split()[-1]) for line in lines}
-
-
-def drops(router: RouterUnderTest) -> dict[str, float]:
-    return counted(router, "tandem_dropped_messages", "reason")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -263,8 +262,7 @@ def test_garbage_on_the_control_socket_is_counted_and_changes_nothing(router, pr
     prefill.say_bytes(b"")
     prefill.say_bytes(b"\xc1" * 1000)
     prefill.say(Heartbeat(BlockCounts(), 0, 0, 0), epoch=decode.epoch)
-    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
-        stranger.linger = 0
+    with zmq.Context() as context, member(context, zmq.DEALER) as stranger:
         stranger.connect(router.control)
         stranger.send_multipart([b"a", b"b", b"c"])
         stranger.send(b"\xff" * 100_000)
@@ -388,6 +386,7 @@ def launch_bytes(folder: Path, **changed: object) -> bytes:
         max_context=64,
         vocab_size=100,
         groups=ONE_PAIR,
+        secret=SECRET,
     )
     return msgspec.json.encode(msgspec.structs.replace(launch, **changed)) + b"\n"
 

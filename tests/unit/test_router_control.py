@@ -9,6 +9,7 @@ from router.control import plane as control
 from router.control.controller import Controller, Effect, Transmit
 from router.control.plane import ControlPlane
 from router.launch import GroupSpec, RouterLaunch
+from tests.members import SECRET
 
 NUM_PINGS = 10_000
 
@@ -35,7 +36,7 @@ def test_streams_get_their_turns_between_the_pings_of_many_ranks(monkeypatch: py
         return [] if pinged else [Transmit(b"nobody", number + 1, b"") for number in range(NUM_PINGS)]
 
     async def scenario() -> None:
-        plane = ControlPlane(controller_of_many(), "127.0.0.1")
+        plane = ControlPlane(controller_of_many(), "127.0.0.1", SECRET)
         monkeypatch.setattr(plane.controller, "tick", tick)
         monkeypatch.setattr(plane.controller, "unreachable", lambda reasons: pinged.extend(reasons) or [])
         plane.start()

@@ -7,6 +7,7 @@ from cluster.status_client import ClusterStatus, WorkerStatus
 from protocol.errors import TandemError
 from protocol.messages import RoleName, WorkerState
 from protocol.topology import DecodeSection, KVTransferSection, PrefillSection
+from tests.members import SECRET
 from tests.simulation.clock import Clock
 from worker.launch import CacheLaunch, ModelLaunch, WorkerLaunch
 
@@ -25,6 +26,7 @@ def launch(role: RoleName) -> WorkerLaunch:
         kv_transfer=KVTransferSection(),
         device="cpu",
         control=CONTROL,
+        secret=SECRET,
     )
 
 

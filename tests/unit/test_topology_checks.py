@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import zmq
 
 from cluster import checks
 from cluster.topology_file import load_topology
@@ -178,6 +179,12 @@ def test_a_temporary_folder_whose_path_is_too_long_for_rays_sockets_is_refused(
     with pytest.raises(ConfigError, match=f"{name} is /tmp/x*; .* set RAY_TMPDIR to a folder of at most 39 bytes"):
         checks.check_this_machine(topology("router.port=0"), has_cluster=False)
     checks.check_this_machine(topology("router.port=0"), has_cluster=True)
+
+
+def test_a_machine_whose_zmq_cannot_keep_strangers_out_is_refused(topology, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(zmq, "has", lambda capability: capability != "curve")
+    with pytest.raises(ConfigError, match="built here without CURVE"):
+        checks.check_this_machine(topology(), has_cluster=False)
 
 
 def test_a_port_in_use_is_refused_with_its_owner(topology):
