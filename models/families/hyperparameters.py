@@ -46,5 +46,8 @@ def read_hyperparameters(
     if read.num_heads % read.num_kv_heads:
         raise config.refusal("num_key_value_heads", f"must divide num_attention_heads ({num_heads})")
     if read.head_dim < 2 or read.head_dim % 2:
-        raise config.refusal("head_dim", f"must be even, and hidden_size / num_attention_heads is {read.head_dim}")
+        raise config.refusal(
+            "head_dim",
+            f"must be even, as hidden_size / num_attention_heads ({hidden_size} / {num_heads}) where it is left out",
+        )
     return read

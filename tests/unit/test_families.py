@@ -1,5 +1,6 @@
 """config.json as transformers writes it, of today and of old, into what the engine builds from."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from models.loading import FAMILIES as SERVED
 from models.loading import load_model
 from models.spec import Llama3Scaling, ModelSpec, RopeSpec
 from protocol.errors import ConfigError
@@ -45,6 +47,11 @@ def refusal(folder: Path, **changes: Any) -> str:
     with pytest.raises(ConfigError) as refused:
         load(folder, **changes)
     return str(refused.value)
+
+
+def test_a_family_is_a_short_file() -> None:
+    lengths = {name: len(Path(inspect.getfile(read)).read_text().splitlines()) for name, read in SERVED.items()}
+    assert max(lengths.values()) <= 60
 
 
 @pytest.mark.parametrize("family", FAMILIES)
