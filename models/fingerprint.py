@@ -8,7 +8,6 @@ large pieces, by several threads, so that the loader after it finds them in the 
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,30 +31,28 @@ class _Stamp(NamedTuple):
     mtime_ns: int
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """text: what is compared, 32 hexadecimal digits. stamps: how its files were told apart from later ones."""
+class StampedFiles:
+    """The files of one model as they are now. Made before any of them is opened, asked after all have been read."""
 
-    text: str
-    stamps: Mapping[Path, _Stamp]
+    def __init__(self, folder: Path) -> None:
+        """Raise ConfigError when the folder holds no weights, or a file cannot be read."""
+        weights = find_weights(folder)
+        index = [] if weights.index is None else [weights.index]
+        self._stamps = {path: _stamp(path) for path in (folder / "config.json", *index, *weights.paths)}
+
+    def fingerprint(self, num_threads: int = 1, progress: Tell = say_nothing) -> str:
+        """Read every byte; return 32 hexadecimal digits. Raise ConfigError when a file cannot be read."""
+        sizes = {path: stamp.size for path, stamp in self._stamps.items()}
+        try:
+            return _digest(sizes, num_threads, progress)
+        except OSError as error:
+            raise ConfigError(f"the model's files cannot be read: {error}") from error
 
     def check_unchanged(self) -> None:
         """Raise ConfigError when a file is another one than it was, so that what was loaded since may be as well."""
-        for path, stamp in self.stamps.items():
+        for path, stamp in self._stamps.items():
             if _stamp(path) != stamp:
                 raise ConfigError(f"{path} changed while this model was loaded from it; start again")
-
-
-def take_fingerprint(folder: Path, num_threads: int = 1, progress: Tell = say_nothing) -> Fingerprint:
-    """Read every byte. Raise ConfigError when the folder holds no weights, or a file cannot be read."""
-    weights = find_weights(folder)
-    index = [] if weights.index is None else [weights.index]
-    stamps = {path: _stamp(path) for path in (folder / "config.json", *index, *weights.paths)}
-    sizes = {path: stamp.size for path, stamp in stamps.items()}
-    try:
-        return Fingerprint(_digest(sizes, num_threads, progress), stamps)
-    except OSError as error:
-        raise ConfigError(f"{folder}: the model's files cannot be read: {error}") from error
 
 
 def _stamp(path: Path) -> _Stamp:

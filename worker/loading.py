@@ -10,9 +10,10 @@ from engine.limits import KVMemory, Limits, ShareOfFree
 from engine.parked_kv import ParkedKV
 from engine.rank import Rank
 from engine.trial import try_out
+from models.checkpoint import open_checkpoint
 from models.facts import ModelFacts
 from models.files import find_model
-from models.fingerprint import take_fingerprint
+from models.fingerprint import StampedFiles
 from models.loading import load_model
 from models.tensor_parallel import TensorParallel
 from protocol.errors import ConfigError
@@ -40,15 +41,18 @@ def load_rank(
     Raise ConfigError for a model that is not served.
     """
     folder = find_model(launch.model.path, progress=progress)
+    files = StampedFiles(folder)
     model = load_model(folder)
     dtype, device = model.facts.served_dtype(launch.model.dtype), torch.device(launch.device)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
     limits = Limits(launch.role_section.batch_tokens, launch.role_section.batch_requests, launch.model.max_context)
-    fingerprint = take_fingerprint(folder, max(1, int(launch.role_section.cpus)), progress)
-    layout = _layout(model.facts, fingerprint.text, dtype, launch)
+    checkpoint = open_checkpoint(folder, model.decoder, torch_dtype, device)
+    fingerprint = files.fingerprint(max(1, int(launch.role_section.cpus)), progress)
+    layout = _layout(model.facts, fingerprint, dtype, launch)
     engine = Engine(
         model,
-        folder,
-        getattr(torch, dtype),
+        checkpoint,
+        torch_dtype,
         device,
         tensor_parallel,
         layout,
@@ -56,8 +60,8 @@ def load_rank(
         limits,
         progress,
     )
-    fingerprint.check_unchanged()
-    _check_same_model(fingerprint.text, tensor_parallel, device)
+    files.check_unchanged()
+    _check_same_model(fingerprint, tensor_parallel, device)
     progress("trying the model out")
     longest_gap_s = try_out(engine, limits, launch.kv_cache.block_size)
     planes = engine.kv_cache.planes

@@ -12,7 +12,7 @@ import pytest
 
 from models import hub
 from models.files import TOKENIZER_FILES, find_model
-from models.fingerprint import take_fingerprint
+from models.fingerprint import StampedFiles
 from protocol.errors import ConfigError
 
 COMMIT = "a" * 40
@@ -108,7 +108,7 @@ def test_a_model_comes_whole_without_what_is_not_needed_and_only_once(own_hub: H
     folder = find_model(MODEL)
     assert {file.name for file in folder.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
     assert all((folder / name).read_bytes() == own_hub.files[name] for name in own_hub.given)
-    take_fingerprint(folder).check_unchanged()
+    StampedFiles(folder).fingerprint()
     assert find_model(MODEL) == folder
     assert len(own_hub.given) == 3
 

@@ -1,5 +1,6 @@
 """A rank that gets ready: what it says of its model, so that only equal models pair, and only equal ranks group."""
 
+import json
 from pathlib import Path
 from shutil import copytree
 
@@ -8,6 +9,7 @@ import pytest
 from models.tensor_parallel import TensorParallel
 from protocol.errors import ConfigError
 from protocol.layout import KVLayout
+from protocol.progress import Tell, say_nothing
 from protocol.topology import DecodeSection, KVTransferSection
 from tests.models import make_model
 from tests.ranks import run_ranks
@@ -20,7 +22,7 @@ def folder(tmp_path: Path) -> Path:
     return make_model("llama", tmp_path / "model", num_hidden_layers=1)
 
 
-def layout_of(folder: Path, tensor_parallel: TensorParallel) -> KVLayout:
+def layout_of(folder: Path, tensor_parallel: TensorParallel, progress: Tell = say_nothing) -> KVLayout:
     launch = WorkerLaunch(
         role="decode",
         group=0,
@@ -33,7 +35,7 @@ def layout_of(folder: Path, tensor_parallel: TensorParallel) -> KVLayout:
         control="",
         host="127.0.0.1",
     )
-    loaded = load_rank(launch, tensor_parallel, lambda doing: None, lambda: None)
+    loaded = load_rank(launch, tensor_parallel, progress, lambda: None)
     loaded.rank.mover.close()
     return loaded.layout
 
@@ -51,6 +53,26 @@ def test_a_worker_that_comes_back_with_one_weight_changed_does_not_fit_the_other
     before, after = layout_of(folder, alone), layout_of(with_one_weight_changed(folder), alone)
     assert layout_of(folder, alone).incompatibility(before) is None
     assert (after.incompatibility(before) or "").startswith("model_hash differs: ")
+
+
+def test_weights_that_are_replaced_while_they_are_loaded_are_not_served(folder: Path) -> None:
+    changed = with_one_weight_changed(folder) / "model.safetensors"
+
+    def replace(doing: str) -> None:
+        if doing.startswith("weights 1"):
+            changed.replace(folder / "model.safetensors")
+
+    with pytest.raises(ConfigError, match=r"model\.safetensors changed while this model was loaded from it"):
+        layout_of(folder, TensorParallel(0, 1), replace)
+
+
+def test_a_wrong_checkpoint_is_refused_before_its_bytes_are_read(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 516}))
+    told: list[str] = []
+    with pytest.raises(ConfigError, match=r"has shape \(515, 128\); config.json calls for \(516, 128\)"):
+        layout_of(folder, TensorParallel(0, 1), told.append)
+    assert told == []
 
 
 def test_groups_of_different_sizes_fit_when_their_models_are_equal(folder: Path) -> None:
