@@ -181,8 +181,6 @@ def test_only_the_leader_has_logits_and_only_of_sampled_rows(tmp_path: Path) -> 
     def shapes(group: TensorParallel) -> list[tuple[int, ...] | None]:
         layout = layout_of(model.facts, 16, group.size)
         engine = Engine(model, folder, torch.float32, CPU, group, layout, kv_memory=1 << 20)
-            model, folder, torch.float32, CPU, group, layout_of(model.facts, 16, group.size), kv_memory=1 << 20
-        )
         batches = (
             Batch((1, 2, 3), (1, 2), (1, 2), (block_table([0]), block_table([1])), sampled)
             for sampled in ((), (2,), (0, 2))
