@@ -63,8 +63,6 @@ def check_topology(topology: Topology) -> ModelFacts:
             load_sampling_defaults(folder)
         if Path(topology.model.path).expanduser().is_dir():
             find_weights(folder)  # a model from the hub brings its weights later, on each worker's own node
-    with _about("model.dtype"):
-        model.served_dtype(topology.model.dtype)
     with _about("kv_transfer.min_fetch_tokens"):
         _check_fetching(topology)
     with _about("model.max_context"):
@@ -180,8 +178,7 @@ def _check_split(role: RoleName, section: RoleSection, model: ModelFacts) -> Non
 
 def _layout(section: RoleSection, topology: Topology, model: ModelFacts) -> KVLayout:
     """Return how a group of this role will lay out its KV."""
-    dtype = model.dtype if topology.model.dtype == "auto" else topology.model.dtype
-    planes = keys_and_values(model.num_kv_heads, model.head_dim, dtype)
+    planes = keys_and_values(model.num_kv_heads, model.head_dim, model.served_dtype(topology.model.dtype))
     block_size = topology.cache_of(section).block_size
     return KVLayout("not computed yet", model.num_layers, planes, block_size, section.tensor_parallel)
 
