@@ -7,6 +7,7 @@ model stands in, to see that everything runs. Limits come from a copy and a matr
 
 import argparse
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from benchmarks.engine_plan import FULL, H200, H200_PEERS, SMOKE, Plan
 from benchmarks.engine_speed import Work, engine_speed
 from benchmarks.kernel_speed import KernelSpeed, Timed
 from kernels.backend import operations_for
-from protocol.model_config import ModelConfig
+from models.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -40,23 +41,31 @@ class Row:
     of_peer: float | None
 
 
-def floor_of_decode(config: ModelConfig, itemsize: int, work: Work, best: Ceiling) -> float:
+def floor_of_decode(model: ModelSpec, itemsize: int, work: Work, best: Ceiling) -> float:
     """Every weight but the embedding is read once, and every sequence's KV."""
-    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * work.batch * work.length
-    return (matrix_weights(config) + config.vocab_size * config.hidden_size + kv) * itemsize / best.bytes_per_s
+    return (num_weights(model) + num_kv_elements(model, work)) * itemsize / best.bytes_per_s
 
 
-def floor_of_prefill(config: ModelConfig, work: Work, best: Ceiling) -> float:
+def floor_of_prefill(model: ModelSpec, work: Work, best: Ceiling) -> float:
     """Two operations per weight and token, four per pair of positions, head and dimension."""
-    attention = 2 * work.length**2 * config.num_heads * config.head_dim * config.num_layers
-    return work.batch * (2 * matrix_weights(config) * work.length + attention) / best.flops_per_s
+    heads = sum(layer.attention.heads.number for layer in model.decoder.layers)
+    attention = 2 * work.length**2 * heads * model.facts.head_dim
+    return work.batch * (2 * layers_weights(model) * work.length + attention) / best.flops_per_s
 
 
-def matrix_weights(config: ModelConfig) -> int:
+def num_weights(model: ModelSpec) -> int:
+    """Return how many weights a decode step reads: the layers' matrices and the head."""
+    return layers_weights(model) + model.decoder.vocabulary.size * model.decoder.vocabulary.hidden_size
+
+
+def layers_weights(model: ModelSpec) -> int:
     """Return how many weights the layers' matrices have."""
-    qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    out = config.num_heads * config.head_dim
-    return config.num_layers * config.hidden_size * (qkv + out + 3 * config.intermediate_size)
+    return sum(math.prod(shape) for shape in model.decoder.tensors().values() if len(shape) > 1)
+
+
+def num_kv_elements(model: ModelSpec, work: Work) -> int:
+    """Return how many elements the KV of all of work's tokens has."""
+    return 2 * model.facts.num_layers * model.facts.num_kv_heads * model.facts.head_dim * work.batch * work.length
 
 
 class Report:
@@ -102,23 +111,23 @@ def shown(elapsed: float) -> str:
 
 
 def measure_engine(plan: Plan, device: torch.device, best: Ceiling, report: Report) -> None:
-    config = plan.config
+    model = plan.model
     longest = max(work.batch * (work.length + plan.num_steps + 17) for work in plan.decodes + plan.prefills)
-    engine = engine_speed(config, plan.dtype, device, plan.limits, longest)
+    engine = engine_speed(model, plan.dtype, device, plan.limits, longest)
     for work in plan.prefills:
         engine.prefill_s(work)  # warms up
         elapsed = engine.prefill_s(work)
         rate = f"{work.batch * work.length / elapsed:,.0f} tok/s"
-        report.add(f"prefill {work}", elapsed, rate, floor_of_prefill(config, work, best))
+        report.add(f"prefill {work}", elapsed, rate, floor_of_prefill(model, work, best))
     for work in plan.decodes:
         elapsed = engine.decode_step_s(work, plan.num_steps)
-        floor = floor_of_decode(config, plan.dtype.itemsize, work, best)
+        floor = floor_of_decode(model, plan.dtype.itemsize, work, best)
         report.add(f"decode step {work}", elapsed, f"{work.batch / elapsed:,.0f} tok/s", floor)
 
 
 def measure_kernels(plan: Plan, device: torch.device, best: Ceiling, report: Report) -> None:
     rotated_bytes = 2 * plan.dtype.itemsize * plan.copy_elements
-    kernels = KernelSpeed(plan.config, plan.dtype, device, operations_for(device), rotated_bytes)
+    kernels = KernelSpeed(plan.sizes, plan.dtype, device, operations_for(device), rotated_bytes)
     for name, measure in kernel_rows(plan, kernels):
         with report.guarded(name):
             timed = measure()

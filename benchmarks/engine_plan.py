@@ -7,7 +7,10 @@ import torch
 from benchmarks.engine_speed import Work
 from benchmarks.kernel_speed import Chunks
 from engine.limits import Limits
-from protocol.model_config import ModelConfig, RopeConfig
+from models.config_file import ConfigFile
+from models.families.hyperparameters import Hyperparameters, read_hyperparameters
+from models.loading import describe
+from models.spec import ModelSpec
 
 H200 = "NVIDIA H200"
 H200_PEERS = {
@@ -46,7 +49,7 @@ Where only a rate was written down, the seconds that it means."""
 class Plan:
     """What is measured: a model, and the rows for it."""
 
-    config: ModelConfig
+    config: ConfigFile
     dtype: torch.dtype
     limits: Limits
     decodes: tuple[Work, ...]
@@ -58,35 +61,37 @@ class Plan:
     copy_elements: int
     matrix: int
 
+    @property
+    def model(self) -> ModelSpec:
+        return describe(self.config)
 
-def model(
+    @property
+    def sizes(self) -> Hyperparameters:
+        return read_hyperparameters(self.config)
+
+
+def llama(
     hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, context: int
-) -> ModelConfig:
+) -> ConfigFile:
     """Return a Llama of these sizes."""
-    return ModelConfig(
-        architecture="LlamaForCausalLM",
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=hidden // heads,
-        max_context=context,
-        rms_norm_eps=1e-5,
-        rope=RopeConfig(500_000.0),
-        tie_word_embeddings=False,
-        qkv_bias=False,
-        o_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
-        dtype="bfloat16",
-        eos_token_ids=(),
-    )
+    keys = {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": context,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500_000.0,
+        "dtype": "bfloat16",
+    }
+    return ConfigFile("the benchmark's model", keys)
 
 
 FULL = Plan(
-    config=model(4096, 14336, 32, 32, 8, 128_256, 40_960),
+    config=llama(4096, 14336, 32, 32, 8, 128_256, 40_960),
     dtype=torch.bfloat16,
     limits=Limits(batch_tokens=8192, batch_requests=256, max_context=33_000),
     decodes=(*(Work(batch, 1024) for batch in (1, 16, 64, 128, 256)), Work(32, 8192)),
@@ -112,7 +117,7 @@ FULL = Plan(
 )
 
 SMOKE = Plan(
-    config=model(128, 256, 2, 4, 2, 1000, 512),
+    config=llama(128, 256, 2, 4, 2, 1000, 512),
     dtype=torch.bfloat16,
     limits=Limits(batch_tokens=128, batch_requests=4, max_context=128),
     decodes=(Work(1, 48), Work(4, 48)),

@@ -18,12 +18,13 @@ from engine.engine import Engine
 from engine.limits import Limits
 from engine.sampler import Sampler
 from engine.step_loop import Draw, Forward, StepLoop
-from engine.tensor_parallel import Range, TensorParallel
-from engine.weights import expected_tensors
+from models.facts import ModelFacts
+from models.spec import DecoderSpec, ModelSpec
+from models.tensor_parallel import Range, TensorParallel
+from models.vocabulary import vocabulary_tensors
 from protocol.identity import new_attempt, new_request_id
 from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.messages import Abort, AnyMessage, Failed, Prefill, Reserve, TokenUpdate
-from protocol.model_config import ModelConfig
 from protocol.orders import AnyOrder
 from protocol.request import Request, SamplingParams
 from worker.assembly import ASSEMBLIES, LeaderParts
@@ -33,12 +34,16 @@ BLOCK_SIZE = 16
 
 
 class RandomTensors:
-    """A model's tensors, drawn when they are asked for (engine.weights.Tensors). Norms are ones."""
+    """A model's tensors, drawn when they are asked for (models.formats.Tensors). Norms are ones."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-        self._shapes = expected_tensors(config)
+    def __init__(self, spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> None:
+        self._shapes = spec.tensors()
+        self._shapes |= vocabulary_tensors(spec.vocabulary, self)
         self._dtype = dtype
         self._device = device
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes
 
     def whole(self, name: str) -> Tensor:
         return self._random(self._shapes[name])
@@ -173,20 +178,20 @@ class StepSpeed:
 
 
 def engine_speed(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, limits: Limits, num_kv_tokens: int
+    model: ModelSpec, dtype: torch.dtype, device: torch.device, limits: Limits, num_kv_tokens: int
 ) -> StepSpeed:
     """Return the leader of an engine with random weights. limits.max_context bounds the longest request."""
     group = TensorParallel(0, 1, None)
-    layout = layout_of(config, dtype)
+    layout = layout_of(model.facts, dtype)
     num_bytes = -(-num_kv_tokens // BLOCK_SIZE) * layout.block_bytes
-    source = RandomTensors(config, dtype, device)
-    engine = Engine(config, source, dtype, device, group, layout, num_bytes, limits)
+    source = RandomTensors(model.decoder, dtype, device)
+    engine = Engine(model, source, dtype, device, group, layout, num_bytes, limits)
     pool = BlockPool(engine.kv_cache.num_blocks, BLOCK_SIZE, is_caching=False)
-    draw, is_ahead = Sampler(config.vocab_size, device).draw, engine.is_asynchronous
-    return StepSpeed(engine.forward, draw, pool, layout, limits, config.vocab_size, is_ahead=is_ahead)
+    draw, is_ahead = Sampler(engine.vocab_size, device).draw, engine.is_asynchronous
+    return StepSpeed(engine.forward, draw, pool, layout, limits, engine.vocab_size, is_ahead=is_ahead)
 
 
-def layout_of(config: ModelConfig, dtype: torch.dtype) -> KVLayout:
+def layout_of(facts: ModelFacts, dtype: torch.dtype) -> KVLayout:
     """Return the layout of one rank's cache for this model."""
-    planes = keys_and_values(config.num_kv_heads, config.head_dim, str(dtype).removeprefix("torch."))
-    return KVLayout("random", config.num_layers, planes, BLOCK_SIZE, 1)
+    planes = keys_and_values(facts.num_kv_heads, facts.head_dim, str(dtype).removeprefix("torch."))
+    return KVLayout("random", facts.num_layers, planes, BLOCK_SIZE, 1)

@@ -53,9 +53,11 @@ class ProcessorTime:
 
 def step_s(work: Work) -> float:
     """Return the host's seconds for one step of this work."""
-    device, layout = NoDevice(), layout_of(FULL.config, FULL.dtype)
+    device, layout = NoDevice(), layout_of(FULL.model.facts, FULL.dtype)
     pool = BlockPool(work.batch * (work.length + work.batch + NUM_STEPS) // BLOCK_SIZE + work.batch, BLOCK_SIZE)
-    speed = StepSpeed(device.forward, device.draw, pool, layout, FULL.limits, FULL.config.vocab_size, is_ahead=True)
+    speed = StepSpeed(
+        device.forward, device.draw, pool, layout, FULL.limits, FULL.model.facts.vocab_size, is_ahead=True
+    )
     watch = ProcessorTime()
     speed.watch_decoding(work, NUM_STEPS, watch)
     return watch.seconds / NUM_STEPS

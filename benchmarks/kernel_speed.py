@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.device_timer import Call, seconds, seconds_of_first
 from benchmarks.engine_speed import BLOCK_SIZE, Work
-from engine.rotary import cos_sin
 from kernels.backend import Operations
-from protocol.model_config import ModelConfig
+from models.families.hyperparameters import Hyperparameters
+from models.rotary import cos_sin
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,24 @@ class KernelSpeed:
 
     def __init__(
         self,
-        config: ModelConfig,
+        sizes: Hyperparameters,
         dtype: torch.dtype,
         device: torch.device,
         operations: Operations,
         rotated_bytes: int,
     ) -> None:
         """rotated_bytes: how much data the calls of one measurement rotate among, more than the device's cache."""
-        self._config = config
+        self._sizes = sizes
         self._dtype = dtype
         self._device = device
         self._rotated_bytes = rotated_bytes
         self._operations = operations
-        self._scale = config.head_dim**-0.5
+        self._scale = sizes.head_dim**-0.5
 
     def decode_attention(self, work: Work) -> Timed:
         num_bytes = self._kv_bytes(work.batch * work.length)
         lens = self._full(work.batch, work.length)
-        q = self._randn(work.batch, self._config.num_heads, self._config.head_dim)
+        q = self._randn(work.batch, self._sizes.num_heads, self._sizes.head_dim)
 
         def call(k: Tensor, v: Tensor, tables: Tensor) -> Call:
             return lambda: self._operations.attention_decode(q, k, v, tables, lens, self._scale)
@@ -75,7 +75,7 @@ class KernelSpeed:
         num_bytes = self._kv_bytes(chunks.batch * context)
         lens = self._full(chunks.batch, context)
         starts = torch.arange(chunks.batch + 1, dtype=torch.int32, device=self._device) * new
-        q = self._randn(chunks.batch * new, self._config.num_heads, self._config.head_dim)
+        q = self._randn(chunks.batch * new, self._sizes.num_heads, self._sizes.head_dim)
 
         def call(k: Tensor, v: Tensor, tables: Tensor) -> Call:
             return lambda: self._operations.attention_prefill(q, k, v, tables, starts, lens, self._scale)
@@ -110,18 +110,18 @@ class KernelSpeed:
     def _whole_contexts(self, chunks: Chunks) -> list[Tensor]:
         """Return queries, keys and values of chunks without a prefix."""
         assert chunks.query_len == chunks.context_len
-        heads = (self._config.num_heads, self._config.num_kv_heads, self._config.num_kv_heads)
-        shapes = [(chunks.batch, chunks.context_len, num, self._config.head_dim) for num in heads]
+        heads = (self._sizes.num_heads, self._sizes.num_kv_heads, self._sizes.num_kv_heads)
+        shapes = [(chunks.batch, chunks.context_len, num, self._sizes.head_dim) for num in heads]
         return [self._randn(*shape).transpose(1, 2) for shape in shapes]
 
     def _attention_flops(self, chunks: Chunks) -> int:
         """Two for every pair of positions, head and dimension, in each of two products."""
         new, context = chunks.query_len, chunks.context_len
         num_pairs = chunks.batch * (new * (context - new) + new * (new + 1) // 2)
-        return 4 * num_pairs * self._config.num_heads * self._config.head_dim
+        return 4 * num_pairs * self._sizes.num_heads * self._sizes.head_dim
 
     def add_rms_norm(self, num_tokens: int) -> Timed:
-        size, weight = self._config.hidden_size, self._randn(self._config.hidden_size)
+        size, weight = self._sizes.hidden_size, self._randn(self._sizes.hidden_size)
 
         def call(x: Tensor, residual: Tensor) -> Call:
             return lambda: self._operations.add_rms_norm(x, residual, weight, 1e-5)
@@ -131,7 +131,7 @@ class KernelSpeed:
         return Timed(self._seconds(call, make, num_bytes), num_bytes)
 
     def silu_mul(self, num_tokens: int) -> Timed:
-        size = self._config.intermediate_size
+        size = self._sizes.intermediate_size
 
         def call(gate_up: Tensor) -> Call:
             return lambda: self._operations.silu_mul(gate_up)
@@ -140,9 +140,9 @@ class KernelSpeed:
         return Timed(self._seconds(call, lambda: (self._randn(num_tokens, 2 * size),), num_bytes), num_bytes)
 
     def rope_and_write_kv(self, num_tokens: int) -> Timed:
-        config = self._config
-        heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        frequencies = torch.rand(config.head_dim // 2, device=self._device)
+        sizes = self._sizes
+        heads = [sizes.num_heads, sizes.num_kv_heads, sizes.num_kv_heads]
+        frequencies = torch.rand(sizes.head_dim // 2, device=self._device)
         angles = cos_sin(frequencies, torch.arange(num_tokens, device=self._device))
 
         def call(k_cache: Tensor, v_cache: Tensor, tables: Tensor, qkv: Tensor) -> Call:
@@ -151,9 +151,9 @@ class KernelSpeed:
             return lambda: self._operations.rope_and_write_kv(q, k, v, *angles, slots, k_cache, v_cache)
 
         def make() -> tuple[Tensor, ...]:
-            return *self._paged(1, num_tokens), self._randn(num_tokens, sum(heads), config.head_dim)
+            return *self._paged(1, num_tokens), self._randn(num_tokens, sum(heads), sizes.head_dim)
 
-        num_bytes = 2 * num_tokens * sum(heads) * config.head_dim * self._dtype.itemsize
+        num_bytes = 2 * num_tokens * sum(heads) * sizes.head_dim * self._dtype.itemsize
         return Timed(self._seconds(call, make, num_bytes), num_bytes)
 
     def gather_kv(self, num_tokens: int) -> Timed:
@@ -169,10 +169,10 @@ class KernelSpeed:
 
     def _copy(self, num_tokens: int, copy: Callable[..., object]) -> Timed:
         """All layers and heads of one prompt, read once and written once."""
-        config, num_blocks = self._config, -(-num_tokens // BLOCK_SIZE)
-        area = (0, config.num_layers), [(0, config.num_kv_heads)] * 2, (0, num_tokens)
-        shape = (config.num_layers, num_blocks, config.num_kv_heads, BLOCK_SIZE, config.head_dim)
-        payload = self._randn(2, config.num_layers, config.num_kv_heads, num_tokens, config.head_dim)
+        sizes, num_blocks = self._sizes, -(-num_tokens // BLOCK_SIZE)
+        area = (0, sizes.num_layers), [(0, sizes.num_kv_heads)] * 2, (0, num_tokens)
+        shape = (sizes.num_layers, num_blocks, sizes.num_kv_heads, BLOCK_SIZE, sizes.head_dim)
+        payload = self._randn(2, sizes.num_layers, sizes.num_kv_heads, num_tokens, sizes.head_dim)
 
         def call(keys: Tensor, values: Tensor, table: Tensor) -> Call:
             return lambda: copy([keys, values], table, area, payload)
@@ -191,7 +191,7 @@ class KernelSpeed:
     def _paged(self, batch: int, context_len: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return keys, values and block tables."""
         num_blocks = -(-context_len // BLOCK_SIZE)
-        shape = (batch * num_blocks, self._config.num_kv_heads, BLOCK_SIZE, self._config.head_dim)
+        shape = (batch * num_blocks, self._sizes.num_kv_heads, BLOCK_SIZE, self._sizes.head_dim)
         tables = torch.randperm(batch * num_blocks, device=self._device).int().view(batch, num_blocks)
         return self._randn(*shape), self._randn(*shape), tables
 
@@ -202,7 +202,7 @@ class KernelSpeed:
 
     def _kv_bytes(self, num_tokens: int) -> int:
         """Keys and values of one layer."""
-        return 2 * num_tokens * self._config.num_kv_heads * self._config.head_dim * self._dtype.itemsize
+        return 2 * num_tokens * self._sizes.num_kv_heads * self._sizes.head_dim * self._dtype.itemsize
 
     def _full(self, num: int, value: int) -> Tensor:
         return torch.full((num,), value, dtype=torch.int32, device=self._device)

@@ -79,11 +79,11 @@ class Entry:
     """The entry of the table that a trial concerns, for one plan's shapes on one device."""
 
     def __init__(self, trial: Trial, plan: Plan, device: torch.device) -> None:
-        itemsize, dims = plan.dtype.itemsize, padded(plan.config.head_dim)
+        itemsize, dims = plan.dtype.itemsize, padded(plan.sizes.head_dim)
         keys = {
             "ATTENTION_DECODE": (itemsize, dims),
             "ATTENTION_PREFILL": (table.chip(device), itemsize, dims),
-            "RMS_NORM": padded(plan.config.hidden_size),
+            "RMS_NORM": padded(plan.sizes.hidden_size),
             "ROPE": dims,
             "KV_COPY": padded(plan.config.head_dim * itemsize // 4, least=min(table.KV_COPY)),
         }
@@ -162,7 +162,7 @@ class Sweep:
         self._until = until
         rotated_bytes = 2 * plan.dtype.itemsize * plan.copy_elements
         triton = operations_for(torch.device("cuda"))
-        self._speed = KernelSpeed(plan.config, plan.dtype, device, triton, rotated_bytes)
+        self._speed = KernelSpeed(plan.sizes, plan.dtype, device, triton, rotated_bytes)
 
     def entry(self, name: str) -> Entry:
         return Entry(TRIALS[name], self._plan, self._device)

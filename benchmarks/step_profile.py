@@ -15,7 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.device_timer import Ceiling, ceiling
-from benchmarks.engine import environment, matrix_weights
+from benchmarks.engine import environment, num_kv_elements, num_weights
 from benchmarks.engine_plan import FULL, SMOKE, Plan
 from benchmarks.engine_speed import StepSpeed, Work, engine_speed
 
@@ -54,9 +54,7 @@ def profiled(engine: StepSpeed, work: Work, device: torch.device) -> list[Kernel
 
 def floors(plan: Plan, work: Work, best: Ceiling) -> dict[str, float]:
     """Return the microseconds that a kind of kernel takes at least."""
-    config = plan.config
-    weights = matrix_weights(config) + config.vocab_size * config.hidden_size
-    kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * work.batch * work.length
+    weights, kv = num_weights(plan.model), num_kv_elements(plan.model, work)
     num_bytes = {"products": weights * plan.dtype.itemsize, "attention": kv * plan.dtype.itemsize}
     return {kind: 1e6 * count / best.bytes_per_s for kind, count in num_bytes.items()}
 
@@ -82,7 +80,7 @@ def main() -> None:
     plan, work = (FULL, Work(64, 1024)) if device.type == "cuda" else (SMOKE, SMOKE.decodes[-1])
     best = ceiling(device, plan.dtype, plan.copy_elements, plan.matrix)
     num_kv_tokens = work.batch * (work.length + NUM_STEPS + work.batch + 17)
-    engine = engine_speed(plan.config, plan.dtype, device, plan.limits, num_kv_tokens)
+    engine = engine_speed(plan.model, plan.dtype, device, plan.limits, num_kv_tokens)
     engine.prefill_s(work)  # warms up
     kernels, least = profiled(engine, work, device), floors(plan, work, best)
     print(", ".join(f"{key} {value}" for key, value in environment(device).items()), f"decode step {work}", sep=", ")

@@ -11,13 +11,14 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from cluster.ports import check_port
+from models.facts import ModelFacts
+from models.files import TOKENIZER_FILES, find_model, find_weights
+from models.loading import load_facts
 from protocol.errors import ConfigError
 from protocol.generation_config import load_sampling_defaults
 from protocol.layout import KVLayout, keys_and_values
 from protocol.memory_size import format_memory, parse_memory, parse_share
 from protocol.messages import RoleName
-from protocol.model_config import ModelConfig, load_model_config
-from protocol.model_files import TOKENIZER_FILES, find_model
 from protocol.sockets import has_encryption
 from protocol.topology import GPU_TRANSPORTS, AnyRoleSection, DecodeSection, RoleSection, Topology
 
@@ -52,15 +53,16 @@ def roles(topology: Topology) -> list[tuple[RoleName, AnyRoleSection]]:
     return [(name, section) for name, section in every if section is not None]
 
 
-def check_topology(topology: Topology) -> ModelConfig:
+def check_topology(topology: Topology) -> ModelFacts:
     """Raise ConfigError for anything that no machine could run; return the model's facts."""
     _check_kernels_package()
     with _about("model.path"):
         folder = find_model(topology.model.path, TOKENIZER_FILES)
-        model = load_model_config(folder)
+        model = load_facts(folder)
         if topology.router.sampling_defaults == "model":
             load_sampling_defaults(folder)
-        _check_files(folder, has_weights=Path(topology.model.path).expanduser().is_dir())
+        if Path(topology.model.path).expanduser().is_dir():
+            find_weights(folder)  # a model from the hub brings its weights later, on each worker's own node
     with _about("kv_transfer.min_fetch_tokens"):
         _check_fetching(topology)
     with _about("model.max_context"):
@@ -122,11 +124,14 @@ def check_resources(topology: Topology, num_cpus: float, num_gpus: float, where:
             )
 
 
-def longest_context(topology: Topology, model: ModelConfig) -> int:
+def longest_context(topology: Topology, model: ModelFacts) -> int:
     """Return the longest context served. Raise ConfigError when the topology asks for more than the model can."""
     asked = topology.model.max_context or model.max_context
     if asked > model.max_context:
-        raise ConfigError(f"model.max_context is {asked}, but the model was made for at most {model.max_context}")
+        raise ConfigError(
+            f"model.max_context is {asked}, but the model was made for at most {model.max_context}"
+            f"{' (its sliding window)' if model.shortened_context else ''}"
+        )
     return asked
 
 
@@ -164,23 +169,16 @@ def _check_kernels_package() -> None:
     )
 
 
-def _check_files(folder: Path, has_weights: bool) -> None:
-    """A model from the hub brings its weights later, on each worker's own node."""
-    if has_weights and not any(folder.glob("*.safetensors")):
-        raise ConfigError(f"{folder} holds no *.safetensors; a model folder needs its weights in that format")
-
-
-def _check_split(role: RoleName, section: RoleSection, model: ModelConfig) -> None:
+def _check_split(role: RoleName, section: RoleSection, model: ModelFacts) -> None:
     try:
         model.check_tensor_parallel(section.tensor_parallel)
     except ConfigError as error:
         raise ConfigError(f"{role}.tensor_parallel: {error}") from None
 
 
-def _layout(section: RoleSection, topology: Topology, model: ModelConfig) -> KVLayout:
+def _layout(section: RoleSection, topology: Topology, model: ModelFacts) -> KVLayout:
     """Return how a group of this role will lay out its KV."""
-    dtype = model.dtype if topology.model.dtype == "auto" else topology.model.dtype
-    planes = keys_and_values(model.num_kv_heads, model.head_dim, dtype)
+    planes = keys_and_values(model.num_kv_heads, model.head_dim, model.served_dtype(topology.model.dtype))
     block_size = topology.cache_of(section).block_size
     return KVLayout("not computed yet", model.num_layers, planes, block_size, section.tensor_parallel)
 

@@ -4,33 +4,18 @@ Every rank makes its own from the same order, once per step, and a step of few t
 done in numpy, whose calls cost a fraction of torch's on arrays this small. Knows nothing of requests.
 """
 
-from dataclasses import dataclass
 from itertools import takewhile
 from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from kernels.upload import upload
+from models.inputs import BatchTensors
 from protocol.orders import BLOCK_ID_BYTES, Batch
 
 Integers: TypeAlias = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class BatchTensors:
-    """The first num_decodes sequences have one token each, so the first num_decodes tokens are theirs."""
-
-    token_ids: Tensor  # int64 [num_tokens]
-    positions: Tensor  # int64 [num_tokens]
-    slots: Tensor  # int64 [num_tokens]
-    block_tables: Tensor  # int32 [num_sequences, max_blocks], rows filled up with block 0
-    context_lens: Tensor  # int32 [num_sequences]
-    num_decodes: int
-    query_starts: Tensor  # int32 [num_sequences - num_decodes + 1], from the first token that is not a decode's
-    sampled_tokens: Tensor  # int64 [num_sampled], indices of the tokens whose logits are wanted
 
 
 def to_tensors(batch: Batch, block_size: int, device: torch.device) -> BatchTensors:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.batch_tensors import BatchTensors
+from models.inputs import BatchTensors
 
 Compute = Callable[[BatchTensors], Tensor | None]
 Work = Callable[[], None]

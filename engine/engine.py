@@ -8,19 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.batch_tensors import BatchTensors, to_tensors
+from engine.batch_tensors import to_tensors
 from engine.decode_graphs import DecodeGraphs, Scratch, cuda_capture, padded_sizes
 from engine.kv_cache import KVCache
 from engine.limits import DEFAULT_LIMITS, KVMemory, Limits, ShareOfFree
-from engine.model import Decoder, LayersDone
-from engine.tensor_parallel import TensorParallel
 from engine.warm_up import warm_up
-from engine.weights import Tensors, load_weights
 from kernels.backend import operations_for
 from kernels.upload import upload
+from models.decoder import Decoder, LayersDone, load_decoder
+from models.formats import Tensors
+from models.inputs import BatchTensors
+from models.spec import DecoderSpec, ModelSpec
+from models.tensor_parallel import TensorParallel
 from protocol.errors import ConfigError
 from protocol.layout import KVLayout
-from protocol.model_config import ModelConfig
 from protocol.orders import Batch
 from protocol.progress import Tell, say_nothing
 
@@ -30,7 +31,7 @@ class Engine:
 
     def __init__(
         self,
-        config: ModelConfig,
+        model: ModelSpec,
         source: Path | Tensors,
         dtype: torch.dtype,
         device: torch.device,
@@ -45,23 +46,21 @@ class Engine:
         source: the model's folder, or its tensors. layout: of the group's KV. Raise ConfigError for what cannot be
         served.
         """
-        config.check_tensor_parallel(tensor_parallel.size)
+        model.facts.check_tensor_parallel(tensor_parallel.size)
         self.device = device
-        self.vocab_size = config.vocab_size
-        self._config = config
+        self.vocab_size = model.facts.vocab_size
         self._dtype = dtype
         self._tensor_parallel = tensor_parallel
         self._layout = layout
         self._block_size = layout.block_size
-        self._model = self._load(source, progress)
+        self._decoder = self._load(source, model.decoder, progress)
         self._graphs: DecodeGraphs | None = None
         self._open(kv_memory, limits, progress)
 
-    def _load(self, source: Path | Tensors, progress: Tell) -> Decoder:
-        config, group = self._config, self._tensor_parallel
+    def _load(self, source: Path | Tensors, spec: DecoderSpec, progress: Tell) -> Decoder:
+        operations = operations_for(self.device)
         try:
-            weights = load_weights(source, config, self._dtype, self.device, group, progress)
-            return Decoder(config, weights, group, operations_for(self.device))
+            return load_decoder(source, spec, self._dtype, self.device, self._tensor_parallel, operations, progress)
         except torch.OutOfMemoryError as error:
             raise ConfigError(f"the device has no memory for this rank's weights ({error})") from error
 
@@ -90,7 +89,7 @@ class Engine:
         return None if logits is None else logits.to(torch.float32)
 
     def _compute(self, tensors: BatchTensors, layers_done: LayersDone | None = None) -> Tensor | None:
-        return self._model.forward(tensors, self.kv_cache, layers_done)
+        return self._decoder.forward(tensors, self.kv_cache.layer, layers_done)
 
     def _carry(self, batch: Batch, token_ids: Tensor, drawn: Tensor | None) -> None:
         """Put the tokens that the batch before draws in their places."""

@@ -16,8 +16,8 @@ import zmq
 from torch.distributed.distributed_c10d import Store
 
 from engine.rank import Rank
-from engine.tensor_parallel import TensorParallel
 from kernels.process_group import open_group, open_store
+from models.tensor_parallel import TensorParallel
 from protocol.errors import GroupError, WireError
 from protocol.orders import (
     AnyOrder,

@@ -1,6 +1,6 @@
 """How a model's makers would have it sampled, from its generation_config.json: what holds where a request says nothing.
 
-Read by the router, and by the command line, which tells of it. Which tokens end a text is model_config.py's business.
+Read by the router, and by the command line, which tells of it. Which tokens end a text, the model's facts say.
 """
 
 import json

@@ -23,10 +23,10 @@ from prometheus_client import (
     disable_created_metrics,
 )
 
+from models.loading import load_facts
 from protocol.errors import ConfigError
 from protocol.generation_config import SamplingDefaults, load_sampling_defaults
 from protocol.memory_size import parse_memory
-from protocol.model_config import load_model_config
 from protocol.secret import own_secret
 from protocol.stages import Stage
 from protocol.topology import ClientLimits, RouterSection
@@ -93,7 +93,7 @@ def build(launch: RouterLaunch, control: ControlPlane) -> tuple[Serving, QuietSe
         model_name=launch.model_name,
         max_context=launch.max_context,
         vocab_size=launch.vocab_size,
-        eos_token_ids=load_model_config(folder).eos_token_ids,
+        eos_token_ids=load_facts(folder).eos_token_ids,
         timeout_s=launch.section.timeout_s,
         created=int(time.time()),
         sampling_defaults=_sampling_defaults(launch),

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from models.facts import ModelFacts
 from protocol.layout import KVLayout, keys_and_values
-from protocol.model_config import ModelConfig
 
-FAMILIES = ("llama", "llama3_rope", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "llama3_rope", "mistral", "qwen2", "qwen3", "phi3")
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 515,  # odd, so that no tensor-parallel size splits it evenly
@@ -44,6 +44,7 @@ _FAMILY_KEYS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "sliding_window": None, "head_dim": 32},
     "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"model_type": "qwen3", "head_dim": 48},
+    "phi3": {"model_type": "phi3"},
 }
 
 
@@ -94,7 +95,7 @@ def reference_logits(folder: Path, token_ids: list[int]) -> torch.Tensor:
     return logits
 
 
-def layout_of(config: ModelConfig, block_size: int, tensor_parallel: int = 1, dtype: str = "float32") -> KVLayout:
+def layout_of(facts: ModelFacts, block_size: int, tensor_parallel: int = 1, dtype: str = "float32") -> KVLayout:
     """Return how a group keeps this model's KV."""
-    planes = keys_and_values(config.num_kv_heads, config.head_dim, dtype)
-    return KVLayout("model", config.num_layers, planes, block_size, tensor_parallel)
+    planes = keys_and_values(facts.num_kv_heads, facts.head_dim, dtype)
+    return KVLayout("model", facts.num_layers, planes, block_size, tensor_parallel)

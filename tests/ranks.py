@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from engine.tensor_parallel import TensorParallel
+from models.tensor_parallel import TensorParallel
 
 Result = TypeVar("Result")
 _TIMEOUT = timedelta(seconds=30)

@@ -14,10 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 
+from models.loading import load_facts
 from protocol.codec import decode
 from protocol.identity import new_request_id
 from protocol.messages import AnyMessage, PromptLogprobs, RoleName, TokenUpdate
-from protocol.model_config import load_model_config
 from protocol.request import Request, SamplingParams
 from protocol.stages import Stage
 from protocol.topology import (
@@ -275,7 +275,7 @@ class WorkerCluster:
             role=spec.role,
             group=spec.group,
             rank=rank,
-            model=ModelLaunch(str(self._model), "float32", load_model_config(self._model).max_context),
+            model=ModelLaunch(str(self._model), "float32", load_facts(self._model).max_context),
             role_section=self._section(spec),
             kv_cache=self._cache(spec),
             kv_transfer=self._kv_transfer,
@@ -302,14 +302,14 @@ class WorkerCluster:
         return CacheLaunch(memory_bytes, 0.0, self._block_sizes[is_decode], prefix_caching=True)
 
     async def _open_router(self) -> None:
-        config = load_model_config(self._model)
+        facts = load_facts(self._model)
         launch = RouterLaunch(
             section=RouterSection(policy="round_robin"),
             control_host=HOST,
             model_folder=str(self._model),
             model_name="test",
-            max_context=config.max_context,
-            vocab_size=config.vocab_size,
+            max_context=facts.max_context,
+            vocab_size=facts.vocab_size,
             groups=self._groups,
             is_fetching=self._kv_transfer.min_fetch_tokens > 0,
         )

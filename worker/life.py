@@ -19,8 +19,8 @@ from engine.block_pool import BlockPool
 from engine.group import Follower, GroupRanks, Leader, Place
 from engine.sampler import Sampler
 from engine.step_loop import StepLoop
-from engine.tensor_parallel import TensorParallel
 from kernels.heap import keep_freed_memory
+from models.tensor_parallel import TensorParallel
 from protocol.identity import new_epoch
 from protocol.layout import Endpoint
 from protocol.memory_size import parse_memory

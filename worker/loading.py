@@ -9,11 +9,15 @@ from engine.engine import Engine
 from engine.limits import KVMemory, Limits, ShareOfFree
 from engine.parked_kv import ParkedKV
 from engine.rank import Rank
-from engine.tensor_parallel import TensorParallel
 from engine.trial import try_out
+from models.checkpoint import open_checkpoint
+from models.facts import ModelFacts
+from models.files import find_model
+from models.fingerprint import StampedFiles
+from models.loading import load_model
+from models.tensor_parallel import TensorParallel
+from protocol.errors import ConfigError
 from protocol.layout import KVLayout, keys_and_values
-from protocol.model_config import ModelConfig, load_model_config
-from protocol.model_files import find_model, model_hash
 from protocol.progress import Tell
 from worker.assembly import ASSEMBLIES, Cache
 from worker.launch import CacheLaunch, WorkerLaunch
@@ -37,21 +41,27 @@ def load_rank(
     Raise ConfigError for a model that is not served.
     """
     folder = find_model(launch.model.path, progress=progress)
-    config = load_model_config(folder)
-    dtype = config.dtype if launch.model.dtype == "auto" else launch.model.dtype
+    files = StampedFiles(folder)
+    model = load_model(folder)
+    dtype, device = model.facts.served_dtype(launch.model.dtype), torch.device(launch.device)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
     limits = Limits(launch.role_section.batch_tokens, launch.role_section.batch_requests, launch.model.max_context)
-    layout = _layout(config, model_hash(folder), dtype, launch)
+    checkpoint = open_checkpoint(folder, model.decoder, torch_dtype, device)
+    fingerprint = files.fingerprint(max(1, int(launch.role_section.cpus)), progress)
+    layout = _layout(model.facts, fingerprint, dtype, launch)
     engine = Engine(
-        config,
-        folder,
-        getattr(torch, dtype),
-        torch.device(launch.device),
+        model,
+        checkpoint,
+        torch_dtype,
+        device,
         tensor_parallel,
         layout,
         _kv_memory(launch.kv_cache),
         limits,
         progress,
     )
+    files.check_unchanged()
+    _check_same_model(fingerprint, tensor_parallel, device)
     progress("trying the model out")
     longest_gap_s = try_out(engine, limits, launch.kv_cache.block_size)
     planes = engine.kv_cache.planes
@@ -64,11 +74,17 @@ def _kv_memory(launch: CacheLaunch) -> KVMemory:
     return ShareOfFree(launch.share_of_free) if launch.memory_bytes is None else launch.memory_bytes
 
 
-def _layout(config: ModelConfig, fingerprint: str, dtype: str, launch: WorkerLaunch) -> KVLayout:
+def _check_same_model(fingerprint: str, tensor_parallel: TensorParallel, device: torch.device) -> None:
+    """Ranks on several hosts read several copies of the model."""
+    if not tensor_parallel.is_same(int(fingerprint[:15], 16), device):
+        raise ConfigError(f"the ranks of this group have different models; this one's fingerprint is {fingerprint}")
+
+
+def _layout(facts: ModelFacts, fingerprint: str, dtype: str, launch: WorkerLaunch) -> KVLayout:
     return KVLayout(
         model_hash=fingerprint,
-        num_layers=config.num_layers,
-        planes=keys_and_values(config.num_kv_heads, config.head_dim, dtype),
+        num_layers=facts.num_layers,
+        planes=keys_and_values(facts.num_kv_heads, facts.head_dim, dtype),
         block_size=launch.kv_cache.block_size,
         tensor_parallel=launch.role_section.tensor_parallel,
     )

@@ -7,9 +7,9 @@ from typing import Any
 from cluster.checks import MisfitError, check_this_machine, check_topology, roles
 from cluster.ray_session import uses_existing_cluster
 from cluster.topology_file import load_topology, place_of
+from models.facts import ModelFacts
+from models.files import TOKENIZER_FILES, find_model
 from protocol.errors import ConfigError
-from protocol.model_config import ModelConfig
-from protocol.model_files import TOKENIZER_FILES, find_model
 from protocol.topology import Topology
 from router.front.chat_template import load_chat_template
 
@@ -35,16 +35,18 @@ def add_topology_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print one line when everything is fine; ConfigError says what is not."""
-    topology, _ = load_and_check(arguments)
+    topology, model = load_and_check(arguments)
     print(f"{arguments.config}: fine. {describe(topology)}")
     try:
         load_chat_template(find_model(topology.model.path, TOKENIZER_FILES))
     except ConfigError as error:
         print(f"{arguments.config}: {error}; all but /v1/chat/completions will be served")
+    for line in remarks(topology, model):
+        print(line)
     return 0
 
 
-def load_and_check(arguments: argparse.Namespace) -> tuple[Topology, ModelConfig]:
+def load_and_check(arguments: argparse.Namespace) -> tuple[Topology, ModelFacts]:
     """Return the topology and its model's facts. Raise ConfigError for what could not run here."""
     topology, places = load_topology(arguments.config, arguments.set)
     try:
@@ -53,6 +55,12 @@ def load_and_check(arguments: argparse.Namespace) -> tuple[Topology, ModelConfig
     except MisfitError as error:
         raise ConfigError(f"{place_of(error.key, places)}: {error}") from None
     return topology, model
+
+
+def remarks(topology: Topology, model: ModelFacts) -> list[str]:
+    """Return what works but may surprise, a line each."""
+    is_shortened = model.shortened_context and topology.model.max_context is None
+    return [model.shortened_context] if is_shortened else []
 
 
 def describe(topology: Topology) -> str:

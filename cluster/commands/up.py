@@ -6,14 +6,14 @@ from typing import Any
 
 from cluster import ray_session
 from cluster.checks import longest_context, roles
-from cluster.commands.check import add_topology_arguments, describe, load_and_check
+from cluster.commands.check import add_topology_arguments, describe, load_and_check, remarks
 from cluster.progress import ProgressDisplay
 from cluster.ray_session import RaySession
 from cluster.router_process import RouterProcess
 from cluster.stop_signal import StopSignal
+from models.facts import ModelFacts
+from models.files import TOKENIZER_FILES, find_model
 from protocol.generation_config import load_sampling_defaults
-from protocol.model_config import ModelConfig
-from protocol.model_files import TOKENIZER_FILES, find_model
 from protocol.secret import Secret, new_secret
 from protocol.topology import Topology
 from router.launch import GroupSpec, RouterLaunch
@@ -30,7 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until told to stop. ConfigError: it cannot work; TandemError: it failed while running."""
     topology, model = load_and_check(arguments)
     progress = ProgressDisplay(sum(section.groups * section.tensor_parallel for _, section in roles(topology)))
-    progress.say(f"starting {describe(topology)}")
+    for line in (f"starting {describe(topology)}", *remarks(topology, model)):
+        progress.say(line)
     stop = StopSignal()
     with ray_session.connected(topology) as session:
         stop.listen()
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _serve(
-    topology: Topology, model: ModelConfig, session: RaySession, progress: ProgressDisplay, stop: StopSignal
+    topology: Topology, model: ModelFacts, session: RaySession, progress: ProgressDisplay, stop: StopSignal
 ) -> None:
     from cluster.placement import start_ranks  # these two import Ray, which takes a second and reads its settings then
     from cluster.supervisor import RayLost, Supervisor
@@ -72,7 +73,7 @@ def _serve(
         router.end()
 
 
-def _router_launch(topology: Topology, model: ModelConfig, control_host: str, secret: Secret) -> RouterLaunch:
+def _router_launch(topology: Topology, model: ModelFacts, control_host: str, secret: Secret) -> RouterLaunch:
     groups = (
         GroupSpec(role, group, section.tensor_parallel)
         for role, section in roles(topology)

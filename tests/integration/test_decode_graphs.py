@@ -11,8 +11,8 @@ import torch
 from engine.batch_tensors import to_tensors
 from engine.decode_graphs import DecodeGraphs, Scratch, padded_sizes
 from engine.engine import Engine
-from engine.tensor_parallel import TensorParallel
-from protocol.model_config import load_model_config
+from models.loading import load_model
+from models.tensor_parallel import TensorParallel
 from protocol.orders import Batch, block_table
 from tests.models import layout_of, make_model
 
@@ -23,9 +23,9 @@ BLOCK_SIZE, MAX_BLOCKS, MAX_SIZE = 16, 6, 24
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
     folder = make_model("qwen3", tmp_path_factory.mktemp("model"))
-    config = load_model_config(folder)
-    layout = layout_of(config, BLOCK_SIZE)
-    engine = Engine(config, folder, torch.float32, CPU, TensorParallel(0, 1), layout, kv_memory=8 << 20)
+    model = load_model(folder)
+    layout = layout_of(model.facts, BLOCK_SIZE)
+    engine = Engine(model, folder, torch.float32, CPU, TensorParallel(0, 1), layout, kv_memory=8 << 20)
     torch.manual_seed(0)
     for plane in engine.kv_cache.planes:
         plane.normal_()

@@ -104,7 +104,7 @@ def test_the_profile_of_a_step_names_what_it_launches_and_adds_up(
     total = sum(kernel["microseconds"] for kernel in report["kernels"])
     assert f"{total:10.1f}{1:8.1%}          all kernels" in shown
     products = [kernel for kernel in report["kernels"] if any(mark in kernel["name"] for mark in KINDS["products"])]
-    assert sum(kernel["num_calls"] for kernel in products) == 4 * SMOKE.config.num_layers + 1, (
+    assert sum(kernel["num_calls"] for kernel in products) == 4 * SMOKE.sizes.num_layers + 1, (
         "every product once a step"
     )
     assert all(floor > 0 for floor in report["floors_us"].values())

@@ -12,7 +12,7 @@ import zmq
 
 from engine import group
 from engine.group import Follower, Leader, Place
-from engine.tensor_parallel import TensorParallel
+from models.tensor_parallel import TensorParallel
 from protocol.codec import decode, encode
 from protocol.errors import GroupError
 from protocol.messages import Fence, Join, Welcome

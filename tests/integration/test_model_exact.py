@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from engine.engine import Engine
-from engine.tensor_parallel import TensorParallel
+from models.loading import load_model
+from models.tensor_parallel import TensorParallel
 from protocol.errors import ConfigError
-from protocol.model_config import load_model_config
 from protocol.orders import Batch, block_table
 from tests.models import FAMILIES, layout_of, make_model, reference_logits, reference_tokens
 from tests.ranks import run_ranks
@@ -101,19 +101,19 @@ def generate(engine: Engine, texts: list[Text], chunk_tokens: int, expected: Tok
 
 
 def run_engine(group: TensorParallel, folder: Path, block_size: int, chunk_tokens: int, expected: Tokens) -> Tokens:
-    config = load_model_config(folder)
+    model = load_model(folder)
     engine = Engine(
-        config, folder, torch.float32, CPU, group, layout_of(config, block_size, group.size), kv_memory=8 << 20
+        model, folder, torch.float32, CPU, group, layout_of(model.facts, block_size, group.size), kv_memory=8 << 20
     )
     for plane in engine.kv_cache.planes:
         plane.fill_(torch.nan)  # what an earlier owner left in a block must not matter
-    texts = make_texts(config.vocab_size, engine)
+    texts = make_texts(model.facts.vocab_size, engine)
     generate(engine, texts, chunk_tokens, expected)
     return {text.num_prompt_tokens: text.output for text in texts}
 
 
 def expected_tokens(folder: Path) -> Tokens:
-    prompts = make_prompts(load_model_config(folder).vocab_size)
+    prompts = make_prompts(load_model(folder).facts.vocab_size)
     return {len(prompt): reference_tokens(folder, prompt, NUM_NEW_TOKENS) for prompt in prompts}
 
 
@@ -156,12 +156,12 @@ def test_variants_give_the_tokens_of_transformers(variant: str, size: int, tmp_p
 def test_logits_at_every_position_agree_within_noise(block_size: int, tmp_path: Path) -> None:
     """Positions far beyond llama3's original context, in chunks and one by one."""
     folder = make_model("llama3_rope", tmp_path)
-    config = load_model_config(folder)
+    model = load_model(folder)
     engine = Engine(
-        config, folder, torch.float32, CPU, TensorParallel(0, 1), layout_of(config, block_size), kv_memory=16 << 20
+        model, folder, torch.float32, CPU, TensorParallel(0, 1), layout_of(model.facts, block_size), kv_memory=16 << 20
     )
     rng = random.Random(5)
-    token_ids = [rng.randrange(config.vocab_size) for _ in range(400)]
+    token_ids = [rng.randrange(model.facts.vocab_size) for _ in range(400)]
     expected = reference_logits(folder, token_ids)
     table = tuple(rng.sample(range(engine.kv_cache.num_blocks), -(-400 // block_size)))
     start = 0
@@ -176,10 +176,11 @@ def test_logits_at_every_position_agree_within_noise(block_size: int, tmp_path: 
 
 def test_only_the_leader_has_logits_and_only_of_sampled_rows(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path)
-    config = load_model_config(folder)
+    model = load_model(folder)
 
     def shapes(group: TensorParallel) -> list[tuple[int, ...] | None]:
-        engine = Engine(config, folder, torch.float32, CPU, group, layout_of(config, 16, group.size), kv_memory=1 << 20)
+        layout = layout_of(model.facts, 16, group.size)
+        engine = Engine(model, folder, torch.float32, CPU, group, layout, kv_memory=1 << 20)
         batches = (
             Batch((1, 2, 3), (1, 2), (1, 2), (block_table([0]), block_table([1])), sampled)
             for sampled in ((), (2,), (0, 2))
@@ -194,12 +195,12 @@ def test_only_the_leader_has_logits_and_only_of_sampled_rows(tmp_path: Path) -> 
 @pytest.mark.parametrize("size", [1, 2])
 def test_bfloat16_stays_close_to_float32(size: int, tmp_path: Path) -> None:
     folder = make_model("qwen3", tmp_path, initializer_range=0.05)
-    config = load_model_config(folder)
-    token_ids = make_prompts(config.vocab_size)[3]
+    model = load_model(folder)
+    token_ids = make_prompts(model.facts.vocab_size)[3]
 
     def compute(group: TensorParallel) -> torch.Tensor | None:
-        layout = layout_of(config, 16, size, "bfloat16")
-        engine = Engine(config, folder, torch.bfloat16, CPU, group, layout, kv_memory=1 << 20)
+        layout = layout_of(model.facts, 16, size, "bfloat16")
+        engine = Engine(model, folder, torch.bfloat16, CPU, group, layout, kv_memory=1 << 20)
         return engine.forward(Batch(tuple(token_ids), (45,), (45,), (block_table([2, 0, 1]),), (44,)))
 
     logits, *others = run_ranks(size, compute)
@@ -211,16 +212,16 @@ def test_bfloat16_stays_close_to_float32(size: int, tmp_path: Path) -> None:
 
 
 def new_engine(folder: Path, kv_memory: int) -> Engine:
-    config = load_model_config(folder)
-    return Engine(config, folder, torch.float32, CPU, TensorParallel(0, 1), layout_of(config, 16), kv_memory)
+    model = load_model(folder)
+    return Engine(model, folder, torch.float32, CPU, TensorParallel(0, 1), layout_of(model.facts, 16), kv_memory)
 
 
 def test_a_model_that_does_not_divide_is_refused(tmp_path: Path) -> None:
     folder = make_model("llama", tmp_path, num_attention_heads=6, hidden_size=96, num_key_value_heads=3)
 
     def build(group: TensorParallel) -> None:
-        config = load_model_config(folder)
-        Engine(config, folder, torch.float32, CPU, group, layout_of(config, 16, 2), kv_memory=1 << 20)
+        model = load_model(folder)
+        Engine(model, folder, torch.float32, CPU, group, layout_of(model.facts, 16, 2), kv_memory=1 << 20)
 
     with pytest.raises(ConfigError, match="3 KV heads cannot be split over 2 ranks"):
         run_ranks(2, build)

@@ -15,10 +15,10 @@ from engine.prefix_hash import HashChain
 from engine.sampler import Drawn, Sampler
 from engine.sequence import Chunk, Sequence
 from engine.step_loop import StepLoop
-from engine.tensor_parallel import TensorParallel
+from models.loading import load_model
+from models.tensor_parallel import TensorParallel
 from protocol.errors import FailureCode
 from protocol.identity import Attempt
-from protocol.model_config import load_model_config
 from protocol.request import Request, SamplingParams
 from tests.models import layout_of
 
@@ -94,9 +94,9 @@ class Texts:
 
 def new_engine(model: Path, device: str, kv_memory: KVMemory = 300 << 10) -> Engine:
     """Return an engine with few blocks, which every text that comes takes from one that has just gone."""
-    config = load_model_config(model)
-    layout = layout_of(config, BLOCK_SIZE)
-    return Engine(config, model, torch.float32, torch.device(device), TensorParallel(0, 1), layout, kv_memory, LIMITS)
+    spec = load_model(model)
+    layout = layout_of(spec.facts, BLOCK_SIZE)
+    return Engine(spec, model, torch.float32, torch.device(device), TensorParallel(0, 1), layout, kv_memory, LIMITS)
 
 
 def new_loop(engine: Engine, texts: list[Text]) -> tuple[StepLoop, Texts]:

@@ -17,23 +17,27 @@ from protocol.topology import Topology
 ROOT = Path(__file__).parents[2]
 
 MAY_IMPORT = {
-    "cluster": {"worker", "router.launch", "router.front.chat_template", "protocol"},
-    "router": {"router.launch", "router.front", "router.control", "protocol"},
+    "cluster": {"worker", "router.launch", "router.front.chat_template", "models", "protocol"},
+    "router": {"router.launch", "router.front", "router.control", "models", "protocol"},
     "router.front": {"router.control", "router.front.chat_template", "protocol"},
     "router.front.chat_template": {"protocol"},
     "router.control": {"router.launch", "protocol"},
     "router.launch": {"protocol"},
-    "worker": {"prefill_worker", "decode_worker", "engine", "kv_transfer", "kernels", "protocol"},
+    "worker": {"prefill_worker", "decode_worker", "engine", "models", "kv_transfer", "kernels", "protocol"},
     "prefill_worker": {"engine", "kernels", "kv_transfer", "protocol"},
     "decode_worker": {"engine", "kernels", "kv_transfer", "protocol"},
-    "engine": {"kernels", "protocol"},
+    "engine": {"models", "kernels", "protocol"},
+    "models": {"kernels", "protocol"},
     "kv_transfer": {"kernels", "protocol"},
     "protocol": set(),
     "kernels": set(),
 }
 """room -> the rooms of ours that it may import, besides itself."""
 
-WITHOUT_TORCH = ("router.process", "protocol.messages", "protocol.topology", "kv_transfer.plan", "cluster.__main__")
+WITHOUT_TORCH = (
+    *("router.process", "protocol.messages", "protocol.topology", "kv_transfer.plan", "cluster.__main__"),
+    *("models.loading", "models.files"),
+)
 
 FORBIDDEN_MODULES = {"pickle", "cloudpickle", "dill", "marshal", "shelve"}
 FORBIDDEN_CALLS = {"eval", "exec", "torch.load", "yaml.load", "os.system"}

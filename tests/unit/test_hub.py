@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from protocol import hub
+from models import hub
+from models.files import TOKENIZER_FILES, find_model
+from models.fingerprint import StampedFiles
 from protocol.errors import ConfigError
-from protocol.model_files import TOKENIZER_FILES, find_model, model_hash
 
 COMMIT = "a" * 40
 MODEL = "somebody/a-model"
@@ -107,7 +108,7 @@ def test_a_model_comes_whole_without_what_is_not_needed_and_only_once(own_hub: H
     folder = find_model(MODEL)
     assert {file.name for file in folder.iterdir()} == {"config.json", "tokenizer.json", "model.safetensors"}
     assert all((folder / name).read_bytes() == own_hub.files[name] for name in own_hub.given)
-    model_hash(folder)
+    StampedFiles(folder).fingerprint()
     assert find_model(MODEL) == folder
     assert len(own_hub.given) == 3
 

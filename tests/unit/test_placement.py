@@ -8,7 +8,7 @@ import pytest
 
 from cluster import placement
 from cluster.placement import path_for_workers
-from protocol.model_files import find_model
+from models.files import find_model
 
 
 def run_under(patch: pytest.MonkeyPatch, **runtime_env: Any) -> None:

@@ -62,7 +62,7 @@ def test_a_topology_that_fits_passes(topology):
 @pytest.mark.parametrize(
     ("override", "complaint"),
     [
-        ("decode.tensor_parallel=3", "decode.tensor_parallel: 4 attention heads .* cannot be split over 3 ranks"),
+        ("decode.tensor_parallel=3", "decode.tensor_parallel: 4 attention heads cannot be split over 3 ranks"),
         ("model.max_context=513", "model.max_context is 513, but the model was made for at most 512"),
         ("kv_cache.memory=1KiB", "kv_cache.memory 1KiB holds 0 tokens on each prefill rank.*raise it to 256KiB"),
         (
@@ -95,7 +95,9 @@ def test_every_transport_fits_a_gpu(topology, transport: str):
 
 def test_a_model_in_a_type_that_kv_cannot_have_needs_another_said(topology, model):
     (model / "config.json").write_text(json.dumps(MODEL | {"torch_dtype": "float64"}))
-    with pytest.raises(checks.MisfitError, match="KV cannot be kept as float64; choose one of float32, bfl") as caught:
+    with pytest.raises(
+        checks.MisfitError, match="dtype float64 is not served; set model.dtype to one of float32, bfl"
+    ) as caught:
         checks.check_topology(topology("model.dtype=auto"))
     assert caught.value.key == "model.dtype"
     checks.check_topology(topology("model.dtype=bfloat16"))
@@ -135,6 +137,12 @@ def test_a_share_of_what_is_free_is_for_whole_graphics_cards(topology):
 def test_a_missing_file_of_the_model_is_named(topology, model: Path, name: str):
     (model / name).unlink()
     assert name.replace("model.", "*.") in complaint_about(topology())
+
+
+def test_two_sets_of_weights_are_refused_before_anything_starts(topology, model: Path):
+    (model / "old.safetensors").touch()
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"x": "old.safetensors"}}')
+    assert "model.safetensors and other weights that" in complaint_about(topology())
 
 
 def test_a_missing_model_folder_is_named(topology):
@@ -231,6 +239,21 @@ def test_a_value_that_cannot_work_is_named_with_the_place_where_it_stands(model:
     assert done.stderr.splitlines()[-1].startswith(f"tandem: {path}:5: decode.tensor_parallel: 4 attention heads")
     done, _ = run_command("check", str(path), "--set", "decode.tensor_parallel=1", "--set", "model.max_context=900")
     assert done.stderr.splitlines()[-1].startswith("tandem: --set model.max_context=900: model.max_context is 900")
+
+
+def test_a_context_that_a_sliding_window_shortens_is_told_in_one_line(model: Path, tmp_path: Path):
+    (model / "config.json").write_text(
+        json.dumps(MODEL | {"architectures": ["MistralForCausalLM"], "sliding_window": 128})
+    )
+    path = tmp_path / "x.yaml"
+    path.write_text(f"model: {{path: {model}}}\nrouter: {{port: 0}}\nprefill: {{}}\ndecode: {{}}\n")
+    done, _ = run_command("check", str(path))
+    assert done.returncode == 0
+    assert "context: 128 of the model's 512 tokens, the width of its sliding window" in done.stdout.splitlines()[-1]
+    done, _ = run_command("check", str(path), "--set", "model.max_context=128")
+    assert "window" not in done.stdout
+    done, _ = run_command("check", str(path), "--set", "model.max_context=129")
+    assert "model.max_context is 129, but the model was made for at most 128 (its sliding window)" in done.stderr
 
 
 def test_status_says_when_no_router_answers():

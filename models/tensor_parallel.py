@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from models.facts import Split
 from protocol.errors import GroupError
 
 
@@ -23,6 +24,10 @@ class Range:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    def moved(self, by: int) -> "Range":
+        """Return the range of what stands behind by other elements."""
+        return Range(self.start + by, self.stop + by)
 
     def times(self, size: int) -> "Range":
         """Return the range of elements when each index stands for size of them, as a head does for its dimensions."""
@@ -50,6 +55,10 @@ class TensorParallel:
             return self.even(total)
         head = self.rank * total // self.size
         return Range(head, head + 1)
+
+    def share(self, split: Split) -> Range:
+        """Return this rank's units of a dimension that the ranks share."""
+        return self.kv_heads(split.number) if split.may_repeat else self.even(split.number)
 
     def vocabulary(self, total: int) -> Range:
         """Return this rank's token ids: equal shards, except that the last ones may be shorter or empty."""
@@ -83,6 +92,10 @@ class TensorParallel:
         tensor = torch.tensor([number], device=device)
         _carry_out(self._group.allreduce, [tensor], options)
         return int(tensor)
+
+    def is_same(self, number: int, device: torch.device) -> bool:
+        """Return whether every rank gave the same number: on all ranks the same answer."""
+        return self.least(number, device) == -self.least(-number, device)
 
     def gather_to_leader(self, tensor: Tensor, dim: int = -1) -> Tensor | None:
         """Return the ranks' tensors, all of one shape, joined along dim on rank 0, and None on the others."""

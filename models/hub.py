@@ -1,4 +1,4 @@
-"""Fetches a model from the Hugging Face hub, and tells meanwhile how much has come. Called by model_files.py.
+"""Fetches a model from the Hugging Face hub, and tells meanwhile how much has come. Called by files.py.
 
 The hub's client caches files, resumes what was cut off and gives up by itself when the hub stays silent.
 """
