@@ -114,6 +114,7 @@ def render(error: ApiError) -> Response:
 
 async def _api_error(http: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    error.__traceback__ = None  # it would keep what came of a body for as long as the client goes on writing
     if not isinstance(error, RequestFailed):
         _metrics(http).rejected(error.status)
     return render(error)
