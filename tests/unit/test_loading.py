@@ -10,6 +10,7 @@ from models.tensor_parallel import TensorParallel
 from protocol.errors import ConfigError
 from protocol.layout import KVLayout
 from protocol.progress import Tell, say_nothing
+from protocol.secret import new_secret
 from protocol.topology import DecodeSection, KVTransferSection
 from tests.models import make_model
 from tests.ranks import run_ranks
@@ -33,6 +34,7 @@ def layout_of(folder: Path, tensor_parallel: TensorParallel, progress: Tell = sa
         kv_transfer=KVTransferSection(transport="zmq"),
         device="cpu",
         control="",
+        secret=new_secret(),
         host="127.0.0.1",
     )
     loaded = load_rank(launch, tensor_parallel, progress, lambda: None)
