@@ -72,13 +72,13 @@ class Texts:
             self.running[sequence], self.drawn[index] = index, []
             self.num_admitted += 1
 
-    def commit(self, chunk: Chunk, drawn: Drawn | None) -> None:
+    def commit(self, chunk: Chunk, drawn: list[Drawn]) -> None:
         sequence = chunk.sequence
-        if drawn is None or sequence not in self.running:
+        if not drawn or sequence not in self.running:
             return
         index = self.running[sequence]
-        sequence.token_ids.append(drawn.token_id)
-        self.drawn[index].append(drawn)
+        sequence.token_ids.append(drawn[-1].token_id)
+        self.drawn[index].append(drawn[-1])
         if sequence.finish_reason or len(self.drawn[index]) == self.texts[index].leaves:
             self._end(sequence)
 

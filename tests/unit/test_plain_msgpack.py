@@ -55,8 +55,8 @@ class Samples:
                 return min((low or 0) + next(self._numbers) / 7, high if high is not None else 1e6)
             case inspect.StrType():
                 return f"text {next(self._numbers)} äöü 分 \0"
-            case inspect.BytesType():
-                return bytes([0xC1, 0xFF, next(self._numbers) % 256])
+            case inspect.BytesType(min_length=least):
+                return bytes([0xC1, 0xFF, next(self._numbers) % 256]).ljust(least or 0, b"\x80")
             case inspect.LiteralType(values=values):
                 return values[next(self._numbers) % len(values)]
             case inspect.VarTupleType(item_type=item):
