@@ -74,7 +74,7 @@ class Router:
 def router(num_groups: int, size: int) -> Iterator[Router]:
     groups = [GroupSpec(role, number, size) for role in ("prefill", "decode") for number in range(num_groups)]
     launch = RouterLaunch(
-        section=RouterSection(port=0),
+        section=RouterSection(port=0, canary_s=0),
         control_host="127.0.0.1",
         model_folder=str(MODEL.resolve()),
         model_name="fake",

@@ -54,6 +54,7 @@ class RouterSection(Section, frozen=True, kw_only=True):
     """Where clients connect. grace_s: how long a drain waits for running requests; timeout_s: a request's deadline.
 
     sampling_defaults: model takes what a request does not say from the model's generation_config.json, none does not.
+    canary_s: how long a pair of groups may be idle before the router tries it with a request of its own; 0: for ever.
     cors_origins: whose pages a browser lets call us, as https://chat.example.org, or "*" for everybody's.
     """
 
@@ -62,6 +63,7 @@ class RouterSection(Section, frozen=True, kw_only=True):
     policy: PolicyName = "least_loaded"
     grace_s: Seconds = 30.0
     timeout_s: Seconds = 600.0
+    canary_s: Annotated[float, msgspec.Meta(ge=0, le=1_000_000)] = 15.0
     limits: ClientLimits = ClientLimits()
     sampling_defaults: Literal["model", "none"] = "model"
     cors_origins: tuple[str, ...] = ()

@@ -304,7 +304,7 @@ class WorkerCluster:
     async def _open_router(self) -> None:
         facts = load_facts(self._model)
         launch = RouterLaunch(
-            section=RouterSection(policy="round_robin"),
+            section=RouterSection(policy="round_robin", canary_s=0),
             control_host=HOST,
             model_folder=str(self._model),
             model_name="test",

@@ -17,7 +17,7 @@ from router.control.dispatch import Dispatcher, NoPair, PromptTooLong
 from router.control.events import Action, Cancel, Drop, End, EpochLost, Event, FromWorker, Outcome, Said
 from router.control.held_prefixes import HeldPrefixes
 from router.control.lifecycle import Lifecycle
-from router.control.policies import Pair, ReadyGroup
+from router.control.policies import Pair, PairKey, ReadyGroup
 from router.control.quarantine import Quarantine
 
 TOO_LATE = Outcome(Stage.FAILED, "deadline_exceeded", "the request's deadline has passed")
@@ -28,7 +28,8 @@ class Attempts:
     """Every request that is not over, by id. A request has one attempt at a time.
 
     held: where prefill is to be told what decode seems to hold, None where it does not fetch. continued: how often
-    another attempt followed, by what had ended the one before.
+    another attempt followed, by what had ended the one before. proved_s: when an answer last got through a pair, by
+    epochs of prefill and decode.
     """
 
     def __init__(self, dispatcher: Dispatcher, vocab_size: int, held: HeldPrefixes | None = None) -> None:
@@ -41,6 +42,7 @@ class Attempts:
         self._quarantine = Quarantine()
         self._avoidance = Avoidance()
         self._now_s = 0.0
+        self.proved_s: dict[PairKey, float] = {}
         self.continued: Counter[str] = Counter()
 
     def __len__(self) -> int:
@@ -63,6 +65,11 @@ class Attempts:
         self._quarantine.check(request, self._now_s)
         pair = self._dispatcher.choose(request, avoided=self._avoidance.pairs(self._now_s))
         course = self._courses[request.request_id] = Course(request, deadline_s)
+        return self._begin(course, pair)
+
+    def try_out(self, pair: Pair, request: Request, deadline_s: float) -> list[Action]:
+        """Send request to this pair and no other."""
+        course = self._courses[request.request_id] = Course(request, deadline_s, is_tied=True)
         return self._begin(course, pair)
 
     def resume(self) -> list[Action]:
@@ -93,6 +100,8 @@ class Attempts:
         actions = [action for course, life in self._on(epoch) for action in self._step(course, life, EpochLost(epoch))]
         self._of_epoch.pop(epoch, None)
         self._avoidance.lose(epoch)
+        for pair in [pair for pair in self.proved_s if epoch in pair]:
+            del self.proved_s[pair]
         if self._held is not None:
             self._held.forget(epoch)
         return actions
@@ -173,6 +182,7 @@ class Attempts:
             self._dispatcher.prefilled(life.attempt)
         if life.stage is Stage.DECODING:
             self._avoidance.succeeded(life.attempt)
+            self.proved_s[life.attempt.epochs] = self._now_s
         if life.stage.is_end:
             self._dispatcher.ended(life.attempt)
         if life.is_over:

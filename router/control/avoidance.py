@@ -6,12 +6,10 @@ A group may be well and only the way between two of them cut, so it is pairs tha
 from collections.abc import Set as AbstractSet
 
 from protocol.identity import Attempt, Epoch
+from router.control.policies import PairKey
 
 FIRST_S = 1.0
 LONGEST_S = 30.0
-
-PairKey = tuple[Epoch, Epoch]
-"""Epochs of prefill and decode."""
 
 
 class Avoidance:
@@ -23,14 +21,14 @@ class Avoidance:
 
     def failed(self, attempt: Attempt, now_s: float) -> None:
         """The transfer of this attempt has failed."""
-        pair = _pair_of(attempt)
+        pair = attempt.epochs
         num = self._num_failures[pair] = self._num_failures.get(pair, 0) + 1
         self._until_s[pair] = now_s + min(LONGEST_S, FIRST_S * 2 ** (num - 1))
 
     def succeeded(self, attempt: Attempt) -> None:
         """The transfer of this attempt has arrived."""
-        if self._num_failures and self._num_failures.pop(_pair_of(attempt), 0):
-            self._until_s.pop(_pair_of(attempt), None)
+        if self._num_failures and self._num_failures.pop(attempt.epochs, 0):
+            self._until_s.pop(attempt.epochs, None)
 
     def lose(self, epoch: Epoch) -> None:
         """This group is gone."""
@@ -43,7 +41,3 @@ class Avoidance:
         for pair in [pair for pair, until_s in self._until_s.items() if until_s <= now_s]:
             del self._until_s[pair]
         return self._until_s.keys()
-
-
-def _pair_of(attempt: Attempt) -> PairKey:
-    return attempt.prefill_epoch, attempt.decode_epoch

@@ -33,8 +33,11 @@ from protocol.messages import (
     Unfetched,
 )
 from protocol.request import Request
+from protocol.stages import Stage
 from router.control.allowance import Allowances
 from router.control.attempts import Attempts
+from router.control.canary import DEADLINE_S as CANARY_DEADLINE_S
+from router.control.canary import Canaries, is_canary
 from router.control.dispatch import Dispatcher
 from router.control.events import Action, Deliver, Drop, End, Outcome, Send
 from router.control.held_prefixes import HeldPrefixes
@@ -70,6 +73,8 @@ class Controller:
         self.attempts = Attempts(self.dispatcher, launch.vocab_size, held)
         self.drops: Counter[str] = Counter()
         self._is_pairing_due = False
+        self._now_s = 0.0
+        self._canaries = Canaries(launch.section.canary_s, launch.vocab_size)
         self._allowances = Allowances()
         self._is_colocated = any(spec.role == "colocated" for spec in launch.groups)
 
@@ -129,8 +134,16 @@ class Controller:
     def tick(self, now_s: float) -> list[Effect]:
         """Called a few times a second: see that no deadline has passed, and that whoever is silent is still there."""
         self._allowances.tick()
+        self._now_s = now_s
         pings = [Send(epoch, Ping()) for epoch in self.membership.silent()]
-        return self._resolve([*self.attempts.expire(now_s), *pings])
+        return self._resolve([*self.attempts.expire(now_s), *pings, *self._try_out(now_s)])
+
+    @property
+    def why_not_ready(self) -> str | None:
+        """None when answers have got through every group lately, otherwise why not."""
+        pairs = self.dispatcher.cover()
+        why_unproved = self._canaries.why_unproved(pairs, self.attempts.proved_s, self._now_s)
+        return self.dispatcher.why_none or why_unproved
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -201,8 +214,13 @@ class Controller:
                 case Reject(reason):
                     effects.append(Transmit(identity, 0, codec.encode(Fence(reason), self._epoch, sender)))
                 case Deliver() | End() as effect:
-                    effects.append(effect)
+                    effects += _for_client(effect)
         return effects
+
+    def _try_out(self, now_s: float) -> list[Action]:
+        due = self._canaries.due(self.dispatcher.cover(), self.attempts.proved_s, now_s)
+        deadline_s = now_s + CANARY_DEADLINE_S
+        return [action for pair in due for action in self.attempts.try_out(pair, self._canaries.request(), deadline_s)]
 
     def _follow_up(self) -> list[Action]:
         """When all else is done: pair up who is left, and let requests that have lost their pair go on."""
@@ -222,3 +240,13 @@ class Controller:
             self.dispatcher.colocate(self.membership.ready_groups("colocated"))
         else:
             self.dispatcher.pair_up(self.membership.ready_groups("prefill"), self.membership.ready_groups("decode"))
+
+
+def _for_client(effect: Deliver | End) -> list[Effect]:
+    """Return what a client is to hear; a canary has none, but a person should know of one that did not get through."""
+    attempt = effect.update.attempt if isinstance(effect, Deliver) else effect.attempt
+    if not is_canary(attempt.request_id):
+        return [effect]
+    if isinstance(effect, End) and effect.outcome.stage is Stage.FAILED:
+        logger.warning("a canary did not get through: %s: %s", effect.outcome.code, effect.outcome.message)
+    return []

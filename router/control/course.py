@@ -26,11 +26,13 @@ FIRST_PAUSE_S = 0.25
 class Course:
     """request: with all that its attempts have drawn. life: its present attempt's, None while it waits for a pair.
 
-    not_before_s: no attempt begins earlier. attempt: the present one or the last.
+    not_before_s: no attempt begins earlier. attempt: the present one or the last. is_tied: to its first pair, so that
+    no other attempt follows.
     """
 
-    def __init__(self, request: Request, deadline_s: float) -> None:
+    def __init__(self, request: Request, deadline_s: float, is_tied: bool = False) -> None:
         self.request = request
+        self._is_tied = is_tied
         self.deadline_s = deadline_s
         self.not_before_s = 0.0
         self.num_attempts = 0
@@ -64,6 +66,8 @@ class Course:
         )
         if len(drawn) >= PROGRESS_TOKENS:
             self._num_crashes = self._num_failures = 0
+        if self._is_tied:
+            return outcome
         match outcome.code:
             case "worker_leaving":
                 return None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from protocol.identity import Attempt, Epoch
 from protocol.request import Request
-from router.control.policies import Cost, Load, Pair, Policy, ReadyGroup
+from router.control.policies import Cost, Load, Pair, PairKey, Policy, ReadyGroup
 from router.control.ranking import Ranking
 
 
@@ -32,7 +32,7 @@ class Need(NamedTuple):
 
     num_known_tokens: int
     num_tokens: int
-    avoided: AbstractSet[tuple[Epoch, Epoch]]
+    avoided: AbstractSet[PairKey]
     near: Epoch | None
 
     def avoided_with(self, prefill: Epoch) -> list[Epoch]:
@@ -64,6 +64,14 @@ class _Family:
             prefill = None
         return None
 
+    def cover(self) -> list[Pair]:
+        """Return pairs in which every group stands at least once."""
+        prefill, decode = self._prefill.groups, self._decode.groups
+        return [
+            Pair(prefill[index % len(prefill)], decode[index % len(decode)])
+            for index in range(max(len(prefill), len(decode)))
+        ]
+
     def moved(self, epoch: Epoch) -> None:
         """What this group is charged with has changed."""
         self._prefill.moved(epoch)
@@ -80,6 +88,9 @@ class _Colocated:
     @property
     def most_tokens(self) -> tuple[int, int]:
         return self._groups.most_tokens, self._groups.most_tokens
+
+    def cover(self) -> list[Pair]:
+        return [Pair(group, group) for group in self._groups.groups]
 
     def best(self, need: "Need") -> Pair | None:
         group = self._groups.best(need.num_tokens)
@@ -130,9 +141,7 @@ class Dispatcher:
             raise PromptTooLong(max(min(both) for both in most))
         return best
 
-    def choose(
-        self, request: Request, avoided: AbstractSet[tuple[Epoch, Epoch]] = frozenset(), near: Epoch | None = None
-    ) -> Pair:
+    def choose(self, request: Request, avoided: AbstractSet[PairKey] = frozenset(), near: Epoch | None = None) -> Pair:
         """Return the pair for request. Raise NoPair or PromptTooLong when there is none.
 
         avoided: pairs, by epochs of prefill and decode, that are taken only where there is no other. near: the prefill
@@ -148,6 +157,10 @@ class Dispatcher:
         pairs = [family.best(need) for family in self._families]
         found = [pair for pair in pairs if pair is not None]
         return min(found, key=self._order) if len(found) > 1 else next(iter(found), None)
+
+    def cover(self) -> list[Pair]:
+        """Return pairs in which every group that can serve stands at least once."""
+        return [pair for family in self._families for pair in family.cover()]
 
     def _order(self, pair: Pair) -> tuple[float, ...]:
         """Costs first, then turns, prefill's before decode's."""

@@ -23,11 +23,19 @@ class ReadyGroup(msgspec.Struct, frozen=True):
     num_tokens: int
 
 
+PairKey = tuple[Epoch, Epoch]
+"""The epochs of a pair's prefill and decode group."""
+
+
 class Pair(msgspec.Struct, frozen=True):
     """A prefill and a decode group that can serve a request together; both are one group when it is colocated."""
 
     prefill: ReadyGroup
     decode: ReadyGroup
+
+    @property
+    def key(self) -> PairKey:
+        return self.prefill.epoch, self.decode.epoch
 
 
 class Load(msgspec.Struct):

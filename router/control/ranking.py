@@ -19,25 +19,25 @@ class Ranking:
     """
 
     def __init__(self, groups: Sequence[ReadyGroup], cost: SortKey) -> None:
-        self._groups = tuple(groups)
+        self.groups = tuple(groups)
         self._cost = cost
-        self._places = {group.epoch: place for place, group in enumerate(self._groups)}
+        self._places = {group.epoch: place for place, group in enumerate(self.groups)}
         self._heap: list[tuple[tuple[float, ...], int]] = []  # built when it is asked for the first time
-        self.most_tokens = max(group.num_tokens for group in self._groups)
+        self.most_tokens = max(group.num_tokens for group in self.groups)
 
     def moved(self, epoch: Epoch) -> None:
         """This group's cost has changed; groups that are not here are fine."""
         place = self._places.get(epoch)
         if place is None or not self._heap:
             return
-        heappush(self._heap, (self._cost(self._groups[place]), place))
-        if len(self._heap) > 4 * len(self._groups) + 64:
+        heappush(self._heap, (self._cost(self.groups[place]), place))
+        if len(self._heap) > 4 * len(self.groups) + 64:
             self._heap.clear()
 
     def find(self, epoch: Epoch | None, num_tokens: int) -> ReadyGroup | None:
         """Return the group of this epoch if it is here and can hold so many tokens."""
         place = self._places.get(epoch) if epoch else None
-        group = None if place is None else self._groups[place]
+        group = None if place is None else self.groups[place]
         return group if group and group.num_tokens >= num_tokens else None
 
     def best(self, num_tokens: int, without: Collection[Epoch] = ()) -> ReadyGroup | None:
@@ -45,7 +45,7 @@ class Ranking:
         if num_tokens > self.most_tokens:
             return None
         if not self._heap:
-            self._heap = [(self._cost(group), place) for place, group in enumerate(self._groups)]
+            self._heap = [(self._cost(group), place) for place, group in enumerate(self.groups)]
             heapify(self._heap)
         unfit = []
         while (group := self._first()) and (group.num_tokens < num_tokens or group.epoch in without):
@@ -59,7 +59,7 @@ class Ranking:
             if not self._heap:
                 return None
             cost, place = self._heap[0]
-            cost_now = self._cost(self._groups[place])
+            cost_now = self._cost(self.groups[place])
             if cost == cost_now:
-                return self._groups[place]
+                return self.groups[place]
             heapreplace(self._heap, (cost_now, place))

@@ -74,7 +74,7 @@ async def health(http: Request) -> Response:
 
 
 async def ready(http: Request) -> Response:
-    """200 while a request sent now would be taken by a pair of groups."""
+    """200 while answers get through every group: a client's, or a canary's where none is served."""
     reason = _serving(http).why_not_ready
     if reason is not None:
         raise unavailable(reason, "not_ready")

@@ -45,8 +45,8 @@ class Serving:
 
     @property
     def why_not_ready(self) -> str | None:
-        """None when a request sent now would be taken, otherwise why not."""
-        return "the server is shutting down" if self.is_draining else self.control.controller.dispatcher.why_none
+        """None when answers get through every group, otherwise why not; requests are taken by those that serve."""
+        return "the server is shutting down" if self.is_draining else self.control.controller.why_not_ready
 
     def check_open(self) -> None:
         """Raise ApiError 503 while new requests are not taken, 429 while there are too many."""

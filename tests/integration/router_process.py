@@ -69,7 +69,7 @@ class RouterUnderTest:
 
     def __init__(self, folder: Path, groups: tuple[GroupSpec, ...] = ONE_PAIR, **section: object) -> None:
         launch = RouterLaunch(
-            section=msgspec.convert({"port": 0, "grace_s": 5.0, **section}, RouterSection),
+            section=msgspec.convert({"port": 0, "grace_s": 5.0, "canary_s": 0, **section}, RouterSection),
             control_host="127.0.0.1",
             model_folder=str(folder),
             model_name="tiny",

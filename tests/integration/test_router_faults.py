@@ -457,3 +457,20 @@ def test_a_worker_that_is_asked_to_end_loses_no_stream_and_is_no_crash(folder: P
         assert ids == (ids[:2] * 50)
         wait_until(lambda: isinstance(leader.ended_by, Fence) and isinstance(follower.ended_by, Fence), 1)
         assert counted(router, "tandem_requests_continued", "reason") == {"worker_leaving": 1}
+
+
+def test_ready_means_that_something_gets_through_every_group(folder: Path) -> None:
+    """A decode worker that grants nothing is there, but serves nobody; once it does, a canary gets through."""
+    with (
+        RouterUnderTest(folder, (GroupSpec("prefill", 0), GroupSpec("decode", 0)), canary_s=0.4) as router,
+        FakeWorker(router.control, "prefill"),
+        FakeWorker(router.control, "decode") as decode,
+    ):
+        decode.is_granting = False
+        wait_until(lambda: decode.messages(Reserve))
+        assert "got through prefill group 0 and decode group 0 yet" in router.client.get("/ready").text
+        decode.is_granting = True
+        router.await_ready()
+        decode.is_granting = False
+        wait_until(lambda: router.client.get("/ready").status_code == 503, 10)
+        assert counted(router, "tandem_requests", "outcome") == {}, "canaries are no client's requests"

@@ -75,7 +75,7 @@ class SimulatedCluster:
         self.on_end: Callable[[Client], None] = lambda client: None
         self._size_of = lambda spec: decode_size if decode_size and spec.role == "decode" else size
         specs = tuple(specs)
-        section = RouterSection(policy=policy)  # type: ignore[arg-type]
+        section = RouterSection(policy=policy, canary_s=0)  # type: ignore[arg-type]
         self.controller = Controller(RouterLaunch(
             section=section, control_host="", model_folder="", model_name="", max_context=1 << 20,
             vocab_size=VOCAB_SIZE, groups=specs, is_fetching=size.min_fetch_tokens > 0,
