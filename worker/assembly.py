@@ -74,7 +74,7 @@ def _receiving_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
 
 
 def _site(launch: WorkerLaunch, cache: Cache) -> Site:
-    return Site(launch.host, cache.planes[0].device, cache.layout, launch.kv_transfer.timeout_s)
+    return Site(launch.host, cache.planes[0].device, cache.layout, launch.kv_transfer.timeout_s, b"")
 
 
 def _prefill_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
