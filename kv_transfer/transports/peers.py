@@ -168,7 +168,7 @@ class Peers(Generic[PeerT]):
             try:
                 self._exchange(lane, lane.peer)
             except RefusedError as error:
-                self._fail(lane, f"refused by {lane.destination.address}: {error}")
+                self._fail(lane, f"{lane.destination.address} refuses: {error}")
                 return
             except Exception as error:
                 self._break(lane, f"connection to {lane.destination.address} failed: {error}")

@@ -21,9 +21,11 @@ from kv_transfer.handshake import Caller, Hello, RefusedError
 from kv_transfer.plan import FRAME_BYTES, Part
 from kv_transfer.receiver import COUNTERS
 from kv_transfer.sender import KVSender
+from kv_transfer.transports.linked_peer import LinkedPeer
 from kv_transfer.transports.listener import MAX_STRANGERS
 from kv_transfer.transports.opening import open_sender
 from kv_transfer.transports.slab.host_slab import NUM_SLOTS
+from kv_transfer.transports.torch.pair import Pair
 from kv_transfer.transports.transport import OutgoingFrame, SendingTransport, Settled
 from kv_transfer.transports.wire import Announced, encode_frame
 from protocol.identity import Attempt
@@ -387,6 +389,29 @@ def test_a_sender_without_the_clusters_secret_is_refused_by_name(name, monkeypat
 
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("name", ["zmq", "shm", "gloo"])
+def test_a_frame_that_vanishes_is_sent_again_over_a_fresh_connection(name, monkeypatch):
+    sent, owner = [], {"gloo": (Pair, "put")}.get(name, (LinkedPeer, "announce"))
+    real = getattr(*owner)
+
+    def lose_the_second(self, *arguments, **options):
+        """And over a communicator, where nothing can be left out, all that follow it there."""
+        sent.append(self)
+        is_lost = len(sent) >= 2 and self is sent[0] if name == "gloo" else len(sent) == 2
+        if not is_lost:
+            real(self, *arguments, **options)
+
+    with connected(name, timeout_s=4) as (source, sink):
+        monkeypatch.setattr(*owner, lose_the_second)
+        began = time.monotonic()
+        assert {type(report) for report in transfer(source, sink, 60)} == {Received}
+        assert 1 <= time.monotonic() - began < 3
+        assert sink.is_as_expected()
+        opened = [count for key, count in source.senders[0].counters.items() if key.startswith("connections_")]
+        assert sum(opened) == 2
+        assert source.senders[0].poll() == []
 
 
 def slab_like(num_bytes: int, is_sealed: bool) -> int:
