@@ -21,8 +21,8 @@ from kv_transfer.frames import FrameError
 from kv_transfer.handshake import MAX_HELLO_BYTES, Doorkeeper, Hello, RefusedError, StrangerError
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.staging import landing_for
+from kv_transfer.transports.connection import Connection
 from kv_transfer.transports.intake import Intake
-from kv_transfer.transports.link import Link
 from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault, Site
 from kv_transfer.transports.wire import MAX_MESSAGE_BYTES
 from protocol.errors import WireError
@@ -44,7 +44,7 @@ class Session(Protocol):
     """What a transport does for one sender that is welcome, on the listener's thread."""
 
     def serve(self) -> None:
-        """Take what has come over the link, without waiting for more.
+        """Take what has come over the connection, without waiting for more.
 
         Raises OSError at the connection's end, ValueError or WireError for what is against the rules.
         """
@@ -53,7 +53,7 @@ class Session(Protocol):
         """The connection has ended; answers that are still given go nowhere."""
 
 
-OpenSession = Callable[[Link, Hello, list[int], Intake], Session]
+OpenSession = Callable[[Connection, Hello, list[int], Intake], Session]
 """Takes the descriptors that came with the hello too, which are closed afterwards.
 
 Raises RefusedError for a sender that cannot be served, ValueError for what is against the rules.
@@ -63,7 +63,7 @@ Raises RefusedError for a sender that cannot be served, ValueError for what is a
 class _Stranger(NamedTuple):
     """A connection that has not greeted yet."""
 
-    link: Link
+    connection: Connection
     door: Doorkeeper
     came_at: float
     name: str
@@ -72,7 +72,7 @@ class _Stranger(NamedTuple):
 class _Member(NamedTuple):
     """A sender that is welcome."""
 
-    link: Link
+    connection: Connection
     session: Session
     hello: Hello
 
@@ -145,21 +145,24 @@ class Listener:
         if len(self._strangers) >= MAX_STRANGERS:
             self._turn_away(self._strangers[0], "more than enough others wait to greet")
         stranger = _Stranger(
-            Link(accepted, MAX_HELLO_BYTES), Doorkeeper(self._site.secret, self._site.layout), time.monotonic(), name
+            Connection(accepted, MAX_HELLO_BYTES),
+            Doorkeeper(self._site.secret, self._site.layout),
+            time.monotonic(),
+            name,
         )
         self._strangers.append(stranger)
         self._selector.register(accepted, selectors.EVENT_READ, partial(self._greet, stranger))
         if not _is_same_user(accepted):
             self._turn_away(stranger, "a process of another user")
             return
-        stranger.link.answer(stranger.door.challenge)
+        stranger.connection.answer(stranger.door.challenge)
 
     def _greet(self, stranger: _Stranger) -> None:
         """Read a hello, and let its sender in or not."""
-        if stranger.link.is_closed:
+        if stranger.connection.is_closed:
             return  # a moment ago, in the same round
         try:
-            message, fds = stranger.link.receive_first()
+            message, fds = stranger.connection.receive_first()
             try:
                 if message is not None:
                     self._judge(stranger, message, fds)
@@ -175,7 +178,7 @@ class Listener:
             self._close_stranger(stranger)
 
     def _judge(self, stranger: _Stranger, message: bytes, fds: list[int]) -> None:
-        link, door = stranger.link, stranger.door
+        connection, door = stranger.connection, stranger.door
         hello, refusal = door.judge(message)
         if hello and not refusal:
             try:
@@ -188,24 +191,24 @@ class Listener:
                 self.counters["bad_message"] += 1
         self.counters["refused_peer"] += 1
         self._say(f"a sender at {stranger.name} is refused: {refusal}")
-        link.answer(door.verdict(refusal))
+        connection.answer(door.verdict(refusal))
         self._close_stranger(stranger)
 
     def _welcome(self, stranger: _Stranger, hello: Hello, fds: list[int]) -> None:
         """Serve it from now on, in place of any earlier connection of the same rank in the same life."""
-        link = stranger.link
-        link.max_bytes = MAX_MESSAGE_BYTES
-        member = _Member(link, self._open_session(link, hello, fds, self._intake), hello)
+        connection = stranger.connection
+        connection.max_bytes = MAX_MESSAGE_BYTES
+        member = _Member(connection, self._open_session(connection, hello, fds, self._intake), hello)
         earlier = self._members.get(_origin(hello))
         if earlier:
             self._dismiss(earlier)
         self._strangers.remove(stranger)
         self._members[_origin(hello)] = member
-        self._selector.modify(link, selectors.EVENT_READ, partial(self._serve, member))
-        link.answer(stranger.door.verdict(""))
+        self._selector.modify(connection, selectors.EVENT_READ, partial(self._serve, member))
+        connection.answer(stranger.door.verdict(""))
 
     def _serve(self, member: _Member) -> None:
-        if member.link.is_closed:
+        if member.connection.is_closed:
             return
         try:
             member.session.serve()
@@ -224,8 +227,8 @@ class Listener:
             self._dismiss(member)
 
     def _dismiss(self, member: _Member) -> None:
-        self._selector.unregister(member.link)
-        member.link.close()
+        self._selector.unregister(member.connection)
+        member.connection.close()
         member.session.close()
         del self._members[_origin(member.hello)]
 
@@ -238,12 +241,12 @@ class Listener:
         fault: ReceivingFault = "stranger"
         self.counters[fault] += 1
         self._say(f"a stranger at {stranger.name} is turned away: {why}")
-        stranger.link.answer(stranger.door.verdict(why))  # one of ours with another secret should not ask again
+        stranger.connection.answer(stranger.door.verdict(why))  # one of ours with another secret should not ask again
         self._close_stranger(stranger)
 
     def _close_stranger(self, stranger: _Stranger) -> None:
-        self._selector.unregister(stranger.link)
-        stranger.link.close()
+        self._selector.unregister(stranger.connection)
+        stranger.connection.close()
         self._strangers.remove(stranger)
 
     def _stumble(self, over: str) -> None:

@@ -16,7 +16,7 @@ import kv_transfer.plan
 from kv_transfer.frames import FrameHeader, encode_header
 from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
-from kv_transfer.transports import linked_peer
+from kv_transfer.transports import connected_peer
 from kv_transfer.transports.opening import open_sender
 from kv_transfer.transports.transport import OutgoingFrame, Settled, Site
 from protocol.request import SamplingParams
@@ -173,7 +173,7 @@ def scene(request: pytest.FixtureRequest, model: Path) -> Iterator["Scene"]:
         patch.setattr(kv_transfer.plan, "SEGMENT_TOKENS", 32)
         for sized in (kv_transfer.plan.frames_of, kv_transfer.plan.manifest_of, KVSender.__init__, KVReceiver.__init__):
             patch.setattr(sized, "__defaults__", (FRAME_BYTES,))
-        patch.setattr(linked_peer, "encode_header", damaged_header)
+        patch.setattr(connected_peer, "encode_header", damaged_header)
         with WorkerCluster(model, [("prefill", 1, 1), ("decode", 1, 1)], request.param) as cluster:
             yield Scene(cluster, wires[0])
 

@@ -21,11 +21,11 @@ from kv_transfer.handshake import Caller, Hello, RefusedError
 from kv_transfer.plan import FRAME_BYTES, Part
 from kv_transfer.receiver import COUNTERS
 from kv_transfer.sender import KVSender
-from kv_transfer.transports.linked_peer import LinkedPeer
+from kv_transfer.transports.connected_peer import ConnectedPeer
 from kv_transfer.transports.listener import MAX_STRANGERS
 from kv_transfer.transports.opening import open_sender
 from kv_transfer.transports.slab.host_slab import NUM_SLOTS
-from kv_transfer.transports.torch.pair import Pair
+from kv_transfer.transports.torch.pair import PairEnd
 from kv_transfer.transports.transport import OutgoingFrame, SendingTransport, Settled
 from kv_transfer.transports.wire import Announced, encode_frame
 from protocol.identity import Attempt
@@ -393,7 +393,7 @@ def resident_bytes() -> int:
 
 @pytest.mark.parametrize("name", ["zmq", "shm", "gloo"])
 def test_a_frame_that_vanishes_is_sent_again_over_a_fresh_connection(name, monkeypatch):
-    sent, owner = [], {"gloo": (Pair, "put")}.get(name, (LinkedPeer, "announce"))
+    sent, owner = [], {"gloo": (PairEnd, "put")}.get(name, (ConnectedPeer, "announce"))
     real = getattr(*owner)
 
     def lose_the_second(self, *arguments, **options):

@@ -10,8 +10,8 @@ from functools import partial
 
 from kv_transfer.handshake import Hello, RefusedError
 from kv_transfer.mailbox import Mailbox
+from kv_transfer.transports.connection import Connection
 from kv_transfer.transports.intake import Intake
-from kv_transfer.transports.link import Link
 from kv_transfer.transports.listener import Listener
 from kv_transfer.transports.slab.host_slab import Lent, Slab
 from kv_transfer.transports.slab.reach import Reach, listening_here
@@ -25,13 +25,13 @@ OpenSlab = Callable[[Lent], Slab]
 class SlabSession:
     """See listener.Session."""
 
-    def __init__(self, link: Link, intake: Intake, slab: Slab) -> None:
-        self._link = link
+    def __init__(self, connection: Connection, intake: Intake, slab: Slab) -> None:
+        self._connection = connection
         self._intake = intake
         self._slab = slab
 
     def serve(self) -> None:
-        while (message := self._link.receive()) is not None:
+        while (message := self._connection.receive()) is not None:
             announced = decode_frame(message)
             payload = self._slab.slot(announced.slot, announced.num_bytes)
             fault = self._intake.accept(announced.header, payload, partial(self._answer, announced.sequence))
@@ -42,17 +42,17 @@ class SlabSession:
         """The slab goes when nobody answers for one of its slots any more."""
 
     def _answer(self, sequence: int, fault: str = "") -> None:
-        self._link.answer(encode_answer(sequence, fault.encode()))
+        self._connection.answer(encode_answer(sequence, fault.encode()))
 
 
 def open_slab_receiver(reach: Reach, open_slab: OpenSlab, site: Site, arrivals: Mailbox[Arrival]) -> Listener:
     """Return a ReceivingTransport that senders of this host reach. It listens on no network."""
 
-    def open_session(link: Link, hello: Hello, fds: list[int], intake: Intake) -> SlabSession:
+    def open_session(connection: Connection, hello: Hello, fds: list[int], intake: Intake) -> SlabSession:
         if len(fds) != 1:
             raise ValueError(f"a hello with {len(fds)} descriptors; a slab has one")
         try:
-            return SlabSession(link, intake, open_slab(Lent(hello.extra, fds[0])))
+            return SlabSession(connection, intake, open_slab(Lent(hello.extra, fds[0])))
         except OSError as error:
             raise RefusedError(str(error)) from error
 

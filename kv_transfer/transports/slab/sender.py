@@ -2,8 +2,8 @@
 
 One slab and one Unix socket per connection. A slab that was given up is never written again, so a receiver that is
 still reading it reads what was sent. The thread is peer_loop.py's, queues and deadlines are peers.py's, the greeting
-and the answers are linked_peer.py's. A message is small and its socket never waits, so the main thread sends it where
-nothing is in its way.
+and the answers are connected_peer.py's. A message is small and its socket never waits, so the main thread sends it
+where nothing is in its way.
 """
 
 import os
@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from kv_transfer.mailbox import Mailbox
-from kv_transfer.transports.linked_peer import LinkedPeer
+from kv_transfer.transports.connected_peer import ConnectedPeer
 from kv_transfer.transports.offers import offered
 from kv_transfer.transports.peer_loop import PeerLoop
 from kv_transfer.transports.slab.host_slab import OwnSlab
@@ -48,7 +48,7 @@ class Slabs:
             self.drop(destination)
 
 
-class SlabPeer(LinkedPeer):
+class SlabPeer(ConnectedPeer):
     """See peers.Peer. Raises OSError or ValueError when nobody listens at the destination."""
 
     def __init__(self, frame: OutgoingFrame, reach: Reach, site: Site, slabs: Slabs) -> None:

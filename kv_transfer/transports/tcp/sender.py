@@ -1,6 +1,6 @@
 """The sending side of the tcp transport: payloads are sent from where they lie, after their headers.
 
-The thread is peer_loop.py's, queues and deadlines are peers.py's, the greeting and the answers are linked_peer.py's.
+The thread is peer_loop.py's, queues and deadlines are peers.py's, the greeting and the answers are connected_peer.py's.
 """
 
 from functools import partial
@@ -9,14 +9,14 @@ import torch
 
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports.buffers import Buffers, host_buffers
-from kv_transfer.transports.linked_peer import LinkedPeer
+from kv_transfer.transports.connected_peer import ConnectedPeer
 from kv_transfer.transports.offers import offered
 from kv_transfer.transports.peer_loop import PeerLoop
 from kv_transfer.transports.tcp.address import connecting_to
 from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled, Site
 
 
-class TcpPeer(LinkedPeer):
+class TcpPeer(ConnectedPeer):
     """See peers.Peer. Raises OSError or ValueError for an address that is none."""
 
     def __init__(self, frame: OutgoingFrame, site: Site, buffers: Buffers) -> None:

@@ -1,7 +1,7 @@
 """One end of a pair of ranks: a communicator of torch.distributed, and the thread that opens it and works through it.
 
 Used by both sides of the torch transports. To open a communicator the two ends need a store in which one finds what the
-other has set; here it is the link between them, so nobody else can take part and nothing more listens.
+other has set; here it is the connection between them, so nobody else can take part and nothing more listens.
 """
 
 import threading
@@ -41,8 +41,8 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Entry)
 
 
-class LinkStore(Store):
-    """What either end sets, both ends get. say: sends a message over the link. Called by torch, from any thread."""
+class ConnectionStore(Store):
+    """What either end sets, both ends get. say: sends a message to the other. Called by torch, from any thread."""
 
     def __init__(self, say: Callable[[bytes], None], timeout_s: float) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class LinkStore(Store):
             self._changed.notify_all()
 
 
-class Pair(Generic[ItemT]):
+class PairEnd(Generic[ItemT]):
     """rank: this end's, SENDER or RECEIVER. carry: called with each item that was put, in order, on the pair's thread.
 
     When opening or carrying fails, failed is called with the error, once, and nothing more is carried.
@@ -104,7 +104,7 @@ class Pair(Generic[ItemT]):
         self,
         backend: Backend,
         rank: int,
-        store: LinkStore,
+        store: ConnectionStore,
         carry: Callable[[Communicator, ItemT], None],
         failed: Callable[[Exception], None],
     ) -> None:
@@ -162,7 +162,7 @@ class Pair(Generic[ItemT]):
             return None if self._is_closed else self._items.popleft()
 
 
-Pairs = WeakSet[Pair[Any]]
+Pairs = WeakSet[PairEnd[Any]]
 """Those of one transport whose threads have not ended, and perhaps some more."""
 
 

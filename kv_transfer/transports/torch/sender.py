@@ -1,7 +1,7 @@
-"""The sending side of the torch transports: headers through a link, payloads through a communicator beside it.
+"""The sending side of the torch transports: headers through a connection, payloads through a communicator beside it.
 
 The loop's thread is peer_loop.py's, queues and deadlines are peers.py's, the greeting and the answers are
-linked_peer.py's; a communicator waits for its other end, so each has a thread of its own (pair.py), and a stalled
+connected_peer.py's; a communicator waits for its other end, so each has a thread of its own (pair.py), and a stalled
 destination stalls that one only. What gloo and nccl differ in: see factories.py.
 """
 
@@ -11,28 +11,28 @@ from weakref import WeakSet
 import torch
 
 from kv_transfer.mailbox import Mailbox
-from kv_transfer.transports.linked_peer import LinkedPeer
+from kv_transfer.transports.connected_peer import ConnectedPeer
 from kv_transfer.transports.offers import offered
 from kv_transfer.transports.peer_loop import PeerLoop
 from kv_transfer.transports.tcp.address import connecting_to
 from kv_transfer.transports.torch.communicator import SENDER, Backend, Communicator
-from kv_transfer.transports.torch.pair import RENDEZVOUS, LinkStore, Pair, Pairs, wait_closed
+from kv_transfer.transports.torch.pair import RENDEZVOUS, ConnectionStore, PairEnd, Pairs, wait_closed
 from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled, Site
 
 _UNANSWERED_FRAMES = 2  # one is checked over there while the next is under way
 
 
-class TorchPeer(LinkedPeer):
+class TorchPeer(ConnectedPeer):
     """See peers.Peer. Raises OSError or ValueError for an address that is none."""
 
     def __init__(
-        self, frame: OutgoingFrame, backend: Backend, site: Site, pairs: "WeakSet[Pair[torch.Tensor]]"
+        self, frame: OutgoingFrame, backend: Backend, site: Site, pairs: "WeakSet[PairEnd[torch.Tensor]]"
     ) -> None:
         super().__init__(connecting_to(offered(frame.destination.address, backend.name)), site, frame)
         self._backend = backend
-        self._store = LinkStore(self._link.send, site.timeout_s)
+        self._store = ConnectionStore(self._connection.send, site.timeout_s)
         self._pairs = pairs
-        self._pair: Pair[torch.Tensor] | None = None
+        self._pair: PairEnd[torch.Tensor] | None = None
         self._fault: Exception | None = None
         self._num_unanswered = 0
 
@@ -50,7 +50,7 @@ class TorchPeer(LinkedPeer):
             else:
                 answers.append((sequence, said))
         if self.is_welcome and self._pair is None:
-            self._pair = Pair(self._backend, SENDER, self._store, _send, self._give_up)
+            self._pair = PairEnd(self._backend, SENDER, self._store, _send, self._give_up)
             self._pairs.add(self._pair)
         self._num_unanswered -= len(answers)
         return answers
@@ -72,9 +72,9 @@ class TorchPeer(LinkedPeer):
             self._pair.close()
 
     def _give_up(self, error: Exception) -> None:
-        """On the pair's thread: the loop sees the end of the link, and why."""
+        """On the pair's thread: the loop sees the end of the connection, and why."""
         self._fault = error
-        self._link.hang_up()
+        self._connection.hang_up()
 
 
 def _send(communicator: Communicator, payload: torch.Tensor) -> None:

@@ -8,12 +8,12 @@ import socket
 
 from kv_transfer.frames import encode_header
 from kv_transfer.handshake import Caller, Hello
-from kv_transfer.transports.link import Link
+from kv_transfer.transports.connection import Connection
 from kv_transfer.transports.transport import OutgoingFrame, Site
 from kv_transfer.transports.wire import MAX_ANSWER_BYTES, Announced, decode_answer, encode_frame
 
 
-class LinkedPeer:
+class ConnectedPeer:
     """See peers.Peer. connecting: a socket on its way to the receiver, which is ours from now on.
 
     frame: the first to go there, which knows who sends. extra, fds: what the transport says of itself beside its hello.
@@ -29,7 +29,7 @@ class LinkedPeer:
     ) -> None:
         epoch = frame.header.attempt.epoch_opposite(frame.destination.epoch)
         self._caller = Caller(site.secret, Hello(site.layout, epoch, frame.header.source_rank, extra))
-        self._link = Link(connecting, MAX_ANSWER_BYTES)
+        self._connection = Connection(connecting, MAX_ANSWER_BYTES)
         self._fds = fds
         self.has_greeted = False
         self.is_welcome = False
@@ -40,21 +40,21 @@ class LinkedPeer:
 
     @property
     def is_stalled(self) -> bool:
-        return self._link.is_stalled
+        return self._connection.is_stalled
 
     @property
     def takes_frames(self) -> bool:
         """Whether announce() may be called."""
-        return self.is_welcome and not self._link.is_stalled
+        return self.is_welcome and not self._connection.is_stalled
 
     @property
     def pollable(self) -> int:
-        return self._link.fileno()
+        return self._connection.fileno()
 
     def announce(self, sequence: int, frame: OutgoingFrame, slot: int = 0, payload: memoryview | None = None) -> None:
         """Send a frame's header, and what follows it at once. Raises OSError when the connection is gone."""
         announced = Announced(sequence, len(frame.payload), slot, encode_header(frame.header))
-        self._link.send(encode_frame(announced), payload)
+        self._connection.send(encode_frame(announced), payload)
 
     def answers(self) -> list[tuple[int, bytes]]:
         """Send more of what is on its way, and return what was said of which sequence number, without waiting.
@@ -62,9 +62,9 @@ class LinkedPeer:
         Raises RefusedError when receiver and sender do not belong together, OSError when the connection is gone,
         ValueError for what is no answer.
         """
-        self._link.flush()
+        self._connection.flush()
         answers = []
-        while (message := self._link.receive()) is not None:
+        while (message := self._connection.receive()) is not None:
             if self.is_welcome:
                 answers.append(decode_answer(message))
             else:
@@ -75,7 +75,7 @@ class LinkedPeer:
         return frame
 
     def close(self) -> None:
-        self._link.close()
+        self._connection.close()
 
     def _greet(self, message: bytes) -> None:
         if self.has_greeted:
@@ -85,6 +85,6 @@ class LinkedPeer:
         hello = self._caller.hello(message)
         self.has_greeted = True
         if self._fds:
-            self._link.send_fds(hello, [*self._fds])
+            self._connection.send_fds(hello, [*self._fds])
         else:
-            self._link.send(hello)
+            self._connection.send(hello)

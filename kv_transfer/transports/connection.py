@@ -19,8 +19,8 @@ _KEEP_ALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEP
 """Seconds, seconds, times: an end whose machine is gone is noticed by TCP although nothing is sent."""
 
 
-class Link:
-    """A connected (or connecting) socket, which is the link's from now on. send() and close() are any thread's."""
+class Connection:
+    """Over a connected (or connecting) socket, which is ours from now on. send() and close() are any thread's."""
 
     def __init__(self, connected: socket.socket, max_bytes: int) -> None:
         connected.setblocking(False)
