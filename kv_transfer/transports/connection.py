@@ -109,22 +109,24 @@ class Connection:
             raise
 
     def receive_into(self, target: memoryview) -> int:
-        """Put raw bytes that have come into the beginning of target; return how many, 0 while there are none.
+        """Put raw bytes that have come into the beginning of target; return how many.
 
-        Raises ConnectionResetError at the connection's end, and OSError.
+        When they are fewer than target takes, no more were there. Raises ConnectionResetError at the connection's end,
+        and OSError.
         """
-        if self._received:
-            num_bytes = min(len(self._received), len(target))
+        num_bytes = min(len(self._received), len(target))
+        if num_bytes:
             target[:num_bytes] = self._received[:num_bytes]
             del self._received[:num_bytes]
+        if num_bytes == len(target):
             return num_bytes
         try:
-            num_bytes = self._socket.recv_into(target)
+            num_read = self._socket.recv_into(target[num_bytes:])
         except BlockingIOError:
-            return 0
-        if not num_bytes:
+            return num_bytes
+        if not num_read:
             raise ConnectionResetError("the other end has closed the connection")
-        return num_bytes
+        return num_bytes + num_read
 
     def hang_up(self) -> None:
         """Let both ends see the end of the connection, from any thread; close() is the owner's."""
@@ -142,8 +144,8 @@ class Connection:
 
     def _flush(self) -> None:
         try:
-            while self._unsent:
-                self._drop(self._socket.sendmsg([*self._unsent]))
+            if self._unsent:
+                self._drop(self._socket.sendmsg([*self._unsent]))  # once: what it does not take, it has no room for
         except BlockingIOError:
             return
 

@@ -32,11 +32,9 @@ class TcpSession:
         while self._under_way or self._begin():
             assert self._under_way
             announced, payload = self._under_way
-            while self._num_missing:
-                num_bytes = self._connection.receive_into(payload.numpy().data[-self._num_missing :])
-                if not num_bytes:
-                    return
-                self._num_missing -= num_bytes
+            self._num_missing -= self._connection.receive_into(payload.numpy().data[-self._num_missing :])
+            if self._num_missing:
+                return
             self._under_way = None
             self._take(announced, payload)
 
