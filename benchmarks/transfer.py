@@ -6,9 +6,9 @@
 An 8B-like layout (8 KV heads of 128, bfloat16) with fewer layers, so that two caches fit a small machine. Sender and
 receiver are processes of their own; a transfer is timed from the order to send until every block is in the receiver's
 cache: gathered from scattered blocks, digested, moved, checked, scattered. Rounds interleave all rows, and medians are
-shown. Anchors, in the same rounds (transfer_anchors.py): memcpy (copies of as many bytes), paged (gather and scatter
-in one process), tcp, raw zmq and raw gloo (a plain stream of as many bytes between two processes, over a socket and
-over the libraries that the transports of that name stand on), digest (what either end spends on digests of as many
+shown. Anchors, in the same rounds (transfer_anchors.py): memcpy (one copy of as many bytes), paged (gather and scatter
+in one process), tcp and raw gloo (a plain stream of as many bytes between two processes, over a socket and over the
+library that the transport of that name stands on), digest (what either end spends on digests of as many
 bytes; the column of that name is its share of a transfer's time).
 
 exposed: the prompt is "computed" in chunks of a quarter, by matrix products that take about as long as its transfer
@@ -43,6 +43,7 @@ from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.orders import ExpectBlocks, Received, SendBlocks, SendMore
 
 NUM_CHUNKS = 4
+SECRET = b"the benchmark's own"
 
 
 def layout(num_layers: int) -> KVLayout:
@@ -63,7 +64,7 @@ class Receiving:
     def __init__(self, name: str, num_layers: int, num_tokens: int, device: torch.device) -> None:
         self._layout = layout(num_layers)
         self._cache = new_cache(self._layout, num_tokens, device)
-        transport = open_receiver(name, Site(HOST, device, self._layout, TIMEOUT_S))  # type: ignore[arg-type]
+        transport = open_receiver(name, Site(HOST, device, self._layout, TIMEOUT_S, SECRET))  # type: ignore[arg-type]
         self._receiver = KVReceiver(self._cache, self._layout, 0, transport)
         self._name = name
 
@@ -86,7 +87,7 @@ class Receiving:
 def transport(name: str, cache: list[torch.Tensor], shape: KVLayout) -> Iterator["Transport"]:
     """Yield one transport to a process of its own."""
     device, num_tokens = cache[0].device, cache[0].shape[1] * shape.block_size
-    sender = KVSender(cache, shape, 0, open_sender(name, Site(HOST, device, shape, TIMEOUT_S)))  # type: ignore[arg-type]
+    sender = KVSender(cache, shape, 0, open_sender(name, Site(HOST, device, shape, TIMEOUT_S, SECRET)))  # type: ignore[arg-type]
     arguments = ("--receive", name, "--layers", shape.num_layers, "--tokens", num_tokens, "--device", device)
     with child("benchmarks.transfer", *arguments) as process:
         endpoint = Endpoint(new_epoch(), shape, name, (said(process),))
@@ -164,7 +165,7 @@ def measure(
     with ExitStack() as stack:
         rows: dict[str, Run] = {"memcpy": stack.enter_context(memcpy(cache))}
         rows["paged"] = stack.enter_context(paged(cache))
-        for kind, title in (("tcp", "tcp"), ("zmq", "raw zmq"), ("gloo", "raw gloo")):
+        for kind, title in (("tcp", "tcp"), ("gloo", "raw gloo")):
             rows[title] = stack.enter_context(stream(kind, token_bytes))
         rows["digest"] = stack.enter_context(digest(cache[0], shape))
         rows |= {name: stack.enter_context(transport(name, cache, shape)) for name in names}

@@ -1,6 +1,6 @@
 """What the machine and the libraries can do at all, beside which benchmarks/transfer.py shows its transfers.
 
-In one process: memcpy, paged copies, digests. Between two: a plain socket, ZMQ and gloo, each sending one buffer of a
+In one process: memcpy, paged copies, digests. Between two: a plain socket and gloo, each sending one buffer of a
 frame's size over and over to a process that does nothing with it. Started as a module, it is that process.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 import torch
-import zmq
 
 from benchmarks.child_process import child, said
 from kernels.backend import operations_for
@@ -19,9 +18,7 @@ from kernels.process_group import open_group, open_store
 from kv_transfer.digests import unit_digests
 from kv_transfer.frames import DigestKind
 from kv_transfer.plan import FRAME_BYTES, frames_of, plan_transfer
-from kv_transfer.transports.listener import QUEUED_MESSAGES
 from kv_transfer.transports.torch.communicator import RECEIVER, SENDER
-from kv_transfer.transports.zmq.sender import QUEUED_FRAMES
 from protocol.layout import KVLayout
 
 HOST = "127.0.0.1"
@@ -140,17 +137,6 @@ def _offer_tcp() -> Iterator[tuple[int, Callable[[], Move]]]:
 
 
 @contextmanager
-def _offer_zmq() -> Iterator[tuple[int, Callable[[], Move]]]:
-    buffer = memoryview(_random_bytes().numpy())
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    with context.socket(zmq.PUSH) as push:
-        push.setsockopt(zmq.SNDHWM, QUEUED_FRAMES)
-        port = push.bind_to_random_port(f"tcp://{HOST}")
-        yield port, lambda: lambda num_bytes: push.send(buffer[:num_bytes], copy=False)
-    context.destroy(linger=0)
-
-
-@contextmanager
 def _offer_gloo() -> Iterator[tuple[int, Callable[[], Move]]]:
     payload = _random_bytes()
     store = open_store(HOST, 0, is_server=True, timeout_s=TIMEOUT_S)
@@ -166,7 +152,7 @@ def _random_bytes() -> torch.Tensor:
     return torch.randint(0, 255, (FRAME_BYTES,), dtype=torch.uint8)
 
 
-_OFFERS: dict[str, Callable[[], Offer]] = {"tcp": _offer_tcp, "zmq": _offer_zmq, "gloo": _offer_gloo}
+_OFFERS: dict[str, Callable[[], Offer]] = {"tcp": _offer_tcp, "gloo": _offer_gloo}
 
 
 def _join_tcp(port: int) -> Move:
@@ -180,20 +166,13 @@ def _join_tcp(port: int) -> Move:
     return receive
 
 
-def _join_zmq(port: int) -> Move:
-    pull = zmq.Context.instance().socket(zmq.PULL)
-    pull.setsockopt(zmq.RCVHWM, QUEUED_MESSAGES)
-    pull.connect(f"tcp://{HOST}:{port}")
-    return lambda num_bytes: pull.recv(copy=False)
-
-
 def _join_gloo(port: int) -> Move:
     store = open_store(HOST, port, is_server=False, timeout_s=TIMEOUT_S)
     group, payload = open_group(store, RECEIVER, 2, HOST, "cpu", TIMEOUT_S), torch.empty(FRAME_BYTES, dtype=torch.uint8)
     return lambda num_bytes: group.recv([payload[:num_bytes]], SENDER, 0).wait()
 
 
-_JOINS: dict[str, Callable[[int], Move]] = {"tcp": _join_tcp, "zmq": _join_zmq, "gloo": _join_gloo}
+_JOINS: dict[str, Callable[[int], Move]] = {"tcp": _join_tcp, "gloo": _join_gloo}
 
 
 def _receive_all(kind: str, port: int) -> None:

@@ -5,11 +5,12 @@ cache is launched there too: so it comes after the step that filled the blocks a
 """
 
 import queue
-import threading
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import torch
+
+from kv_transfer import threads
 
 ResultT = TypeVar("ResultT")
 
@@ -79,16 +80,15 @@ class Afterwards:
 
     def __init__(self) -> None:
         self._queue: queue.SimpleQueue[tuple[Wait, Callable[[], None]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="kv-afterwards", daemon=True)
-        self._thread.start()
+        self._thread = threads.start("kv-afterwards", self._run)
 
     def call(self, wait: Wait, callback: Callable[[], None]) -> None:
         self._queue.put((wait, callback))
 
     def close(self) -> None:
-        """Return when everything asked for so far has been called."""
+        """Return when everything asked for so far has been called, or the device hangs."""
         self._queue.put(None)
-        self._thread.join()
+        threads.has_ended(self._thread)
 
     def _run(self) -> None:
         while item := self._queue.get():

@@ -11,9 +11,9 @@
      ├─ Fenced, Stopped    the router ended this life, or all of them (worker/control_link.py)
      └─ Departed           a signal ended this life (worker/departure.py)
 
-Within the router alone there are NoPair and PromptTooLong (router/control/dispatch.py) and the answers that are errors
-(router/front/errors.py). ValueError stays for a client's bad parameter, assert for a programmer's mistake (never on
-what a peer sent).
+Within kv_transfer alone there are RefusedError and StrangerError (kv_transfer/handshake.py), within the router NoPair
+and PromptTooLong (router/control/dispatch.py) and the answers that are errors (router/front/errors.py). ValueError
+stays for a client's bad parameter, assert for a programmer's mistake (never on what a peer sent).
 """
 
 from typing import Literal

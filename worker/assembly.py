@@ -74,7 +74,8 @@ def _receiving_mover(launch: WorkerLaunch, cache: Cache) -> Mover:
 
 
 def _site(launch: WorkerLaunch, cache: Cache) -> Site:
-    return Site(launch.host, cache.planes[0].device, cache.layout, launch.kv_transfer.timeout_s)
+    timeout_s, secret = launch.kv_transfer.timeout_s, launch.secret.key("kv")
+    return Site(launch.host, cache.planes[0].device, cache.layout, timeout_s, secret)
 
 
 def _prefill_mover(launch: WorkerLaunch, cache: Cache) -> Mover:

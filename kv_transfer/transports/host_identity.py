@@ -12,6 +12,6 @@ def host_identity() -> str:
     """
     try:
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot_id}-{os.stat('/proc/self/ns/net').st_ino}-{os.getuid()}"  # noqa: PTH116  (a Path would resolve the link)
+        return f"{boot_id}-{os.stat('/proc/self/ns/net').st_ino}-{os.getuid()}"  # noqa: PTH116  (a Path would resolve the connection)
     except OSError:
         return ""

@@ -12,9 +12,6 @@ from kv_transfer.mailbox import Mailbox
 from kv_transfer.staging import Landing
 from kv_transfer.transports.transport import Arrival, ReceivingFault
 
-_ALIGNMENT = 4
-"""Of the largest elements that a cache has, and of the words that are digested."""
-
 
 def _nothing() -> None:
     """Memory that is nobody else's needs no giving back."""
@@ -57,23 +54,10 @@ class Intake:
             self._arrivals.put(Arrival(header, landed, None), len(payload))
         return None
 
-    def lose(self, header: FrameHeader) -> None:
-        """Deliver and count a frame that was announced and will not come."""
-        self._counters["broken_pair"] += 1
-        self._arrivals.put(Arrival(header, None, "broken_pair"))
+    def count(self, fault: ReceivingFault) -> None:
+        """Count what went wrong with no frame of its own."""
+        self._counters[fault] += 1
 
     def _refuse(self, error: FrameError) -> ReceivingFault:
         self._counters[error.fault] += 1
         return error.fault
-
-
-def as_payload(data: memoryview) -> torch.Tensor:
-    """Return data as uint8 [num_bytes].
-
-    Small messages lie anywhere in ZMQ's buffer; they are moved to where every element type may be read. Large ones
-    follow ZMQ's own record of them, at a multiple of 8 bytes and seldom of 16.
-    """
-    if not len(data):
-        return torch.empty(0, dtype=torch.uint8)
-    flat = torch.frombuffer(data, dtype=torch.uint8)
-    return flat if flat.data_ptr() % _ALIGNMENT == 0 else flat.clone()

@@ -13,6 +13,8 @@ from kv_transfer.transports.slab.factories import (
     open_shm_receiver,
     open_shm_sender,
 )
+from kv_transfer.transports.tcp.receiver import open_tcp_receiver
+from kv_transfer.transports.tcp.sender import TcpSender
 from kv_transfer.transports.torch.factories import (
     open_gloo_receiver,
     open_gloo_sender,
@@ -20,8 +22,6 @@ from kv_transfer.transports.torch.factories import (
     open_nccl_sender,
 )
 from kv_transfer.transports.transport import INBOX_BYTES, Arrival, ReceivingTransport, SendingTransport, Settled, Site
-from kv_transfer.transports.zmq.receiver import ZmqReceiver
-from kv_transfer.transports.zmq.sender import ZmqSender
 from protocol.topology import Transport
 
 _ON_ONE_HOST: tuple[Transport, ...] = ("cuda_ipc", "shm")
@@ -52,7 +52,7 @@ _SENDERS: dict[Transport, Callable[[Site, Mailbox[Settled]], SendingTransport]] 
     "cuda_ipc": open_cuda_ipc_sender,
     "nccl": open_nccl_sender,
     "shm": open_shm_sender,
-    "zmq": ZmqSender,
+    "zmq": TcpSender,
     "gloo": open_gloo_sender,
 }
 _RECEIVERS: dict[Transport, Callable[[Site, Mailbox[Arrival]], ReceivingTransport]] = {
@@ -60,7 +60,7 @@ _RECEIVERS: dict[Transport, Callable[[Site, Mailbox[Arrival]], ReceivingTranspor
     "cuda_ipc": open_cuda_ipc_receiver,
     "nccl": open_nccl_receiver,
     "shm": open_shm_receiver,
-    "zmq": ZmqReceiver,
+    "zmq": open_tcp_receiver,
     "gloo": open_gloo_receiver,
 }
 

@@ -1,47 +1,51 @@
-"""What sending transports with one thread for all destinations share: the thread, which sleeps until something happens.
+"""The thread behind a sending transport whose peers can be polled: calls on peers.py, and sleeps in between.
 
-It turns calls of the main thread into calls of peers.py, which keeps the books: queues, deadlines, who hears of what.
-Where the main thread may send a frame itself, it does: waking a thread costs more than sending.
-Where payloads lie is each transport's own business: with staging() a PeerLoop is a SendingTransport.
+Every transport's. What is sent, dropped and closed comes from the main thread as commands; send_at_once() sends a frame
+there and then where nothing is in its way, for transports whose sending is no more than a small packet: to wake this
+thread costs more than sending. Where payloads lie is each transport's own business: with staging() a PeerLoop is a
+SendingTransport.
 """
 
+import select
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-import zmq
-
+from kv_transfer import threads
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports.peers import Peer, Peers
-from kv_transfer.transports.transport import Destination, OutgoingFrame, Settled
+from kv_transfer.transports.transport import OutgoingFrame, Settled
 from protocol.identity import Attempt, Epoch
+
+_WRITABLE = select.POLLIN | select.POLLOUT
+_POLL_S = 0.25
+"""How late the thread looks at the clock, at most."""
 
 
 class PollablePeer(Peer, Protocol):
     """A Peer that can wake a thread."""
 
     @property
-    def pollable(self) -> "zmq.Socket[bytes] | int":
-        """Readable when there are answers."""
+    def pollable(self) -> int:
+        """Readable when answers() has something to do."""
 
 
 class PeerLoop:
-    """open_peer may raise OSError: then the frame that wanted it is settled with that."""
+    """open_peer may raise OSError or ValueError: then the frame that wanted it is settled with that."""
 
     def __init__(
-        self, name: str, open_peer: Callable[[Destination], PollablePeer], timeout_s: float, settled: Mailbox[Settled]
+        self, name: str, open_peer: Callable[[OutgoingFrame], PollablePeer], timeout_s: float, settled: Mailbox[Settled]
     ) -> None:
         self.settled = settled
         self._name = name
-        self._timeout_s = timeout_s
+        self._poll_ms = int(min(_POLL_S, timeout_s / 8) * 1000)
         self._commands: Mailbox[Callable[[], None]] = Mailbox(0)
         self._peers = Peers(open_peer, settled.put, timeout_s, time.monotonic)
         self._lock = threading.Lock()  # of the peers; the main thread never waits for it
         self._is_closing = False
-        self._thread = threading.Thread(target=self._run, name="kv-sender", daemon=True)
-        self._thread.start()
+        self._thread = threads.start("kv-sender", self._run)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -74,26 +78,31 @@ class PeerLoop:
     def close(self) -> None:
         self._is_closing = True
         self._commands.ring()
-        self._thread.join()
-        self._commands.close()
+        if threads.has_ended(self._thread):
+            self._commands.close()
         self.settled.close()
 
     # --- everything below runs on the owner thread --------------------------------------------------------------------
 
     def _run(self) -> None:
-        poll_ms, poller = int(min(1.0, self._timeout_s / 4) * 1000), self._poller()
+        watched, poller = self._watch({}, select.poll())
         while not self._is_closing:
-            poller.poll(poll_ms)
+            ready = poller.poll(self._poll_ms if self._peers.is_busy else None)
             with self._lock:
-                for command in self._commands.take(1):
-                    command()
+                if any(fd == self._commands.fileno() for fd, _ in ready):
+                    for command in self._commands.take(1):
+                        command()
                 self._peers.serve()
-                poller = self._poller()
+                watched, poller = self._watch(watched, poller)
         self._peers.close()
 
-    def _poller(self) -> zmq.Poller:
-        poller = zmq.Poller()
-        poller.register(self._commands.fileno(), zmq.POLLIN)
-        for peer in self._peers:
-            poller.register(peer.pollable, zmq.POLLIN | zmq.POLLOUT if peer.is_stalled else zmq.POLLIN)
-        return poller
+    def _watch(self, watched: dict[int, int], poller: "select.poll") -> tuple[dict[int, int], "select.poll"]:
+        """Return what to sleep on, by descriptor, and what sleeps on it: the same as before if nothing has changed."""
+        wanted = {peer.pollable: _WRITABLE if peer.is_stalled else select.POLLIN for peer in self._peers}
+        wanted[self._commands.fileno()] = select.POLLIN
+        if wanted == watched:
+            return watched, poller
+        poller = select.poll()
+        for fd, events in wanted.items():
+            poller.register(fd, events)
+        return wanted, poller

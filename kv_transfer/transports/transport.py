@@ -22,7 +22,7 @@ from protocol.layout import KVLayout
 INBOX_BYTES = 256 << 20
 """Checked payloads that may wait for one receiving rank's main thread; beyond it the senders wait."""
 
-ConnectionFault = Literal["bad_message", "refused_peer", "unreachable_sender", "broken_pair", "internal_error"]
+ConnectionFault = Literal["bad_message", "stranger", "refused_peer", "broken_pair", "internal_error"]
 ReceivingFault = FrameFault | ConnectionFault
 RECEIVING_FAULTS: tuple[ReceivingFault, ...] = (
     "bad_version",
@@ -30,8 +30,8 @@ RECEIVING_FAULTS: tuple[ReceivingFault, ...] = (
     "wrong_size",
     "bad_digest",
     "bad_message",
+    "stranger",
     "refused_peer",
-    "unreachable_sender",
     "broken_pair",
     "internal_error",
 )
@@ -46,13 +46,15 @@ REFUSED = "refused by the receiver: "
 class Site(NamedTuple):
     """One end of a transport: whose cache it serves, on which device, and where it may listen.
 
-    timeout_s bounds every wait for a peer, but that of a pair over NCCL for its other end while it opens.
+    timeout_s bounds every wait for a peer, but that of a pair over NCCL for its other end while it opens. secret: the
+    cluster's; senders and receivers without the same one do not talk.
     """
 
     host: str
     device: torch.device
     layout: KVLayout
     timeout_s: float
+    secret: bytes
 
 
 class Destination(NamedTuple):

@@ -22,6 +22,7 @@ from protocol.layout import Endpoint, KVLayout, keys_and_values
 from protocol.orders import Broken, ExpectBlocks, Received, SendBlocks
 
 HOST = "127.0.0.1"
+SECRET = b"the tests' own"
 DEVICE = os.environ.get("KV_DEVICE", "cpu")
 TRANSPORTS = ["zmq", "gloo", "shm", "auto"]
 NUM_LAYERS, NUM_BLOCKS, BLOCK_SIZE, HEAD_DIM = 3, 16, 16, 8
@@ -34,7 +35,7 @@ def layout(tensor_parallel: int, num_kv_heads: int, dtype: str = "float32", bloc
 
 
 def site_of(shape: KVLayout, timeout_s: float = 10, device: str | None = None) -> Site:
-    return Site(HOST, torch.device(device or DEVICE), shape, timeout_s)
+    return Site(HOST, torch.device(device or DEVICE), shape, timeout_s, SECRET)
 
 
 def heads_of(shape: KVLayout, rank: int) -> list[int]:

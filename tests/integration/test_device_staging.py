@@ -16,8 +16,8 @@ from kv_transfer.receiver import KVReceiver
 from kv_transfer.sender import KVSender
 from kv_transfer.staging import staging_for
 from kv_transfer.streams import Afterwards, CudaStreams, Wait
+from kv_transfer.transports.buffers import Buffers, host_buffers
 from kv_transfer.transports.opening import open_receiver
-from kv_transfer.transports.torch.buffers import Buffers, host_buffers
 from kv_transfer.transports.transport import Arrival, Destination, OutgoingFrame
 from protocol.orders import Broken, Received
 from tests.integration.kv_groups import (

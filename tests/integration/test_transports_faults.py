@@ -2,42 +2,37 @@
 
 import fcntl
 import os
+import random
 import select
 import socket
+import struct
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
-import zmq
 
 from kv_transfer.digests import unit_digests
-from kv_transfer.handshake import greeting
+from kv_transfer.frames import FRAME_VERSION
+from kv_transfer.handshake import Caller, Hello, RefusedError
 from kv_transfer.plan import FRAME_BYTES, Part
 from kv_transfer.receiver import COUNTERS
 from kv_transfer.sender import KVSender
-from kv_transfer.transports.offers import offered
+from kv_transfer.transports.connected_peer import ConnectedPeer
+from kv_transfer.transports.listener import MAX_STRANGERS
 from kv_transfer.transports.opening import open_sender
-from kv_transfer.transports.slab.factories import host_reach
 from kv_transfer.transports.slab.host_slab import NUM_SLOTS
-from kv_transfer.transports.slab.wire import (
-    GREETING,
-    FramePacket,
-    Hello,
-    encode_answer,
-    encode_frame,
-    encode_hello,
-    new_socket,
-)
-from kv_transfer.transports.torch.pair import Announcement, encode_announcement
+from kv_transfer.transports.torch.pair import PairEnd
 from kv_transfer.transports.transport import OutgoingFrame, SendingTransport, Settled
+from kv_transfer.transports.wire import Announced, encode_frame
 from protocol.identity import Attempt
 from protocol.layout import Endpoint
 from protocol.orders import Broken, Received
 from tests.integration.kv_groups import (
-    HOST,
+    SECRET,
     SMALL_FRAME_BYTES,
     TRANSPORTS,
     Sink,
@@ -53,6 +48,7 @@ from tests.integration.kv_groups import (
     site_of,
     transfer,
 )
+from tests.integration.kv_strangers import connected_to, greet, message, said, sockets_at
 from tests.integration.router_process import wait_until
 
 torch.set_num_threads(1)
@@ -291,60 +287,131 @@ def test_blocks_of_a_dropped_transfer_are_not_written_again(name):
         assert poll_until([*sink.receivers], 1) == [Received(0, other)]
 
 
-@contextmanager
-def talking_to(name: str, address: str) -> Iterator[Callable[[list[bytes]], None]]:
-    """Something that sends whatever it likes to a receiver, through a new connection each time where one is lost."""
-    if name == "auto":
-        name, address = "shm", offered(address, "shm")
-    if name == "shm":
-        opened: list[socket.socket] = []
-
-        def send(parts: list[bytes]) -> None:
-            peer = new_socket()
-            opened.append(peer)
-            peer.connect(host_reach().name_at(address))
-            for part in parts:
-                with suppress(OSError):
-                    peer.send(part)
-
-        yield send
-        for peer in opened:
-            peer.close()
-        return
-    with zmq.Context() as context, context.socket(zmq.DEALER) as peer:
-        peer.setsockopt(zmq.LINGER, 0)
-        peer.connect(address)
-        yield peer.send_multipart
-
-
 GARBAGE = [
-    [b""],
-    [b"x"] * 2,
-    [b"open", b"\xff" * 40],
-    [b"open", msgspec.msgpack.encode([1, 0, HOST, 1, b"\xff" * 40])],
-    [b"frame", b"12345678", b"\x01\x00\x00\x00", b"\x01" * 60],
-    [b"frame", b"12345678", b"\xff\xff\xff\xff", b"\x01" * 60],
-    [b"seq", b"\x01" * 60, b"payload"],
-    [b"seq", b"\x02" * 60, b"payload"],
-    [b"greeting", b"\x03\x90"],
-    [b"a"] * 50,
+    b"",
+    b"x" * 4,
+    message(b""),
+    message(b"\xff" * 40),
+    message(b"tandem-kv" + bytes([FRAME_VERSION]) + b"\xff" * 300),
+    message(b"\x01" * 4000),
+    message(b"\x01" * 5000),
+    b"\xff" * 100_000,
+    b"GET / HTTP/1.1\r\nHost: somebody\r\n\r\n",
 ]
+
+
+def say(address: str, data: bytes) -> None:
+    """Send bytes over a connection of their own and leave."""
+    for each in sockets_at(address):
+        with connected_to(each) as peer, suppress(OSError):
+            peer.sendall(data)
+            said(peer), said(peer)
 
 
 @transports
 def test_garbage_on_the_socket_is_counted_and_disturbs_nobody(name):
     with connected(name, timeout_s=1) as (source, sink):
         before = sink.caches[0].clone()
-        with talking_to(name, sink.receivers[0].address) as send:
-            for parts in GARBAGE * 2:
-                send([part for part in parts if part or name not in ("shm", "auto")])
-            poll_for([*sink.receivers], 0.5)
-            assert sum(sink.counters().values()) >= len(GARBAGE)
-            assert torch.equal(sink.caches[0], before)
-            assert type(transfer(source, sink, 60)[0]) is Received
-            assert sink.is_as_expected()
-            assert set(sink.receivers[0].counters) == set(COUNTERS)
-            assert sink.counters().get("internal_error", 0) == 0
+        for data in GARBAGE[2:] * 2:
+            say(sink.receivers[0].address, data)
+        assert poll_for([*sink.receivers], 0.1) == []
+        assert sink.counters()["stranger"] >= 2 * len(GARBAGE[2:])
+        assert torch.equal(sink.caches[0], before)
+        assert type(transfer(source, sink, 60)[0]) is Received
+        assert sink.is_as_expected()
+        assert set(sink.receivers[0].counters) == set(COUNTERS)
+        assert sink.counters().keys() == {"stranger"}
+
+
+def test_a_greeting_is_good_for_one_connection_only():
+    with connected("zmq") as (source, sink), connected_to(sink.receivers[0].address) as first:
+        challenge = said(first)
+        caller = Caller(SECRET, Hello(sink.layout, 5, 0))
+        hello = caller.hello(challenge)
+        first.sendall(message(hello))
+        caller.take_verdict(said(first))
+        with connected_to(sink.receivers[0].address) as second:
+            assert said(second) != challenge
+            second.sendall(message(hello))
+            with pytest.raises(RefusedError):
+                caller.take_verdict(said(second))
+            assert said(second) == b"", "what was overheard opens nothing"
+        poll_until_counted(sink, {"stranger": 1})
+        assert type(transfer(source, sink, 40)[0]) is Received
+
+
+def test_whoever_connects_and_is_silent_is_turned_away_and_keeps_nobody_out():
+    with connected("zmq") as (source, sink), ExitStack() as idle:
+        for _ in range(2 * MAX_STRANGERS):
+            idle.enter_context(connected_to(sink.receivers[0].address))
+        assert type(transfer(source, sink, 40)[0]) is Received
+        poll_until_counted(sink, {"stranger": 2 * MAX_STRANGERS})
+
+
+@transports
+def test_a_flood_of_random_bytes_from_peers_that_come_and_go_ends_no_process_and_takes_no_memory(name):
+    draws = random.Random(1)
+    with connected(name, timeout_s=5) as (source, sink):
+        transfer(source, sink, 40)
+        files, until = num_open_files(), time.monotonic() + 1.5
+        memory = resident_bytes()
+        num_sent = 0
+        while time.monotonic() < until:
+            for address in sockets_at(sink.receivers[0].address):
+                with connected_to(address) as peer, suppress(OSError):
+                    if draws.random() < 0.5:
+                        peer.sendall(message(b"")[: draws.randrange(5)])
+                    for _ in range(draws.randrange(20)):
+                        peer.sendall(draws.randbytes(draws.choice((1, 10, 1000, 60_000))))
+                        num_sent += 1
+        assert num_sent > 100
+        assert type(transfer(source, sink, 60)[0]) is Received
+        assert sink.is_as_expected()
+        assert sink.counters().keys() <= {"stranger"}
+        assert resident_bytes() - memory < 32 << 20
+        wait_until(lambda: num_open_files() <= files + 1)
+
+
+@transports
+def test_a_sender_without_the_clusters_secret_is_refused_by_name(name, monkeypatch):
+    with connected(name) as (source, sink):
+        monkeypatch.setattr("tests.integration.kv_groups.SECRET", b"another cluster's")
+        with connected(name) as (stranger, _):
+            attempt = attempt_between(stranger, sink)
+            sink.receivers[0].expect(expect_order(stranger, attempt, [1, 2], 32))
+            stranger.senders[0].send(send_order(sink, attempt, [1, 2], 32))
+            (report,) = poll_until([*stranger.senders, *sink.receivers], 1, deadline_s=3)
+            assert isinstance(report, Broken)
+            assert "do not have the same cluster's secret" in report.reason
+        assert sink.counters().keys() == {"stranger"}
+        assert type(transfer(source, sink, 40, blocks=([4, 5, 6], [7, 8, 9]))[0]) is Received
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("name", ["zmq", "shm", "gloo"])
+def test_a_frame_that_vanishes_is_sent_again_over_a_fresh_connection(name, monkeypatch):
+    sent, owner = [], {"gloo": (PairEnd, "put")}.get(name, (ConnectedPeer, "announce"))
+    real = getattr(*owner)
+
+    def lose_the_second(self, *arguments, **options):
+        """And over a communicator, where nothing can be left out, all that follow it there."""
+        sent.append(self)
+        is_lost = len(sent) >= 2 and self is sent[0] if name == "gloo" else len(sent) == 2
+        if not is_lost:
+            real(self, *arguments, **options)
+
+    with connected(name, timeout_s=4) as (source, sink):
+        monkeypatch.setattr(*owner, lose_the_second)
+        began = time.monotonic()
+        assert {type(report) for report in transfer(source, sink, 60)} == {Received}
+        assert 1 <= time.monotonic() - began < 3
+        assert sink.is_as_expected()
+        opened = [count for key, count in source.senders[0].counters.items() if key.startswith("connections_")]
+        assert sum(opened) == 2
+        assert source.senders[0].poll() == []
 
 
 def slab_like(num_bytes: int, is_sealed: bool) -> int:
@@ -357,30 +424,40 @@ def slab_like(num_bytes: int, is_sealed: bool) -> int:
 
 @pytest.mark.parametrize(("num_bytes", "is_sealed"), [(4096, True), (NUM_SLOTS * FRAME_BYTES, False)])
 def test_shared_memory_that_could_vanish_under_its_reader_is_not_accepted(num_bytes, is_sealed):
-    with connected("shm") as (source, sink), new_socket() as peer:
+    with connected("shm") as (source, sink), connected_to(sink.receivers[0].address) as peer:
         fd = slab_like(num_bytes, is_sealed)
-        peer.connect(host_reach().name_at(sink.receivers[0].address))
-        socket.send_fds(peer, [encode_hello(Hello(greeting(sink.layout), b""))], [fd])
+        caller = greet(peer, sink.layout, fds=(fd,))
         os.close(fd)
-        poll_until_counted(sink, {"bad_message": 1})
-        peer.settimeout(5)
-        assert peer.recv(10) == b"", "the connection was closed"
+        with pytest.raises(RefusedError, match="shared memory is not sealed"):
+            caller.take_verdict(said(peer))
+        poll_until_counted(sink, {"bad_message": 1, "refused_peer": 1})
+        assert said(peer) == b"", "the connection was closed"
         assert type(transfer(source, sink, 40)[0]) is Received
 
 
 def test_frames_outside_the_shared_memory_cost_their_sender_the_connection_only():
     with connected("shm") as (source, sink):
-        for packet in (FramePacket(0, NUM_SLOTS, 16, b""), FramePacket(0, 0, 0, b""), FramePacket(0, 0, 2**31, b"")):
-            with new_socket() as peer:
+        for frame in (Announced(0, 16, NUM_SLOTS, b""), Announced(0, 0, 0, b""), Announced(0, 2**31, 0, b"")):
+            with connected_to(sink.receivers[0].address) as peer:
                 fd = slab_like(NUM_SLOTS * FRAME_BYTES, True)
-                peer.connect(host_reach().name_at(sink.receivers[0].address))
-                socket.send_fds(peer, [encode_hello(Hello(greeting(sink.layout), b""))], [fd])
+                greet(peer, sink.layout, fds=(fd,)).take_verdict(said(peer))
                 os.close(fd)
-                peer.settimeout(5)
-                assert peer.recv(10) == encode_answer(GREETING, ""), "welcome"
-                peer.send(encode_frame(packet))
-                with suppress(ConnectionResetError):
-                    assert peer.recv(10) == b""
+                peer.sendall(message(encode_frame(frame)))
+                assert said(peer) == b""
+        poll_until_counted(sink, {"bad_message": 3})
+        assert type(transfer(source, sink, 40)[0]) is Received
+
+
+@pytest.mark.parametrize("name", ["zmq", "gloo"])
+def test_a_member_that_breaks_the_rules_costs_its_own_connection_only(name):
+    too_long = struct.pack("<I", 2**31)
+    with connected(name) as (source, sink):
+        for data in (message(b"\x01" * 10), message(encode_frame(Announced(0, 0, 0, b""))), too_long):
+            with connected_to(sink.receivers[0].address) as peer:
+                greet(peer, sink.layout).take_verdict(said(peer))
+                peer.sendall(data)
+                while said(peer):
+                    assert name == "gloo", "its pair's, and then the end"
         poll_until_counted(sink, {"bad_message": 3})
         assert type(transfer(source, sink, 40)[0]) is Received
 
@@ -400,6 +477,7 @@ def test_a_payload_larger_than_any_frame_costs_its_sender_the_connection_only():
         huge = torch.zeros(5 << 20, dtype=torch.uint8)
         transport.send(frames[0]._replace(payload=huge))
         assert poll_for([*sink.receivers], 0.3) == []
+        transport.close()
         assert type(transfer(source, sink, 60, blocks=([0, 1, 2, 3], [0, 1, 3, 5]))[0]) is Received
 
 
@@ -411,25 +489,21 @@ def test_descriptors_that_come_with_nothing_are_not_kept():
     with connected("shm") as (source, sink):
         assert type(transfer(source, sink, 40)[0]) is Received
         before = num_open_files()
-        for _ in range(5):
-            with new_socket() as peer, Path(os.devnull).open() as file:
-                peer.connect(host_reach().name_at(sink.receivers[0].address))
-                socket.send_fds(peer, [b""], [file.fileno()] * 3)
-                peer.settimeout(5)
-                assert peer.recv(10) == b"", "the connection was closed"
+        for data in (b"x", message(b"x")):
+            for _ in range(5):
+                with connected_to(sink.receivers[0].address) as peer, Path(os.devnull).open() as file:
+                    said(peer)
+                    socket.send_fds(peer, [data], [file.fileno()] * 3)
+                    peer.shutdown(socket.SHUT_WR)
+                    said(peer)
+                    assert said(peer) == b"", "the connection was closed"
         assert num_open_files() == before
 
 
-def test_a_sender_that_opens_a_second_pair_over_its_connection_loses_the_first():
-    with connected("gloo") as (_, sink), socket.create_server((HOST, 0)) as mute_store:
-        transport = sink.receivers[0]._transport
-        first, second = (
-            Announcement(5, rank, HOST, mute_store.getsockname()[1], greeting(sink.layout)) for rank in range(2)
-        )
-        with talking_to("gloo", transport.address) as send:
-            send([b"open", encode_announcement(first)])
-            wait_until(lambda: transport._pairs)
-            [pair] = transport._pairs.values()
-            send([b"open", encode_announcement(second)])
-            wait_until(lambda: pair not in transport._pairs.values())
-        assert not pair.add(None), "it takes nothing any more, and its thread ends"
+def test_a_second_connection_of_the_same_rank_takes_the_place_of_the_first():
+    with connected("gloo") as (source, sink):
+        with connected_to(sink.receivers[0].address) as first, connected_to(sink.receivers[0].address) as second:
+            greet(first, sink.layout).take_verdict(said(first))
+            greet(second, sink.layout).take_verdict(said(second))
+            assert said(first) == b"", "nobody reads it any more"
+        assert type(transfer(source, sink, 40)[0]) is Received

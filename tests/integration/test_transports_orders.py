@@ -1,6 +1,5 @@
 """Every transport under orders that cannot work and peers that go away: Broken with a reason, and nobody is held up."""
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +7,10 @@ from contextlib import contextmanager
 import msgspec
 import pytest
 import torch
-import zmq
 
-from kv_transfer.transports.listener import Listener
 from kv_transfer.transports.slab.factories import host_reach
-from kv_transfer.transports.slab.wire import new_socket
+from kv_transfer.transports.slab.reach import listening_here
+from kv_transfer.transports.tcp.address import address_of, listening_on
 from protocol.identity import new_epoch
 from protocol.layout import Endpoint
 from protocol.orders import Broken, ExpectBlocks, Received
@@ -42,13 +40,11 @@ def _same_random_numbers_every_time() -> None:
 def deaf_address(name: str) -> Iterator[str]:
     """Where a peer connects and is never answered."""
     if name in ("shm", "auto"):
-        with new_socket() as deaf:
-            deaf.bind(f"\0{os.urandom(8).hex()}".encode())
-            deaf.listen(1)
+        with listening_here() as deaf:
             yield f"shm={host_reach().address_of(deaf)} zmq=tcp://{HOST}:1"
         return
-    with zmq.Context() as context, context.socket(zmq.PULL) as deaf:
-        yield f"tcp://{HOST}:{deaf.bind_to_random_port(f'tcp://{HOST}')}"
+    with listening_on(HOST) as deaf:
+        yield address_of(deaf)
 
 
 @transports
@@ -117,25 +113,3 @@ def test_a_sender_that_dropped_an_attempt_forgets_it(name):
         source.senders[0].drop(attempt)
         source.senders[0].close_peer(nowhere.epoch)
         assert poll_for([*source.senders], 0.3) == []
-
-
-def test_a_listener_outlives_a_handler_that_raises():
-    handled: list[bytes] = []
-    counters = {"unreachable_sender": 0, "internal_error": 0}
-
-    def handle(parts: list[zmq.Frame]) -> None:
-        if parts[0].bytes == b"poison":
-            raise KeyError("a mistake of ours")
-        handled.append(parts[0].bytes)
-
-    listener = Listener(zmq.PULL, HOST, 1024, handle, counters)
-    with zmq.Context() as context, context.socket(zmq.PUSH) as socket:
-        socket.connect(listener.address)
-        for message in (b"one", b"poison", b"two"):
-            socket.send(message)
-        deadline = time.monotonic() + 5
-        while len(handled) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
-    listener.close()
-    assert handled == [b"one", b"two"]
-    assert counters == {"unreachable_sender": 0, "internal_error": 1}

@@ -2,7 +2,9 @@
 
 Around it everything is production code: KVSender and KVReceiver, the sender's books (transports/peers.py), the checks
 of what arrives (transports/intake.py). An address outlives the process behind it: what was sent to one life of a rank
-may reach the next one, as queues of ZMQ's were seen to do.
+may reach the next one. Connections have one of two shapes: frames that find their way alone, as over TCP and shared
+memory, or the torch transports', whose payloads come through a communicator: few at a time and in order, so that after
+one that is lost nothing comes any more.
 """
 
 import random
@@ -15,17 +17,23 @@ import torch
 
 from kv_transfer.frames import encode_header
 from kv_transfer.staging import HostLanding
-from kv_transfer.transports.intake import Intake, as_payload
-from kv_transfer.transports.peers import Peers, fault_in
+from kv_transfer.transports.intake import Intake
+from kv_transfer.transports.peers import Peers
 from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, Destination, OutgoingFrame, Settled
 from protocol.identity import Attempt, Epoch
 from tests.simulation.clock import Clock
 
-TIMEOUT_S = 2.0
+TIMEOUT_S = 4.0
 """Of every single KV operation: how long a sender waits for an answer."""
 
 MAX_UNANSWERED = 6
 """Frames that a connection takes before its queue is full."""
+
+MAX_UNANSWERED_IN_PAIRS = 2
+"""The same for a pair with a communicator."""
+
+LOOKS_EVERY_S = 0.1
+"""How late a sender looks at the clock, at most."""
 
 ItemT = TypeVar("ItemT")
 
@@ -74,24 +82,31 @@ class WakingMailbox(Generic[ItemT]):
 
 @dataclass
 class KVNetwork:
-    """Which receiver listens at which address, and what happens to frames on their way there."""
+    """Which receiver listens at which address, and what happens to frames on their way there.
+
+    in_pairs: whether connections are of the torch transports' shape.
+    """
 
     clock: Clock
     rng: random.Random
     faults: KVFaults = field(default_factory=KVFaults)
     listeners: dict[str, "SimulatedReceiver"] = field(default_factory=dict)
     num_in_flight: int = 0
+    in_pairs: bool = False
 
     def carry(self, peer: "SimulatedPeer", parts: list[bytes]) -> None:
         """Take a frame from a peer; it arrives never, once or twice, sooner or later, whole or not."""
         if self._happens(self.faults.drop):
+            peer.is_stuck = self.in_pairs
             return
         if self._happens(self.faults.flip):
             parts = _flipped(parts, self.rng)
-        for _ in range(2 if self._happens(self.faults.double) else 1):
+        for _ in range(2 if self._happens(self.faults.double) and not self.in_pairs else 1):
             delay_s = self.rng.random() * self.faults.latency_s
             if self._happens(self.faults.late):
                 delay_s += self.rng.random() * self.faults.late_s
+            if self.in_pairs:
+                delay_s = peer.in_order(delay_s)
             self.num_in_flight += 1
             self.clock.after(delay_s, lambda: self._arrive(peer, parts))
 
@@ -130,10 +145,10 @@ class SimulatedReceiver:
         network.listeners[address] = self
 
     def take(self, parts: list[bytes]) -> str | None:
-        return self._intake.accept(parts[1], as_payload(memoryview(bytearray(parts[2]))))
+        return self._intake.accept(parts[1], torch.frombuffer(bytearray(parts[2]), dtype=torch.uint8))
 
     def close_peer(self, epoch: Epoch) -> None:
-        """Nothing to do, as in ZmqReceiver."""
+        """Nothing to do: what a dead one left names an attempt that is over."""
 
     def close(self) -> None:
         if self._network.listeners.get(self.address) is self:
@@ -141,46 +156,53 @@ class SimulatedReceiver:
 
 
 class SimulatedPeer:
-    """A Peer: one connection, which takes MAX_UNANSWERED frames at a time."""
+    """A Peer: one connection, which takes so many frames at a time."""
 
-    def __init__(self, destination: Destination, network: KVNetwork, wake: Callable[[], None]) -> None:
-        self.waiting: deque[OutgoingFrame] = deque()
-        self.unanswered: dict[bytes, OutgoingFrame] = {}
-        self.is_stalled = False
-        self.address = destination.address
+    is_open = True
+
+    def __init__(self, frame: OutgoingFrame, network: KVNetwork, wake: Callable[[], None]) -> None:
+        self.address = frame.destination.address
+        self.is_stalled = self.is_stuck = False
         self._network = network
         self._wake = wake
-        self._answers: deque[list[bytes]] = deque()
-        self._num_sent = self._num_under_way = 0
+        self._answers: deque[tuple[int, bytes]] = deque()
+        self._num_under_way = 0
+        self._last_arrives_at = 0.0
+        self._max_under_way = MAX_UNANSWERED_IN_PAIRS if network.in_pairs else MAX_UNANSWERED
         self._is_closed = False
 
-    def send_waiting(self) -> None:
-        while self.waiting and self._num_under_way < MAX_UNANSWERED:
-            frame = self.waiting.popleft().sealed()
-            sequence = self._num_sent.to_bytes(8, "little")
-            self._num_sent += 1
-            self._num_under_way += 1
-            self.unanswered[sequence] = frame
-            self._network.carry(self, [sequence, encode_header(frame.header), frame.payload.numpy().tobytes()])
-        self.is_stalled = bool(self.waiting)
+    def send(self, sequence: int, frame: OutgoingFrame) -> OutgoingFrame | None:
+        self.is_stalled = self._num_under_way >= self._max_under_way
+        if self.is_stalled:
+            return None
+        self._num_under_way += 1
+        if not self.is_stuck:
+            number = sequence.to_bytes(8, "little")
+            self._network.carry(self, [number, encode_header(frame.header), frame.payload.numpy().tobytes()])
+        return frame
 
-    def answers(self) -> list[Settled]:
-        settled = []
-        while self._answers:
-            sequence, fault = self._answers.popleft()
-            frame = self.unanswered.pop(sequence, None)
-            if frame:
-                settled.append(Settled(frame, fault_in(fault)))
-        return settled
+    def in_order(self, delay_s: float) -> float:
+        """Return the delay of a frame that overtakes none that was sent before it."""
+        now_s = self._network.clock.read()
+        self._last_arrives_at = max(self._last_arrives_at, now_s + delay_s)
+        return self._last_arrives_at - now_s
+
+    def answers(self) -> list[tuple[int, bytes]]:
+        answers = list(self._answers)
+        self._answers.clear()
+        return answers
 
     def let_go(self, frame: OutgoingFrame) -> None:
         """Its staging is its own."""
+
+    def rescue(self, frame: OutgoingFrame) -> OutgoingFrame:
+        return frame
 
     def answered(self, answer: list[bytes]) -> None:
         """Let an answer arrive, perhaps for the second time."""
         if not self._is_closed:
             self._num_under_way -= 1
-            self._answers.append(answer)
+            self._answers.append((int.from_bytes(answer[0], "little"), answer[1]))
             self._wake()
 
     def close(self) -> None:
@@ -193,10 +215,10 @@ class SimulatedSender:
     def __init__(self, network: KVNetwork, wake: Callable[[], None]) -> None:
         self._clock = network.clock
         self._commands: deque[Callable[[], None]] = deque()
-        self._is_awake = self._is_closed = False
+        self._is_awake = self._is_closed = self._will_look = False
         self.settled: WakingMailbox[Settled] = WakingMailbox(wake)
         self._peers = Peers(
-            lambda destination: SimulatedPeer(destination, network, self._wake_up),
+            lambda frame: SimulatedPeer(frame, network, self._wake_up),
             self.settled.put,
             TIMEOUT_S,
             network.clock.read,
@@ -241,5 +263,11 @@ class SimulatedSender:
         while self._commands:
             self._commands.popleft()()
         self._peers.serve()
-        if not self.is_idle:
-            self._clock.after(TIMEOUT_S + 0.01, self._wake_up)  # to see whether it is time to give up
+        if not self.is_idle and not self._will_look:
+            self._will_look = True
+            self._clock.after(LOOKS_EVERY_S, self._look)
+
+    def _look(self) -> None:
+        """See whether it is time to try again, or to give up."""
+        self._will_look = False
+        self._wake_up()

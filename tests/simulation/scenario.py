@@ -36,6 +36,9 @@ SERVED_WITHIN_S = 1.5
 FAULT_TIME_S = 0.25
 """Requests and faults fall into the first quarter of a second, in which an undisturbed run would be over."""
 
+LOSSES_END_S = 1.5
+"""Then no frame and no answer is lost any more: what was sent, and perhaps once more, arrives at the last try."""
+
 Topology = list[tuple[RoleName, int, int]]
 TOPOLOGIES: list[Topology] = [
     [("prefill", 1, 1), ("decode", 1, 1)],
@@ -111,6 +114,8 @@ class Scenario:
         self.rng = random.Random(seed)
         self.faults = self.rng.choice(FAULTS)
         self.world = World(self.rng, self.faults.kv, is_told)
+        self.world.kv.in_pairs = seed % 4 == 2
+        self.world.clock.after(LOSSES_END_S, self._end_losses)
         topology = self.rng.choice(TOPOLOGIES)
         specs = [GroupSpec(role, group, tp) for role, num, tp in topology for group in range(num)]
         self.is_crowded = self.rng.random() < self.faults.crowded
@@ -225,6 +230,9 @@ class Scenario:
 
     def _pause(self) -> None:
         self._any_rank().pause(self.rng.random() * 0.5)
+
+    def _end_losses(self) -> None:
+        self.world.kv.faults = replace(self.world.kv.faults, drop=0.0, lose_answer=0.0)
 
     def _any_rank(self):
         return self.rng.choice([rank for group in self.cluster.groups for rank in group.ranks.values()])

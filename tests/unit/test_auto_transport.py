@@ -6,7 +6,7 @@ import torch
 from kv_transfer.transports import opening
 from kv_transfer.transports.automatic import best_of
 from kv_transfer.transports.opening import automatic_names
-from kv_transfer.transports.slab.wire import Reach
+from kv_transfer.transports.slab.reach import Reach
 from kv_transfer.transports.transport import Site
 from protocol.layout import KVLayout, keys_and_values
 
@@ -16,7 +16,7 @@ GPUS = {"cuda:0": "GPU-a", "cuda:1": "GPU-b", "cuda:2": "GPU-far"}
 
 
 def site_on(device: str) -> Site:
-    return Site("127.0.0.1", torch.device(device), LAYOUT, 1.0)
+    return Site("127.0.0.1", torch.device(device), LAYOUT, 1.0, b"")
 
 
 def reaches_of(host: str, device: str) -> dict:

@@ -5,7 +5,6 @@ import random
 import select
 import threading
 import time
-from collections import deque
 
 import pytest
 import torch
@@ -26,36 +25,38 @@ NUM_FRAMES = 300
 class StallingPeer:
     """Takes frames in order, stalls now and then, and answers for what it has taken a little later."""
 
+    is_open = True
+
     def __init__(self, seed: int, sent: list[int]) -> None:
-        self.waiting: deque[OutgoingFrame] = deque()
-        self.unanswered: dict[bytes, OutgoingFrame] = {}
         self.is_stalled = False
         self.pollable = os.eventfd(0, os.EFD_NONBLOCK)
         self._random = random.Random(seed)
         self._sent = sent
+        self._unanswered: list[int] = []
 
-    def send_waiting(self) -> None:
-        self.is_stalled = False
-        while self.waiting:
-            if self._random.random() < 0.3:
-                self.is_stalled = True
-                return
-            frame = self.waiting[0].sealed()
-            time.sleep(0)  # let the other thread in
-            self._sent.append(frame.header.number)
-            self.unanswered[frame.header.number.to_bytes(8, "little")] = self.waiting.popleft()
-            os.eventfd_write(self.pollable, 1)
+    def send(self, sequence: int, frame: OutgoingFrame) -> OutgoingFrame | None:
+        self.is_stalled = self._random.random() < 0.3
+        if self.is_stalled:
+            return None
+        time.sleep(0)  # let the other thread in
+        self._sent.append(frame.header.number)
+        self._unanswered.append(sequence)
+        os.eventfd_write(self.pollable, 1)
+        return frame
 
-    def answers(self) -> list[Settled]:
+    def answers(self) -> list[tuple[int, bytes]]:
         try:
             os.eventfd_read(self.pollable)
         except BlockingIOError:
             return []
-        answered, self.unanswered = self.unanswered, {}
-        return [Settled(frame, None) for frame in answered.values()]
+        answered, self._unanswered = self._unanswered, []
+        return [(sequence, b"") for sequence in answered]
 
     def let_go(self, frame: OutgoingFrame) -> None:
         """Nothing is held."""
+
+    def rescue(self, frame: OutgoingFrame) -> OutgoingFrame:
+        return frame
 
     def close(self) -> None:
         os.close(self.pollable)
@@ -76,7 +77,7 @@ def test_frames_leave_in_order_and_are_settled_once_whichever_thread_sends_them(
     draws, settled, num_at_once = random.Random(seed), Mailbox[Settled](0), 0
     heard: list[Settled] = []
     sent: dict[Destination, list[int]] = {Destination(epoch, "somewhere"): [] for epoch in (1, 2)}
-    loop = PeerLoop("test", lambda destination: StallingPeer(seed, sent[destination]), 30.0, settled)
+    loop = PeerLoop("test", lambda frame: StallingPeer(seed, sent[frame.destination]), 30.0, settled)
     for number in range(NUM_FRAMES):
         for destination in sent:
             slow = draws.random() < 0.2
@@ -100,7 +101,7 @@ def test_frames_leave_in_order_and_are_settled_once_whichever_thread_sends_them(
 def test_a_frame_overtakes_none_that_waits_and_opens_no_connection() -> None:
     sent: list[int] = []
     to = Destination(1, "somewhere")
-    peers = Peers(lambda destination: StallingPeer(0, sent), lambda settled: None, 30.0, time.monotonic)
+    peers = Peers(lambda frame: StallingPeer(0, sent), lambda settled: None, 30.0, time.monotonic)
     assert not peers.send_at_once(frame(to, 0, b"whole")), "to connect may take a while"
     peers.add(frame(to, 0, late_digests))
     assert not peers.send_at_once(frame(to, 1, b"whole"))

@@ -2,8 +2,10 @@
 
 import pytest
 
-from protocol.messages import AnyMessage, Fetch, Prefill, Reserve
-from tests.simulation.scenario import run_seed
+from protocol.messages import AnyMessage, Failed, Fetch, Prefill, Reserve
+from tests.simulation import scenario
+from tests.simulation.kv import KVFaults
+from tests.simulation.scenario import Faults, run_seed
 from worker.control_link import ControlLink
 
 NUM_SEEDS = 10_000
@@ -31,6 +33,23 @@ def test_what_workers_are_asked_twice_they_do_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(ControlLink, "receive", twice)
     for seed in range(NUM_SEEDS, NUM_SEEDS + SEEDS_PER_TEST):
         run_seed(seed)
+
+
+def test_frames_and_answers_that_are_lost_end_no_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are sent again over a fresh connection, before anybody has to say that a transfer failed."""
+    failed: list[Failed] = []
+    send = ControlLink.send
+
+    def note(link: ControlLink, message: AnyMessage) -> None:
+        failed.extend([message] if isinstance(message, Failed) else [])
+        send(link, message)
+
+    monkeypatch.setattr(ControlLink, "send", note)
+    losses = Faults("losses", KVFaults(drop=0.1, lose_answer=0.1))
+    monkeypatch.setattr(scenario, "FAULTS", [losses])
+    for seed in range(200):
+        run_seed(seed)
+        assert failed == [], seed
 
 
 def test_a_seed_always_tells_the_same_story(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,6 +14,7 @@ import torch
 from kv_transfer.plan import FRAME_BYTES
 from kv_transfer.transports.slab import device_memory
 from kv_transfer.transports.slab.host_slab import NUM_SLOTS, Lent, OwnSlab, Slab
+from kv_transfer.transports.transport import OutgoingFrame
 
 
 class DeviceSlabs:
@@ -57,6 +58,13 @@ class DeviceSlab(OwnSlab):
         assert not self._is_lent, "a slab is lent once"
         self._is_lent = True
         return Lent(device_memory.describe(self.memory), self._others_end)
+
+    def rescue(self, frame: OutgoingFrame) -> OutgoingFrame:
+        """Of memory that others get as soon as the receiver lets go of it."""
+        whole = frame.sealed()
+        copy = whole.payload.clone()
+        torch.cuda.current_stream(copy.device).synchronize()
+        return whole._replace(payload=copy)
 
     def close(self) -> None:
         if not self._is_lent:

@@ -10,12 +10,13 @@ from typing import TypeVar
 
 from kv_transfer.mailbox import Mailbox
 from kv_transfer.transports.host_identity import host_identity
+from kv_transfer.transports.listener import Listener
 from kv_transfer.transports.slab.device_memory import gpu_name, pin, reachable_gpus
 from kv_transfer.transports.slab.device_slab import DeviceSlabs, open_device_slab
 from kv_transfer.transports.slab.host_slab import HostSlab, Slab, open_host_slab
-from kv_transfer.transports.slab.receiver import SlabReceiver
+from kv_transfer.transports.slab.reach import Reach
+from kv_transfer.transports.slab.receiver import open_slab_receiver
 from kv_transfer.transports.slab.sender import SlabSender
-from kv_transfer.transports.slab.wire import Reach
 from kv_transfer.transports.transport import Arrival, Settled, Site
 
 SlabT = TypeVar("SlabT", bound=Slab)
@@ -39,9 +40,9 @@ def open_shm_sender(site: Site, settled: Mailbox[Settled]) -> SlabSender:
     return SlabSender(host_reach(), lambda: _suited_to(site, HostSlab()), site, settled)
 
 
-def open_shm_receiver(site: Site, arrivals: Mailbox[Arrival]) -> SlabReceiver:
+def open_shm_receiver(site: Site, arrivals: Mailbox[Arrival]) -> Listener:
     """Return a ReceivingTransport through shared memory."""
-    return SlabReceiver(host_reach(), lambda lent: _suited_to(site, open_host_slab(lent)), site, arrivals)
+    return open_slab_receiver(host_reach(), lambda lent: _suited_to(site, open_host_slab(lent)), site, arrivals)
 
 
 def open_cuda_ipc_sender(site: Site, settled: Mailbox[Settled]) -> SlabSender:
@@ -49,9 +50,9 @@ def open_cuda_ipc_sender(site: Site, settled: Mailbox[Settled]) -> SlabSender:
     return SlabSender(device_reach(site), DeviceSlabs(site.device).new, site, settled)
 
 
-def open_cuda_ipc_receiver(site: Site, arrivals: Mailbox[Arrival]) -> SlabReceiver:
+def open_cuda_ipc_receiver(site: Site, arrivals: Mailbox[Arrival]) -> Listener:
     """Return a ReceivingTransport through a GPU's memory."""
-    return SlabReceiver(device_reach(site), partial(open_device_slab, device=site.device), site, arrivals)
+    return open_slab_receiver(device_reach(site), partial(open_device_slab, device=site.device), site, arrivals)
 
 
 def _suited_to(site: Site, slab: SlabT) -> SlabT:

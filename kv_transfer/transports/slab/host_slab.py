@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from kv_transfer.plan import FRAME_BYTES
+from kv_transfer.transports.transport import OutgoingFrame
 
 NUM_SLOTS = 16
 """Each holds one frame of any size; of the host's memory, what no frame has touched is not allocated."""
@@ -76,6 +77,10 @@ class OwnSlab(Slab, ABC):
         """Return what the receiver opens; called once."""
 
     @abstractmethod
+    def rescue(self, frame: OutgoingFrame) -> OutgoingFrame:
+        """Return a frame whose payload nothing will write over when this slab is given up."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give the slab up: it is never written again while its receiver may read it."""
 
@@ -98,6 +103,9 @@ class HostSlab(OwnSlab):
         assert self._fd is not None, "a slab is lent once"
         fd, self._fd = self._fd, None
         return Lent(b"", fd)
+
+    def rescue(self, frame: OutgoingFrame) -> OutgoingFrame:
+        return frame  # which holds on to the memory
 
     def close(self) -> None:
         if self._fd is not None:

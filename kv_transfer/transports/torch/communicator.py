@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import Store
 
 from kernels.process_group import open_fragile_group, open_group
 from kv_transfer.streams import new_stream
-from kv_transfer.transports.torch.buffers import Buffers
+from kv_transfer.transports.buffers import Buffers
 
 SENDER, RECEIVER = 0, 1
 """Ranks within a pair's group."""

@@ -7,7 +7,7 @@ same for both. With a cache on a GPU, gloo's payloads are staged in the host's m
 from functools import partial
 
 from kv_transfer.mailbox import Mailbox
-from kv_transfer.transports.torch.buffers import Buffers, host_buffers
+from kv_transfer.transports.buffers import Buffers, host_buffers
 from kv_transfer.transports.torch.communicator import Backend, GlooCommunicator, NcclCommunicator
 from kv_transfer.transports.torch.receiver import TorchReceiver
 from kv_transfer.transports.torch.sender import TorchSender

@@ -1,206 +1,99 @@
-"""The receiving side of the torch transports: headers through one ZMQ socket, payloads through pairs of ranks.
+"""The receiving side of the torch transports: headers through a connection, payloads through a communicator beside it.
 
-Every pair has its own thread and communicator, so that a stalled or dead sender costs its own pair only. On any failure
-the pair is given up; the sender announces another when it needs one. Where payloads land, the host's memory or a GPU,
-is what gloo and nccl differ in: see factories.py.
+Every sender's pair has its own thread and communicator (pair.py), so that a stalled or dead one costs its own pair
+only. On any failure the pair is given up; the sender opens another when it needs one. Where payloads land, the host's
+memory or a GPU, is what gloo and nccl differ in: see factories.py. Who may send is listener.py's business.
 """
 
 import logging
-import threading
-from collections import deque
-from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple
+from weakref import WeakSet
 
-import zmq
-
-from kernels.process_group import open_store
-from kv_transfer.frames import MAX_HEADER_BYTES, FrameError, FrameHeader, decode_header
-from kv_transfer.handshake import refusal
+from kv_transfer.frames import FrameHeader, decode_header
+from kv_transfer.handshake import Hello
 from kv_transfer.mailbox import Mailbox
-from kv_transfer.plan import FRAME_BYTES
-from kv_transfer.staging import landing_for
+from kv_transfer.transports.connection import Connection
 from kv_transfer.transports.intake import Intake
 from kv_transfer.transports.listener import Listener
+from kv_transfer.transports.tcp.address import address_of, listening_on
 from kv_transfer.transports.torch.communicator import RECEIVER, Backend, Communicator
-from kv_transfer.transports.torch.pair import (
-    FRAME,
-    OPEN,
-    VERDICT_KEY,
-    WELCOME,
-    Announcement,
-    decode_announcement,
-    decode_size,
-)
-from kv_transfer.transports.transport import RECEIVING_FAULTS, Arrival, ReceivingFault, Site
-from protocol.errors import WireError
-from protocol.identity import Epoch
+from kv_transfer.transports.torch.pair import RENDEZVOUS, ConnectionStore, PairEnd, Pairs, wait_closed
+from kv_transfer.transports.transport import Arrival, Site
+from kv_transfer.transports.wire import Announced, decode_answer, decode_frame, encode_answer
 
 MAX_QUEUED_HEADERS = 16
 """A sender announces a frame, then waits until it is taken; one that is further ahead is not ours."""
 
-_MAX_MESSAGE_BYTES = MAX_HEADER_BYTES + 1024
-_CLOSE_S = 1.0
 _log = logging.getLogger(__name__)
 
 
-class Announced(NamedTuple):
-    """A frame whose payload comes next."""
+class TorchSession:
+    """See listener.Session. The pair is opened when the sender first says something, which is when it is open there."""
 
-    sequence: bytes
-    num_bytes: int
-    header: FrameHeader
-
-
-class TorchReceiver:
-    """A ReceivingTransport. Raises zmq.ZMQError when the site's host cannot be bound."""
-
-    def __init__(self, backend: Backend, site: Site, arrivals: Mailbox[Arrival]) -> None:
-        self.arrivals = arrivals
-        self.counters: dict[str, int] = dict.fromkeys(RECEIVING_FAULTS, 0)
-        self._site = site
+    def __init__(
+        self, connection: Connection, hello: Hello, intake: Intake, backend: Backend, timeout_s: float, pairs: Pairs
+    ) -> None:
+        self._connection = connection
+        self._rank = hello.rank
+        self._intake = intake
         self._backend = backend
-        self._intake = Intake(arrivals, self.counters, landing_for(site.device))
-        self._pairs: dict[bytes, _Pair] = {}
-        self._lock = threading.Lock()
-        self._listener = Listener(zmq.ROUTER, site.host, _MAX_MESSAGE_BYTES, self._handle, self.counters)
-        self.address = self._listener.address
+        self._store = ConnectionStore(connection.answer, timeout_s)
+        self._pairs = pairs
+        self._pair: PairEnd[tuple[Announced, FrameHeader]] | None = None
 
-    def close_peer(self, epoch: Epoch) -> None:
-        self._close_pairs(lambda announcement: announcement.source_epoch == epoch)
+    def serve(self) -> None:
+        while (message := self._connection.receive()) is not None:
+            pair = self._pair or self._open_pair()
+            sequence, said = decode_answer(message)
+            if sequence == RENDEZVOUS:
+                self._store.hear(said)
+            elif pair.num_waiting >= MAX_QUEUED_HEADERS:
+                raise ValueError(f"more than {MAX_QUEUED_HEADERS} frames are announced at once")
+            else:
+                announced = decode_frame(message)
+                pair.put((announced, decode_header(announced.header)))
 
     def close(self) -> None:
-        """A thread in the middle of an operation ends with it, after timeout_s at the latest; it is not waited for.
+        if self._pair:
+            self._pair.close()
 
-        One that opens a pair over NCCL ends when the other end has come, and perhaps never if that died just then.
-        """
-        self.arrivals.close()
-        self._listener.close()
-        for pair in self._close_pairs(lambda _: True):
-            pair.join(_CLOSE_S)
+    def _open_pair(self) -> PairEnd[tuple[Announced, FrameHeader]]:
+        self._pair = PairEnd(self._backend, RECEIVER, self._store, self._receive, self._give_up)
+        self._pairs.add(self._pair)
+        return self._pair
 
-    def _close_pairs(self, is_meant: Callable[[Announcement], bool]) -> "list[_Pair]":
-        with self._lock:
-            meant = {key: pair for key, pair in self._pairs.items() if is_meant(pair.announcement)}
-            for key, pair in meant.items():
-                del self._pairs[key]
-                pair.close()
-        return list(meant.values())
+    # --- everything below runs on the pair's own thread ---------------------------------------------------------------
 
-    def _handle(self, parts: list[zmq.Frame]) -> None:
-        """Open a pair, or pass a header to its pair; runs on the listener's thread."""
-        peer, *message = (part.bytes for part in parts)
-        try:
-            match message:
-                case [kind, body] if kind == OPEN:
-                    self._open(peer, decode_announcement(body))
-                case [kind, sequence, size, header] if kind == FRAME:
-                    announced = Announced(sequence, decode_size(size, FRAME_BYTES), decode_header(header))
-                    self._announce(peer, announced)
-                case _:
-                    self.counters["bad_message"] += 1
-        except FrameError as error:
-            self.counters[error.fault] += 1
-            self._give_up(peer)
-        except (ValueError, WireError):
-            self.counters["bad_message"] += 1
-            self._give_up(peer)
-
-    def _open(self, peer: bytes, announcement: Announcement) -> None:
-        origin = announcement.source_epoch, announcement.source_rank
-        self._close_pairs(lambda earlier: (earlier.source_epoch, earlier.source_rank) == origin)
-        self._give_up(peer)  # one connection is one pair's
-        with self._lock:
-            self._pairs[peer] = _Pair(announcement, partial(self._run_pair, peer), self._intake)
-
-    def _announce(self, peer: bytes, announced: Announced) -> None:
-        pair = self._pairs.get(peer)
-        if pair is None or not pair.add(announced):
-            self._intake.lose(announced.header)
-            self._give_up(peer)
-
-    def _give_up(self, peer: bytes) -> None:
-        """Whatever its sender says next has lost its place."""
-        with self._lock:
-            pair = self._pairs.pop(peer, None)
-        if pair:
-            pair.close()
-
-    # --- everything below runs on a pair's own thread -----------------------------------------------------------------
-
-    def _run_pair(self, peer: bytes, pair: "_Pair") -> None:
-        try:
-            self._serve(peer, pair)
-        except ConnectionRefusedError as error:
-            _log.warning("rank %s refused: %s", pair.announcement.source_rank, error)
-            self.counters["refused_peer"] += 1
-            pair.close()
-        except Exception as error:  # whatever torch raises, it ends this pair and nothing else
-            _log.warning("KV pair from rank %s given up: %s", pair.announcement.source_rank, error)
-            self.counters["broken_pair"] += 1
-            pair.close()
-
-    def _serve(self, peer: bytes, pair: "_Pair") -> None:
-        where, reason = pair.announcement, refusal(self._site.layout, pair.announcement.greeting)
-        store = open_store(where.host, where.port, is_server=False, timeout_s=self._site.timeout_s)
-        store.set(VERDICT_KEY, reason or WELCOME)
-        if reason:
-            raise ConnectionRefusedError(reason)
-        with ExitStack() as cleanup:
-            communicator = self._backend.open_communicator(store, RECEIVER)
-            cleanup.callback(communicator.abort)
-            while announced := pair.next():
-                fault = self._receive(announced, communicator)
-                self._listener.send([peer, announced.sequence, (fault or "").encode()])
-
-    def _receive(self, announced: Announced, communicator: Communicator) -> ReceivingFault | None:
-        buffers = self._backend.buffers
+    def _receive(self, communicator: Communicator, item: tuple[Announced, FrameHeader]) -> None:
+        (announced, header), buffers = item, self._backend.buffers
         payload = buffers.take(announced.num_bytes)
         try:
             communicator.receive(payload)
         except Exception:
             communicator.abort()  # before anybody else may use that memory
-            self._intake.lose(announced.header)
             raise
-        return self._intake.take(announced.header, payload, partial(buffers.give_back, payload))
+        fault = self._intake.take(header, payload, partial(buffers.give_back, payload))
+        self._connection.answer(encode_answer(announced.sequence, (fault or "").encode()))
+
+    def _give_up(self, error: Exception) -> None:
+        """What was announced and has not come is sent again by whoever lives."""
+        _log.warning("KV pair from rank %s given up: %s", self._rank, error)
+        self._intake.count("broken_pair")
+        self._connection.hang_up()
 
 
-class _Pair:
-    """One sending rank: the frames that it has announced, and the thread that takes them."""
+class TorchReceiver(Listener):
+    """A ReceivingTransport. Raises OSError when the site's host cannot be bound."""
 
-    def __init__(self, announcement: Announcement, run: "Callable[[_Pair], None]", intake: Intake) -> None:
-        self.announcement = announcement
-        self._intake = intake
-        self._announced: deque[Announced] = deque()
-        self._changed = threading.Condition()
-        self._closed = False
-        self._thread = threading.Thread(target=run, args=[self], name="kv-pair-receiver", daemon=True)
-        self._thread.start()
+    def __init__(self, backend: Backend, site: Site, arrivals: Mailbox[Arrival]) -> None:
+        self._pairs: Pairs = WeakSet()
 
-    def add(self, announced: Announced) -> bool:
-        """Queue a frame; False when this pair has failed or its sender does not keep to the rules."""
-        with self._changed:
-            if self._closed or len(self._announced) >= MAX_QUEUED_HEADERS:
-                return False
-            self._announced.append(announced)
-            self._changed.notify_all()
-            return True
+        def open_session(connection: Connection, hello: Hello, fds: list[int], intake: Intake) -> TorchSession:
+            return TorchSession(connection, hello, intake, backend, site.timeout_s, self._pairs)
 
-    def next(self) -> Announced | None:
-        """Wait for a frame; None when this pair is over."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._announced or self._closed)
-            return None if self._closed else self._announced.popleft()
+        listening = listening_on(site.host)
+        super().__init__(listening, address_of(listening), site, arrivals, open_session)
 
     def close(self) -> None:
-        """Let the thread end; frames that were announced and have not come are reported as faults."""
-        with self._changed:
-            self._closed = True
-            lost, self._announced = self._announced, deque()
-            self._changed.notify_all()
-        for announced in lost:
-            self._intake.lose(announced.header)
-
-    def join(self, timeout_s: float) -> None:
-        self._thread.join(timeout_s)
+        super().close()
+        wait_closed(self._pairs)

@@ -14,6 +14,9 @@ from kv_transfer.streams import new_stream
 KEPT_BUFFERS = 16
 """Idle ones; whatever else comes back is let go of."""
 
+_SMALL_BYTES = 64 << 10
+"""What is no larger has memory of its own size: thousands of small payloads may wait for a main thread."""
+
 
 class Buffers:
     """Each holds one frame of any size. take() and give_back() may be called by different threads."""
@@ -26,10 +29,12 @@ class Buffers:
 
     def take(self, num_bytes: int) -> torch.Tensor:
         """Return memory for a payload, uint8 [num_bytes]; nobody else has it until it is given back."""
+        if num_bytes <= _SMALL_BYTES:
+            return self._fresh(num_bytes)
         try:
             buffer = self._idle.pop()  # last in, first out: the warmest memory first
         except IndexError:
-            buffer = self._fresh()
+            buffer = self._fresh(FRAME_BYTES)
         return buffer[:num_bytes]
 
     def give_back(self, payload: torch.Tensor) -> None:
@@ -37,14 +42,14 @@ class Buffers:
         if payload.untyped_storage().nbytes() == FRAME_BYTES:
             self._idle.append(payload.as_strided((FRAME_BYTES,), (1,), 0))
 
-    def _fresh(self) -> torch.Tensor:
+    def _fresh(self, num_bytes: int) -> torch.Tensor:
         """Return new memory, on a GPU of a stream that does nothing else.
 
         What the main stream has freed may be its own again at once, but it may not be done with it; and what arrives
         is written by another stream, which does not wait for the main one.
         """
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            return torch.empty(FRAME_BYTES, dtype=torch.uint8, device=self._device, pin_memory=self._is_pinned)
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self._device, pin_memory=self._is_pinned)
 
 
 def host_buffers(device: torch.device) -> Buffers:

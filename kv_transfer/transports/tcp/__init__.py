@@ -1,0 +1,1 @@
+"""The transport over TCP: payloads follow their headers through one connection per pair of ranks."""
