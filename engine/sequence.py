@@ -82,6 +82,7 @@ class Sequence:
         wants_all: logits of every position are wanted, not only of the one behind which a token is drawn.
         """
         end = min(self.num_launched + max_tokens, self.num_tokens)
+        assert end > self.num_launched, "there is nothing to compute"
         first_wanted = self.num_launched if wants_all else max(self.num_launched, self.num_tokens - 1)
         return Chunk(self, self.num_launched, end, range(first_wanted, end), is_drawn=end == self.num_tokens)
 

@@ -12,6 +12,7 @@ import pytest
 
 from decode_worker.inbox import RemoteInbox
 from decode_worker.mover import ReceivingMover
+from decode_worker.prefix_server import RemotePrefixServer
 from decode_worker.reservation import Reservation
 from decode_worker.role import DecodeRole
 from engine import step_loop
@@ -27,7 +28,7 @@ from prefill_worker.fetcher import RemoteFetcher
 from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol.codec import decode
-from protocol.messages import Abort, AnyMessage, Failed, Handoff, TokenUpdate
+from protocol.messages import Abort, AnyMessage, Failed, Fetch, Handoff, TokenUpdate, Unfetched
 from protocol.orders import AnyReport, SendBlocks
 from router.control.attempts import Attempts
 from router.control.course import Course
@@ -35,6 +36,7 @@ from router.control.events import Outcome
 from router.control.lifecycle import Lifecycle, Side
 from tests.sampling import WrittenText
 from tests.simulation.planting import LEAK, MAX_SEEDS, STUCK, WRONG, first_failure
+from tests.simulation.scenario import run_seed
 from worker.control_link import ControlLink
 
 Patch = pytest.MonkeyPatch
@@ -252,7 +254,18 @@ def prefill_goes_on_behind_what_it_has_only_asked_for(patch: Patch) -> None:
     patch.setattr(RemoteFetcher, "_ask_when_ready", ask_and_go_on)
 
 
+def decode_serves_no_fetch(patch: Patch) -> None:
+    """No mistake: whatever it is asked for, it says that it cannot be."""
+
+    def serve(self: RemotePrefixServer, fetch: Fetch, *_: object) -> bool:
+        self._outlet.send(Unfetched(fetch.attempt, "not now"))
+        return False
+
+    patch.setattr(RemotePrefixServer, "serve", serve)
+
+
 def prefill_goes_on_expecting_a_fetch_that_it_has_given_up(patch: Patch) -> None:
+    decode_serves_no_fetch(patch)
     patch.setattr(RemoteFetcher, "fail", lambda self, attempt: self.forget(attempt))
 
 
@@ -338,7 +351,7 @@ PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (prefill_does_not_say_that_more_is_computed, STUCK, ""),
     (prefill_takes_one_ranks_word_for_a_whole_fetch, WRONG, ""),
     (prefill_goes_on_behind_what_it_has_only_asked_for, WRONG, "slow frames"),
-    (prefill_goes_on_expecting_a_fetch_that_it_has_given_up, LEAK, "damaged"),
+    (prefill_goes_on_expecting_a_fetch_that_it_has_given_up, LEAK, ""),
     (prefill_frees_blocks_that_are_fetched_into, WRONG, "slow frames"),
     (a_token_that_is_being_drawn_is_forgotten, WRONG + "|AssertionError", ""),
     (the_next_attempt_begins_with_something_else, WRONG, "crash"),
@@ -349,6 +362,12 @@ PLANTS: list[tuple[Callable[[Patch], None], str, str]] = [
     (a_request_that_waits_is_forgotten, STUCK, "crash"),
 ]
 """plant, what the simulation must say, and the faults without which it would only take longer to find."""
+
+
+def test_fetches_that_are_refused_are_no_failure(monkeypatch: Patch) -> None:
+    decode_serves_no_fetch(monkeypatch)
+    for seed in range(300):
+        run_seed(seed)
 
 
 @pytest.mark.parametrize(("plant", "says", "faults"), PLANTS, ids=[plant.__name__ for plant, *_ in PLANTS])
