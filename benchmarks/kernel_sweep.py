@@ -85,7 +85,7 @@ class Entry:
             "ATTENTION_PREFILL": (table.chip(device), itemsize, dims),
             "RMS_NORM": padded(plan.sizes.hidden_size),
             "ROPE": dims,
-            "KV_COPY": padded(plan.config.head_dim * itemsize // 4, least=min(table.KV_COPY)),
+            "KV_COPY": padded(plan.sizes.head_dim * itemsize // 4, least=min(table.KV_COPY)),
         }
         works: dict[str, tuple[Any, ...]] = {
             "decode_attention": plan.decode_attention,

@@ -18,6 +18,7 @@ from prefill_worker.outbox import RemoteOutbox
 from prefill_worker.role import PrefillRole
 from protocol import identity
 from protocol.orders import Park, Unpark
+from router.control import course
 from tests.simulation.plants import a_sequence_is_parked_whose_chunk_is_on_its_way, nobody_is_parked
 from tests.simulation.search import explore
 from tests.simulation.small_life import GROWING_REQUESTS, LONG_REQUESTS, Life, Limits, Violation
@@ -42,6 +43,7 @@ def parts(num_requests: int, **what_goes_wrong) -> SmallWorld:
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: Patch) -> Iterator[None]:
     monkeypatch.setattr(identity, "new_epoch", lambda: 0)
+    monkeypatch.setattr(course, "FIRST_PAUSE_S", 0.0)  # there is no clock here
     gc.freeze()  # or every collection of the copies made here would look through all imported modules too
     yield
     gc.unfreeze()

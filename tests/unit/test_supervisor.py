@@ -15,6 +15,7 @@ from cluster.restarts import MAX_DELAY_S, SERVED_FOR_S
 from cluster.status_client import ClusterStatus, WorkerStatus
 from cluster.supervisor import RayLost, Supervisor
 from protocol.errors import TandemError
+from protocol.topology import ModelSection, RouterSection
 from tests.simulation.clock import Clock
 
 
@@ -217,7 +218,7 @@ def test_a_router_that_is_busy_right_after_the_start_does_not_end_the_cluster(
     cluster.num_answers = 1
     cluster.stop_in(10)
     out = io.StringIO()
-    topology: Any = SimpleNamespace(router=SimpleNamespace(grace_s=1), model=SimpleNamespace(name="m"))
+    topology: Any = SimpleNamespace(router=RouterSection(grace_s=1, sampling_defaults="none"), model=ModelSection(path="m"))
     session: Any = SimpleNamespace(host="h", is_local=True, logs="/logs", lost_part=lambda: None)
     up._serve(topology, None, session, ProgressDisplay(2, out), cluster)  # type: ignore[arg-type]
     assert "ready: http://x" in out.getvalue()
