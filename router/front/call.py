@@ -57,6 +57,7 @@ class Call(ABC, Generic[BodyT]):
             serving.text, body.skip_special_tokens is not False, bool(body.return_tokens_as_token_ids)
         )
         self.choices = [self._choice(index, prompt, len(prompts)) for index, prompt in enumerate(prompts)]
+        self._num_unfinished = len(self.choices)
         self._started_s = time.monotonic()
         self._items: list[tuple[Choice, TokenUpdate | Outcome]] = []
         self._is_woken = asyncio.Event()
@@ -153,14 +154,16 @@ class Call(ABC, Generic[BodyT]):
         else:
             self.serving.metrics.next_token(now_s - choice.last_token_s)
         choice.last_token_s = now_s
-        if choice.finish_reason is not None and choice.is_running:
-            self.serving.control.cancel(choice.request.request_id, STOP_FOUND)
+        if choice.finish_reason is not None:
+            self._num_unfinished -= 1
+            if choice.is_running:
+                self.serving.control.cancel(choice.request.request_id, STOP_FOUND)
 
     def _is_complete(self) -> bool:
         """Raise ApiError or ClientGone when it never will be."""
         if self._failure is not None:
             raise ClientGone if self._failure.stage is Stage.CANCELLED else from_outcome(self._failure)
-        return all(choice.finish_reason is not None for choice in self.choices)
+        return self._num_unfinished == 0
 
     # --- its answer ---------------------------------------------------------------------------------------------------
 
@@ -192,7 +195,7 @@ class Call(ABC, Generic[BodyT]):
                 has_come = await self._take()
                 if news := [choice for choice in self.choices if choice.has_news]:
                     usage = self._usage() if has_every_usage else no_usage
-                    await stream.write(b"".join(self._frame([(choice, choice.take())], usage) for choice in news))
+                    await stream.write(b"".join([self._frame([(choice, choice.take())], usage) for choice in news]))
                 elif not has_come:
                     await stream.write(COMMENT)
         except ApiError as error:
