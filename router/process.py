@@ -31,6 +31,7 @@ from protocol.secret import own_secret
 from protocol.stages import Stage
 from protocol.topology import ClientLimits, RouterSection
 from router.control.controller import Controller
+from router.control.dispatch import Dispatcher
 from router.control.events import Outcome
 from router.control.plane import ControlPlane
 from router.front.app import build_app
@@ -38,8 +39,9 @@ from router.front.body import BodyReader
 from router.front.http_protocol import GuardedProtocol
 from router.front.metrics import ClusterMetrics, RequestMetrics
 from router.front.quota import Quota
+from router.front.requests import RequestMaker
 from router.front.serving import Serving
-from router.front.text import load_text
+from router.front.text import ModelText, load_text
 from router.front.work_pool import WorkPool
 from router.launch import Addresses, RouterLaunch
 
@@ -82,21 +84,19 @@ async def serve(launch: RouterLaunch, stdin: int) -> None:
 
 def build(launch: RouterLaunch, control: ControlPlane) -> tuple[Serving, QuietServer]:
     """Return the collaborators of the HTTP half, and the server over them."""
-    folder = Path(launch.model_folder)
+    text = load_text(Path(launch.model_folder), launch.max_context, launch.vocab_size)
     disable_created_metrics()  # type: ignore[no-untyped-call]
     registry = CollectorRegistry()
     serving = Serving(
         control=control,
         metrics=RequestMetrics(registry, launch.model_name),
         bodies=BodyReader(_body_memory(launch.section.limits), launch.max_context),
-        text=load_text(folder, launch.max_context, launch.vocab_size),
+        text=text,
+        requests=_request_maker(launch, text, control.controller.dispatcher),
         model_name=launch.model_name,
         max_context=launch.max_context,
-        vocab_size=launch.vocab_size,
-        eos_token_ids=load_facts(folder).eos_token_ids,
         timeout_s=launch.section.timeout_s,
         created=int(time.time()),
-        sampling_defaults=_sampling_defaults(launch),
         metrics_writing=WorkPool("metrics", num_threads=1, max_waiting=16),
     )
     registry.register(ClusterMetrics(control.controller, launch.model_name))
@@ -105,9 +105,16 @@ def build(launch: RouterLaunch, control: ControlPlane) -> tuple[Serving, QuietSe
     return serving, _server(build_app(serving, registry, launch.section.cors_origins), launch.section.limits)
 
 
-def _sampling_defaults(launch: RouterLaunch) -> SamplingDefaults:
-    is_wanted = launch.section.sampling_defaults == "model"
-    return load_sampling_defaults(Path(launch.model_folder)) if is_wanted else SamplingDefaults()
+def _request_maker(launch: RouterLaunch, text: ModelText, dispatcher: Dispatcher) -> RequestMaker:
+    folder, is_models = Path(launch.model_folder), launch.section.sampling_defaults == "model"
+    return RequestMaker(
+        text=text,
+        dispatcher=dispatcher,
+        max_context=launch.max_context,
+        vocab_size=launch.vocab_size,
+        eos_token_ids=load_facts(folder).eos_token_ids,
+        sampling_defaults=load_sampling_defaults(folder) if is_models else SamplingDefaults(),
+    )
 
 
 def _body_memory(limits: ClientLimits) -> Quota:

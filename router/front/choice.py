@@ -1,69 +1,97 @@
-"""One choice of a response while its tokens come in: text, stop strings, counts, and why it ended.
+"""One choice of a call: its request, and its text, counts and end while its tokens come in.
 
-Used by completions.py and chat.py, streamed or not. Pure: it holds no sockets and starts nothing.
+Used by call.py, streamed or not. Pure: it holds no sockets and starts nothing.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
 from protocol.messages import TokenLogprobs, TokenUpdate
+from protocol.request import Request
 from router.front.detokenizer import Detokenizer
+from router.front.requests import Prompt
 from router.front.stop_strings import StopStrings
 
 
-class Delta(msgspec.Struct):
-    """What one or several tokens added to a choice."""
+class Delta(msgspec.Struct, frozen=True):
+    """What one or several tokens added to a choice. is_first: nothing of the choice came before."""
 
-    text: str = ""
-    token_ids: list[int] = msgspec.field(default_factory=list)
-    logprobs: list[tuple[int, TokenLogprobs]] = msgspec.field(default_factory=list)
-
-    def extend(self, later: "Delta") -> None:
-        self.text += later.text
-        self.token_ids += later.token_ids
-        self.logprobs += later.logprobs
+    text: str
+    token_ids: list[int]
+    logprobs: list[tuple[int, TokenLogprobs]]
+    is_first: bool
 
 
 class Choice:
-    """Accumulates nothing but counts; the whole text is the sum of the deltas."""
+    """Keeps counts, and what was not yet taken; the whole text is the sum of the deltas.
+
+    is_running, num_heard and last_token_s are its call's: whether the request runs, how many tokens have come, of which
+    some may not have been fed yet, and when the last one was.
+    """
 
     def __init__(
         self,
+        index: int,
+        prompt: Prompt,
+        request: Request,
         detokenizer: Detokenizer | None,
         stops: Sequence[str] = (),
-        min_tokens: int = 0,
-        stop_token_ids: Collection[int] = (),
         shows_stop: bool = False,
     ) -> None:
-        """stop_token_ids: those that the client chose, as against the model's own. shows_stop: what ends the text, a
-        stop string or a token, is part of it.
-        """
-        self._detokenizer = detokenizer
-        self._stops = StopStrings(stops, shows_stop)
-        self._shows_stop = shows_stop
-        self._min_tokens = min_tokens
-        self._stop_token_ids = stop_token_ids
+        """shows_stop: what ends the text, a stop string or a token, is part of it."""
+        self.index = index
+        self.prompt = prompt
+        self.request = request
+        self.is_running = False
+        self.num_heard = 0
+        self.last_token_s = 0.0
         self.num_tokens = 0
         self.num_cached_tokens = 0
         self.finish_reason: str | None = None
         self.stop_reason: str | int | None = None
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(stops, shows_stop)
+        self._shows_stop = shows_stop
+        self._is_first = True
+        self._begin_delta()
 
-    def feed(self, update: TokenUpdate, delta: Delta) -> None:
-        """Add what update brings to delta. Sets finish_reason when the choice is complete."""
+    @property
+    def has_news(self) -> bool:
+        """Whether there is something to take."""
+        return bool(self._token_ids)
+
+    def feed(self, update: TokenUpdate) -> None:
+        """Add what update brings. Sets finish_reason when the choice is complete."""
         self.num_tokens += 1
         self.num_cached_tokens += update.num_cached_tokens
-        delta.token_ids.append(update.token_id)
+        self._token_ids.append(update.token_id)
         if update.logprobs is not None:
-            delta.logprobs.append((update.token_id, update.logprobs))
-        delta.text += self._visible(self._text_of(update))
+            self._logprobs.append((update.token_id, update.logprobs))
+        self._texts.append(self._visible(self._text_of(update)))
         if self._stops.matched is not None:
             self.finish_reason, self.stop_reason = "stop", self._stops.matched
         elif update.finish_reason is not None:
-            self.finish_reason = update.finish_reason
-            if update.finish_reason == "stop" and update.token_id in self._stop_token_ids:
-                self.stop_reason = update.token_id
-            delta.text += self._stops.flush()
+            self._finish(update.finish_reason, update.token_id)
+
+    def take(self) -> Delta:
+        """Return what has come since this was called last."""
+        delta = Delta("".join(self._texts), self._token_ids, self._logprobs, self._is_first)
+        self._is_first = False
+        self._begin_delta()
+        return delta
+
+    def _begin_delta(self) -> None:
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[tuple[int, TokenLogprobs]] = []
+
+    def _finish(self, reason: str, token_id: int) -> None:
+        """A token that the client chose to stop at is the reason, as against the model's own."""
+        self.finish_reason = reason
+        if reason == "stop" and token_id in self.request.sampling.chosen_stop_token_ids:
+            self.stop_reason = token_id
+        self._texts.append(self._stops.flush())
 
     def _text_of(self, update: TokenUpdate) -> str:
         if self._detokenizer is None:
@@ -74,4 +102,4 @@ class Choice:
 
     def _visible(self, text: str) -> str:
         """Before min_tokens have come, nothing counts as a stop string."""
-        return text if self.num_tokens <= self._min_tokens else self._stops.feed(text)
+        return text if self.num_tokens <= self.request.sampling.min_tokens else self._stops.feed(text)

@@ -1,7 +1,7 @@
 """Errors as clients see them: OpenAI's JSON form, a status, and what a client's retry logic reads.
 
 Raised anywhere in the HTTP half of the router, rendered by app.py before the first byte of a stream and by
-event_stream.py after it.
+call.py after it.
 """
 
 import msgspec

@@ -1,69 +1,61 @@
-"""A generation as server-sent events. An error before the first byte is an HTTP status, after it a last error frame.
+"""The sending side of a stream of server-sent events. Used by call.py, which says what is sent.
 
-An ASGI response, made by responder.py. A client that stops reading is cut off, so that it cannot hold blocks. One that
-waits hears every few seconds that we are there: proxies cut off what is silent for a minute.
+A client that stops reading is noticed. One that waits hears every few seconds that we are there: proxies cut off what
+is silent for a minute.
 """
 
 import asyncio
-from typing import Protocol
+from collections.abc import Callable
 
-from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
-
-from router.front.choice import Delta
-from router.front.errors import ApiError
-from router.front.generation import CLIENT_STALLED, ClientGone, Generation
+from starlette.types import Message, Scope, Send
 
 STALL_S = 30.0
 """How long a client may leave a full socket unread."""
-
 
 SILENCE_S = 5.0
 """After so long without a token a comment goes out, and the status line before it: until then an error has a status."""
 
 COMMENT = b": keep-alive\n\n"
 
-
-class Writer(Protocol):
-    """Turns what comes into bytes of frames."""
-
-    def frames(self, batch: dict[int, Delta]) -> bytes: ...
-
-    def error(self, error: ApiError) -> bytes: ...
-
-    def end(self) -> bytes: ...
+_HEADERS = (
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+)
 
 
 def frame(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
-class EventStream(Response):
-    """Runs generation while it sends; the status line waits for the first token, but not for long."""
+class EventStream:
+    """on_silence is called, until close, whenever nothing was written for a while.
 
-    media_type = "text/event-stream"
+    is_begun: whether the status line is out, which waits for the first bytes.
+    """
 
-    def __init__(self, generation: Generation, writer: Writer) -> None:
-        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
-        self._generation = generation
-        self._writer = writer
-        self._is_begun = False
-        self._is_silent = True  # since the timer was last set
+    def __init__(self, scope: Scope, send: Send, on_silence: Callable[[], None]) -> None:
+        self.is_begun = False
+        self._state = scope["state"]  # GuardedProtocol's: see http_protocol.py
+        self._send = send
+        self._on_silence = on_silence
+        self._listen_for_silence()
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._flow = scope["state"]["flow"]
-        async with self._generation:
-            self._listen_for_silence()
-            try:
-                await self._stream(send)
-            except ClientGone:
-                return
-            except TimeoutError:
-                self._generation.abort(CLIENT_STALLED)
-                scope["state"]["abort_connection"]()
-            finally:
-                self._timer.cancel()
+    async def write(self, body: bytes, more: bool = True) -> None:
+        """Send these bytes, the last ones unless there are more. Raise TimeoutError when the client does not read."""
+        self._is_silent = False
+        if not self.is_begun:
+            self.is_begun = True
+            await self._pass_on({"type": "http.response.start", "status": 200, "headers": list(_HEADERS)})
+        await self._pass_on({"type": "http.response.body", "body": body, "more_body": more})
+
+    def cut_off(self) -> None:
+        """Break the connection."""
+        self._state["abort_connection"]()
+
+    def close(self) -> None:
+        """Listen no more for silence."""
+        self._timer.cancel()
 
     def _listen_for_silence(self) -> None:
         """A deadline of every wait would cost some microseconds for every token; one timer costs nothing."""
@@ -72,31 +64,13 @@ class EventStream(Response):
 
     def _end_silence(self) -> None:
         if self._is_silent:
-            self._generation.wake()
+            self._on_silence()
         self._listen_for_silence()
 
-    async def _stream(self, send: Send) -> None:
-        try:
-            async for batch in self._generation.deltas():
-                await self._write(send, self._writer.frames(batch) if batch else COMMENT)
-        except ApiError as error:
-            if not self._is_begun:
-                raise
-            await self._write(send, self._writer.error(error), more=False)
-        else:
-            await self._write(send, self._writer.end(), more=False)
-
-    async def _write(self, send: Send, body: bytes, more: bool = True) -> None:
-        self._is_silent = False
-        if not self._is_begun:
-            self._is_begun = True
-            await self._pass_on(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        await self._pass_on(send, {"type": "http.response.body", "body": body, "more_body": more})
-
-    async def _pass_on(self, send: Send, message: Message) -> None:
+    async def _pass_on(self, message: Message) -> None:
         """send waits only while the client's socket is full, and every deadline costs some microseconds."""
-        if self._flow.write_paused:
+        if self._state["flow"].write_paused:
             async with asyncio.timeout(STALL_S):
-                await send(message)
+                await self._send(message)
         else:
-            await send(message)
+            await self._send(message)

@@ -1,10 +1,11 @@
 """HTTP bodies of requests as checked types: what is accepted, with bounds.
 
 msgspec decodes bodies straight into these; /openapi.json is generated from them. What is known elsewhere and not served
-here is refused by unserved.py. What needs the model (vocabulary, context) is checked in sampling.py and prompts.py.
+here is refused by unserved.py. What needs the model (vocabulary, context) is checked in requests.py.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -71,6 +72,16 @@ class SamplingBody(msgspec.Struct, frozen=True, kw_only=True):
         return self.max_tokens
 
     @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives to each token are wanted; None: no log probabilities at all."""
+        return None
+
+    @property
+    def stops(self) -> Sequence[str]:
+        """The stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
     def shows_stop(self) -> bool:
         """Whether what ends the text is part of it."""
         return bool(self.include_stop_str_in_output or self.no_stop_trim)
@@ -86,6 +97,10 @@ class CompletionBody(SamplingBody, frozen=True, kw_only=True):
     @property
     def most_tokens(self) -> int:
         return self.max_tokens or DEFAULT_MAX_TOKENS
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
 
 
 class TextPart(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
@@ -123,6 +138,10 @@ class ChatBody(SamplingBody, frozen=True, kw_only=True):
     @property
     def most_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 BodyT = TypeVar("BodyT", bound=SamplingBody)

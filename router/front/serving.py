@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 
-from protocol.generation_config import SamplingDefaults
-from router.control.dispatch import NoPair, PromptTooLong
+from starlette.requests import Request
+
 from router.control.plane import ControlPlane
 from router.front.body import BodyReader
-from router.front.errors import overloaded, too_long, unavailable
+from router.front.errors import no_such_model, overloaded, unavailable
 from router.front.metrics import RequestMetrics
-from router.front.prompts import Prompt, PromptMaker
+from router.front.requests import RequestMaker
+from router.front.schemas import BodyT, parse_body
 from router.front.text import ModelText
 from router.front.work_pool import WorkPool
 
@@ -24,13 +25,11 @@ class Serving:
     metrics: RequestMetrics
     text: ModelText
     bodies: BodyReader
+    requests: RequestMaker
     model_name: str
     max_context: int
-    vocab_size: int
-    eos_token_ids: tuple[int, ...]
     timeout_s: float
     created: int
-    sampling_defaults: SamplingDefaults
     metrics_writing: WorkPool
     is_draining: bool = False
 
@@ -40,13 +39,17 @@ class Serving:
         self.metrics_writing.close()
 
     @property
-    def prompts(self) -> PromptMaker:
-        return PromptMaker(self.text, self.vocab_size, self.max_context)
-
-    @property
     def why_not_ready(self) -> str | None:
         """None when answers get through every group, otherwise why not; requests are taken by those that serve."""
         return "the server is shutting down" if self.is_draining else self.control.controller.why_not_ready
+
+    async def checked_body(self, http: Request, kind: type[BodyT]) -> BodyT:
+        """Return the body of a call that may begin. Raise ApiError, or ClientDisconnect when the client has gone."""
+        body = parse_body(await self.bodies.read(http), kind)
+        if body.model not in (None, self.model_name):
+            raise no_such_model(body.model, self.model_name)
+        self.check_open()
+        return body
 
     def check_open(self) -> None:
         """Raise ApiError 503 while new requests are not taken, 429 while there are too many."""
@@ -54,16 +57,3 @@ class Serving:
             raise unavailable("the server is shutting down", "shutting_down")
         if len(self.control.controller.attempts) >= MAX_REQUESTS:
             raise overloaded(f"{MAX_REQUESTS} requests are under way already")
-
-    def room_for(self, prompt: Prompt, param: str) -> int:
-        """Return how many tokens may follow prompt: at least one. Raise ApiError 400 or 503."""
-        num_prompt_tokens = len(prompt.token_ids)
-        if num_prompt_tokens + 1 > self.max_context:
-            raise too_long(num_prompt_tokens, self.max_context, param)
-        try:
-            capacity = self.control.controller.dispatcher.capacity(num_prompt_tokens)
-        except NoPair as error:
-            raise unavailable(str(error)) from None
-        except PromptTooLong as error:
-            raise too_long(num_prompt_tokens, error.num_tokens, param) from None
-        return min(self.max_context, capacity) - num_prompt_tokens

@@ -137,7 +137,7 @@ class ModelText:
 def load_text(folder: Path, max_context: int, vocab_size: int) -> ModelText:
     """Return the text side of the model in folder. Raise ConfigError when its files are broken.
 
-    vocab_size: how many ids the model itself has; texts with tokens beyond are refused one by one (see prompts.py).
+    vocab_size: how many ids the model itself has; texts with tokens beyond are refused one by one (see requests.py).
     """
     path = folder / "tokenizer.json"
     if not path.exists():

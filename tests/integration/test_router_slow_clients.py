@@ -4,76 +4,90 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from functools import partial
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import uvicorn
+from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route
 
+from protocol.identity import new_attempt
+from protocol.messages import TokenUpdate
+from protocol.request import Request, SamplingParams
+from protocol.stages import Stage
 from protocol.topology import RouterSection
 from router.control.events import Outcome
+from router.control.plane import Client
 from router.front import body, event_stream, http_protocol
 from router.front.app import render
 from router.front.body import BodyReader
-from router.front.choice import Delta
+from router.front.call import CLIENT_STALLED
+from router.front.completions import CompletionCall
 from router.front.errors import ApiError
-from router.front.event_stream import EventStream, frame
-from router.front.generation import CLIENT_GONE, CLIENT_STALLED
 from router.front.http_protocol import GuardedProtocol
+from router.front.metrics import RequestMetrics
 from router.front.quota import Quota
+from router.front.requests import Prompt
+from router.front.responses import Completion, CompletionChoice
+from router.front.schemas import CompletionBody
 from router.process import QuietServer, bind
 
 SHORT_S = 0.2
 
 
-class EndlessGeneration:
-    """Stands for a request whose tokens never end."""
+class Control:
+    """Says nothing of a request until it is over."""
 
     def __init__(self) -> None:
         self.outcome: Outcome | None = None
 
-    async def __aenter__(self) -> "EndlessGeneration":
-        return self
+    def submit(self, request: Request, deadline_s: float, client: Client) -> None:
+        self.client = client
 
-    async def __aexit__(self, *_: object) -> None:
-        self.abort(CLIENT_GONE)
+    def cancel(self, request_id: str, outcome: Outcome) -> None:
+        """End it; its client hears how, once."""
+        if self.outcome is None:
+            self.outcome = outcome
+            self.client(outcome)
 
-    def abort(self, outcome: Outcome) -> None:
-        self.outcome = self.outcome or outcome
 
-    async def deltas(self) -> AsyncIterator[dict[int, Delta]]:
-        while True:
-            yield {0: Delta("x")}
+class EndlessControl(Control):
+    """Has tokens come without an end."""
+
+    def submit(self, request: Request, deadline_s: float, client: Client) -> None:
+        super().submit(request, deadline_s, client)
+        self._saying = asyncio.create_task(self._say())
+
+    async def _say(self) -> None:
+        for index in count():
+            if self.outcome is not None:
+                return
+            self.client(TokenUpdate(new_attempt("r", 0, 1, 2), index, 5))
             await asyncio.sleep(0)
 
 
-class SilentGeneration(EndlessGeneration):
-    """Stands for a request whose tokens do not come; it fails when told to."""
+class LargeChunks(CompletionCall):
+    """A stream whose chunks soon fill a socket."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.woken = asyncio.Event()
-        self.failure: ApiError | None = None
-
-    def wake(self) -> None:
-        self.woken.set()
-
-    async def deltas(self) -> AsyncIterator[dict[int, Delta]]:
-        while self.failure is None:
-            await self.woken.wait()
-            self.woken.clear()
-            yield {}
-        raise self.failure
+    def written(self, news: object, usage: object) -> Completion:
+        choice = CompletionChoice(index=0, text="x" * 65536)
+        return Completion(id="", created=0, model="", choices=[choice])
 
 
-class LargeFrames:
-    def error(self, error: ApiError) -> bytes:
-        return frame(error.body())
-
-    def frames(self, batch: dict[int, Delta]) -> bytes:
-        return b"x" * 65536
+def stream_of(control: Control) -> LargeChunks:
+    serving: Any = SimpleNamespace(
+        control=control,
+        metrics=RequestMetrics(CollectorRegistry(), "m"),
+        requests=SimpleNamespace(request=lambda *_: Request("r", (1,), SamplingParams(1 << 20, seed=0))),
+        text=SimpleNamespace(detokenizer=lambda *_: None),
+        timeout_s=60.0,
+    )
+    return LargeChunks(serving, CompletionBody(prompt="", stream=True), [Prompt((1,))])
 
 
 @contextlib.asynccontextmanager
@@ -146,8 +160,8 @@ def test_what_comes_behind_an_answer_and_begins_no_request_costs_its_connection(
 def test_a_body_that_never_ends_is_a_408(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(body, "BODY_TIMEOUT_S", SHORT_S)
 
-    async def endpoint(request: Request) -> Response:
-        return Response(bytes(await BodyReader(Quota(1 << 20, 1 << 20), 100).read(request)))
+    async def endpoint(http: HttpRequest) -> Response:
+        return Response(bytes(await BodyReader(Quota(1 << 20, 1 << 20), 100).read(http)))
 
     async def scenario() -> None:
         async with serving(Route("/", endpoint, methods=["POST"])) as port:
@@ -163,10 +177,10 @@ def test_a_stream_without_tokens_says_that_it_lives_and_then_why_it_ends(monkeyp
     monkeypatch.setattr(event_stream, "SILENCE_S", 0.05)
 
     async def scenario() -> None:
-        generation = SilentGeneration()
+        control = Control()
 
-        async def endpoint(request: Request) -> Response:
-            return EventStream(generation, LargeFrames())  # type: ignore[arg-type]
+        async def endpoint(http: HttpRequest) -> LargeChunks:
+            return stream_of(control)
 
         async with serving(Route("/", endpoint)) as port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -175,7 +189,7 @@ def test_a_stream_without_tokens_says_that_it_lives_and_then_why_it_ends(monkeyp
             while answer.count(b": keep-alive\n\n") < 3:
                 answer += await asyncio.wait_for(reader.read(4096), 5)
             assert answer.startswith(b"HTTP/1.1 200")
-            generation.failure = ApiError(503, "the worker is lost")
+            control.cancel("r", Outcome(Stage.FAILED, "worker_lost", "the worker is lost"))
             assert b'data: {"error":{"message":"the worker is lost"' in await asyncio.wait_for(reader.read(), 5)
             writer.close()
 
@@ -185,8 +199,8 @@ def test_a_stream_without_tokens_says_that_it_lives_and_then_why_it_ends(monkeyp
 def test_unfinished_bodies_of_one_address_have_a_bound_and_small_ones_still_come_in() -> None:
     memory = Quota(1 << 30, 1 << 20)
 
-    async def endpoint(request: Request) -> Response:
-        return Response(b"%d" % len(await BodyReader(memory, 100).read(request)))
+    async def endpoint(http: HttpRequest) -> Response:
+        return Response(b"%d" % len(await BodyReader(memory, 100).read(http)))
 
     async def scenario() -> None:
         async with serving(Route("/", endpoint, methods=["POST"])) as port:
@@ -227,10 +241,10 @@ def test_connections_beyond_an_addresss_share_are_told_so_and_closed() -> None:
 
 def test_a_client_that_does_not_read_is_cut_off_and_its_request_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(event_stream, "STALL_S", SHORT_S)
-    generation = EndlessGeneration()
+    control = EndlessControl()
 
-    async def endpoint(request: Request) -> Response:
-        return EventStream(generation, LargeFrames())  # type: ignore[arg-type]
+    async def endpoint(http: HttpRequest) -> LargeChunks:
+        return stream_of(control)
 
     async def scenario() -> None:
         async with serving(Route("/", endpoint)) as port:
@@ -238,9 +252,9 @@ def test_a_client_that_does_not_read_is_cut_off_and_its_request_aborted(monkeypa
             writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
             for _ in range(400):
                 await asyncio.sleep(0.01)
-                if generation.outcome is not None:
+                if control.outcome is not None:
                     break
             writer.close()
 
     asyncio.run(scenario())
-    assert generation.outcome == CLIENT_STALLED
+    assert control.outcome == CLIENT_STALLED

@@ -8,7 +8,7 @@ import pytest
 from protocol.errors import ConfigError
 from protocol.generation_config import SamplingDefaults, load_sampling_defaults
 from router.front.errors import ApiError
-from router.front.sampling import sampling_params
+from router.front.requests import sampling_params
 from router.front.schemas import ChatBody, CompletionBody, parse_body
 from router.front.unserved import HARMLESS, IN_MESSAGES, WITHOUT_EFFECT
 

@@ -7,10 +7,11 @@ from protocol.layout import Endpoint, KVLayout, keys_and_values
 from router.control.dispatch import Dispatcher
 from router.control.policies import POLICIES, ReadyGroup
 from router.front import serving
+from router.front.chat import ChatCall
+from router.front.completions import CompletionCall
 from router.front.errors import ApiError
-from router.front.prompts import Prompt
-from router.front.responder import Call
-from router.front.schemas import SamplingBody
+from router.front.requests import Prompt, RequestMaker
+from router.front.schemas import ChatBody, CompletionBody
 from router.front.serving import Serving
 
 
@@ -28,9 +29,10 @@ class Control:
 
 
 def serving_of(text: object) -> Serving:
-    parts = {"control": Control(), "text": text, "bodies": None, "metrics": None, "metrics_writing": None}
-    facts = {"model_name": "m", "max_context": 64, "vocab_size": 100, "eos_token_ids": ()}
-    parts |= facts | {"timeout_s": 1.0, "created": 0, "sampling_defaults": SamplingDefaults()}
+    control = Control()
+    requests = RequestMaker(text, control.controller.dispatcher, 64, 100, (), SamplingDefaults())  # type: ignore[arg-type]
+    parts = {"control": control, "text": text, "requests": requests, "bodies": None, "metrics": None}
+    parts |= {"model_name": "m", "max_context": 64, "timeout_s": 1.0, "created": 0, "metrics_writing": None}
     return Serving(**parts)  # type: ignore[arg-type]
 
 
@@ -68,21 +70,21 @@ def test_while_draining_nothing_new_is_taken(front: Serving) -> None:
 @pytest.mark.parametrize(("num_prompt_tokens", "capacity", "room"), [(10, 1000, 54), (63, 1000, 1), (10, 32, 22)])
 def test_room_is_what_context_and_cache_leave(front: Serving, num_prompt_tokens: int, capacity: int, room: int) -> None:
     add_group(front, capacity)
-    assert front.room_for(prompt(num_prompt_tokens), "prompt") == room
+    assert front.requests.room_for(prompt(num_prompt_tokens)) == room
 
 
 @pytest.mark.parametrize(("num_prompt_tokens", "capacity"), [(64, 1000), (32, 32), (40, 32)])
 def test_a_prompt_without_room_for_one_token_is_too_long(front: Serving, num_prompt_tokens: int, capacity: int) -> None:
     add_group(front, capacity)
     with pytest.raises(ApiError, match="at most") as caught:
-        front.room_for(prompt(num_prompt_tokens), "prompt")
+        front.requests.room_for(prompt(num_prompt_tokens))
     assert (caught.value.status, caught.value.detail.code) == (400, "context_length_exceeded")
 
 
 def test_without_a_worker_a_good_prompt_is_a_503_and_one_too_long_still_a_400(front: Serving) -> None:
     for num_tokens, status in ((5, 503), (64, 400)):
         with pytest.raises(ApiError) as caught:
-            front.room_for(prompt(num_tokens), "prompt")
+            front.requests.room_for(prompt(num_tokens))
         assert caught.value.status == status
 
 
@@ -100,6 +102,6 @@ def test_a_completion_goes_on_from_its_prompt_and_an_answer_in_a_chat_from_nothi
     text = Text()
     front = serving_of(text)
     add_group(front, 1000)
-    for prompts in ([Prompt((5, 6)), Prompt((7,), "x")], [Prompt((8,), begins_text=True)]):
-        Call(front, SamplingBody(), prompts).generation(None, "prompt")
+    CompletionCall(front, CompletionBody(prompt=""), [Prompt((5, 6)), Prompt((7,), "x")])
+    ChatCall(front, ChatBody(messages=[]), [Prompt((8,), begins_text=True)])
     assert text.befores == [(5, 6), (7,), ()]

@@ -3,6 +3,8 @@
 import asyncio
 import random
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,11 +13,12 @@ from tokenizers import AddedToken, Encoding, Tokenizer, decoders, models
 
 from protocol.identity import new_attempt
 from protocol.messages import TokenLogprobs, TokenUpdate
-from protocol.request import SamplingParams
+from protocol.request import Request, SamplingParams
 from router.front.chat_template import ChatTemplate
 from router.front.choice import Choice, Delta
 from router.front.detokenizer import MAX_HELD, Detokenizer
 from router.front.logprobs import Spelling, TextOffsets, chat_logprobs, completion_logprobs
+from router.front.requests import Prompt
 from router.front.stop_strings import StopStrings
 from router.front.text import MAX_CHARS_USUAL, ModelText
 from router.front.token_pieces import TokenPiece, TokenPieces
@@ -250,19 +253,25 @@ def test_long_texts_keep_nobody_waiting_but_one_another() -> None:
     asyncio.run(scenario())
 
 
+def choice_of(
+    detokenizer: Detokenizer | None, stops: Sequence[str] = (), shows_stop: bool = False, **sampling: Any
+) -> Choice:
+    request = Request("r", (1,), SamplingParams(**{"max_tokens": 9, "seed": 0, **sampling}))
+    return Choice(0, Prompt(request.prompt_token_ids), request, detokenizer, stops, shows_stop)
+
+
 def feed_all(choice: Choice, token_ids: list[int], reason: str | None) -> Delta:
-    delta = Delta()
     for index, token_id in enumerate(token_ids):
         last = index == len(token_ids) - 1
-        choice.feed(TokenUpdate(ATTEMPT, index, token_id, None, reason if last else None), delta)
+        choice.feed(TokenUpdate(ATTEMPT, index, token_id, None, reason if last else None))
         if choice.finish_reason is not None:
             break
-    return delta
+    return choice.take()
 
 
 def test_a_stop_string_ends_the_choice_at_its_token_and_is_not_in_the_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("one two three four").ids
-    choice = Choice(Detokenizer(tokenizer, SPECIAL_IDS), ["o th"])
+    choice = choice_of(Detokenizer(tokenizer, SPECIAL_IDS), ["o th"])
     delta = feed_all(choice, ids, "length")
     assert (delta.text, choice.finish_reason, choice.stop_reason) == ("one tw", "stop", "o th")
     assert choice.num_tokens == 3
@@ -271,26 +280,26 @@ def test_a_stop_string_ends_the_choice_at_its_token_and_is_not_in_the_text(token
 
 def test_stop_strings_do_not_count_before_min_tokens(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("one two one two").ids
-    choice = Choice(Detokenizer(tokenizer, SPECIAL_IDS), ["two"], min_tokens=2)
+    choice = choice_of(Detokenizer(tokenizer, SPECIAL_IDS), ["two"], min_tokens=2)
     assert feed_all(choice, ids, "length").text == "one two one "
 
 
 def test_text_held_back_for_a_stop_string_comes_out_at_the_end(tokenizer: Tokenizer) -> None:
-    choice = Choice(Detokenizer(tokenizer, SPECIAL_IDS), ["three four"])
+    choice = choice_of(Detokenizer(tokenizer, SPECIAL_IDS), ["three four"])
     assert feed_all(choice, tokenizer.encode("two three").ids, "length").text == "two three"
     assert choice.finish_reason == "length"
 
 
 def test_a_token_that_ends_the_text_is_no_part_of_it(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("one two three").ids
-    assert feed_all(Choice(Detokenizer(tokenizer, SPECIAL_IDS)), ids, "stop").text == "one two"
+    assert feed_all(choice_of(Detokenizer(tokenizer, SPECIAL_IDS)), ids, "stop").text == "one two"
 
 
 @pytest.mark.parametrize(("ignores_eos", "reason"), [(False, None), (True, 7)])
 def test_the_reason_is_the_stop_token_unless_the_model_itself_ends_with_it(ignores_eos: bool, reason: int) -> None:
-    params = SamplingParams(9, 0, stop_token_ids=(7, 8), eos_token_ids=(7, 9), ignore_eos=ignores_eos)
+    ends = {"stop_token_ids": (7, 8), "eos_token_ids": (7, 9), "ignore_eos": ignores_eos}
     for token_id, expected in ((7, reason), (8, 8), (9, None)):
-        choice = Choice(None, stop_token_ids=params.chosen_stop_token_ids)
+        choice = choice_of(None, **ends)
         feed_all(choice, [5, token_id], "stop")
         assert (choice.finish_reason, choice.stop_reason) == ("stop", expected)
 
@@ -298,15 +307,15 @@ def test_the_reason_is_the_stop_token_unless_the_model_itself_ends_with_it(ignor
 def test_what_ends_a_text_is_part_of_it_when_asked_for(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("one two three").ids
     for special_ids, text in ((SPECIAL_IDS, "one two three"), (None, "one two three<|end|>")):
-        choice = Choice(Detokenizer(tokenizer, special_ids), shows_stop=True)
+        choice = choice_of(Detokenizer(tokenizer, special_ids), shows_stop=True)
         assert feed_all(choice, [*ids, 0], "stop").text == text
-    choice = Choice(Detokenizer(tokenizer, SPECIAL_IDS), ["o th", "wo"], shows_stop=True)
+    choice = choice_of(Detokenizer(tokenizer, SPECIAL_IDS), ["o th", "wo"], shows_stop=True)
     assert feed_all(choice, ids, "length").text == "one two"
-    hidden = Choice(Detokenizer(tokenizer, None))
+    hidden = choice_of(Detokenizer(tokenizer, None))
     assert feed_all(hidden, [1, *ids, 0], "stop").text == "<|user|>one two three"
 
 
 def test_a_model_without_a_tokenizer_has_tokens_but_no_text() -> None:
-    choice = Choice(None, ["x"])
+    choice = choice_of(None, ["x"])
     delta = feed_all(choice, [7, 8, 9], "length")
     assert (delta.text, delta.token_ids, choice.finish_reason) == ("", [7, 8, 9], "length")
