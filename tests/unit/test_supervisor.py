@@ -218,7 +218,9 @@ def test_a_router_that_is_busy_right_after_the_start_does_not_end_the_cluster(
     cluster.num_answers = 1
     cluster.stop_in(10)
     out = io.StringIO()
-    topology: Any = SimpleNamespace(router=RouterSection(grace_s=1, sampling_defaults="none"), model=ModelSection(path="m"))
+    topology: Any = SimpleNamespace(
+        router=RouterSection(grace_s=1, sampling_defaults="none"), model=ModelSection(path="m")
+    )
     session: Any = SimpleNamespace(host="h", is_local=True, logs="/logs", lost_part=lambda: None)
     up._serve(topology, None, session, ProgressDisplay(2, out), cluster)  # type: ignore[arg-type]
     assert "ready: http://x" in out.getvalue()
