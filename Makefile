@@ -10,7 +10,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/stamp-$(shell cat requirements.lock pyproject.toml 2>/dev/null | cksum | cut -d' ' -f1)
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: help setup serve test check format bench bench-transfer bench-fetch bench-engine bench-router gpu gpu-transfer gpu-faults sweep lock clean
+.PHONY: help setup serve test check format bench bench-transfer bench-fetch bench-engine bench-router mutations gpu gpu-transfer gpu-faults sweep lock clean
 
 help:                  ## list what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -58,6 +58,9 @@ bench-engine: setup    ## measure the engine's steps and kernels beside the devi
 
 bench-router: setup    ## measure what the router costs, per stream and with hundreds of groups
 	$(BIN)/python -m benchmarks.router
+
+mutations: setup       ## plant mistakes, one at a time, and see that the tests find each of them
+	$(BIN)/python -m tests.mutations
 
 gpu:                   ## on a machine with an NVIDIA GPU: its tests, then bench-engine, all within ten minutes
 	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,python3) tools/gpu.sh
