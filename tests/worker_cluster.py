@@ -268,7 +268,9 @@ class WorkerCluster:
 
     @staticmethod
     def _is_idle(rank: Member) -> bool:
-        return rank.load.blocks.held == 0 and rank.load.running == rank.load.waiting == 0
+        """A rank that has just begun has no heartbeat yet, and no blocks in it."""
+        blocks = rank.load.blocks
+        return blocks.held == 0 < blocks.total and rank.load.running == rank.load.waiting == 0
 
     def _launch(self, spec: GroupSpec, rank: int) -> WorkerLaunch:
         return WorkerLaunch(
